@@ -1,0 +1,69 @@
+# One virtual environment, installed from the pins of constraints.txt and installed again only when they change.
+#   make fit ARGS="--config configs/cpu.yaml"      make test ARGS="-k losses"      make fit PYTHON=python3.12
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := setup.cfg pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help fit test test-slow serve bench lint clean
+
+help:
+	@echo "make fit        train (the built-in example, or what ARGS says)"
+	@echo "make test       lint, types and tests, offline"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make serve      serve a trained policy"
+	@echo "make bench      every benchmark under benchmarks/"
+	@echo "make lint       ruff and mypy alone"
+	@echo "make clean      remove caches and build leftovers (keeps .venv and runs/)"
+
+# A stamp for each set of extras; a larger set also satisfies the smaller ones.
+$(VENV)/.stamp-fit: EXTRAS :=
+$(VENV)/.stamp-fit: COVERS := fit
+$(VENV)/.stamp-serve: EXTRAS := [serve]
+$(VENV)/.stamp-serve: COVERS := fit serve
+$(VENV)/.stamp-test: EXTRAS := [test,peers,serve,lora,report]
+$(VENV)/.stamp-test: COVERS := fit serve test
+
+$(VENV)/.stamp-%: $(PINS) | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e ".$(EXTRAS)"
+	@touch $(COVERS:%=$(VENV)/.stamp-%)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "Python 3.11, 3.12 or 3.13 is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1);" \
+	    "name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+fit: $(VENV)/.stamp-fit
+	$(BIN)/python train.py fit $(ARGS)
+
+serve: $(VENV)/.stamp-serve
+	$(BIN)/python serve.py $(ARGS)
+
+lint: $(VENV)/.stamp-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Several workers share the cores, so each computes with one thread.
+test test-slow: export OMP_NUM_THREADS ?= 1
+test test-slow: export HF_HUB_OFFLINE := 1
+test test-slow: export WANDB_MODE := offline
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-slow: $(VENV)/.stamp-test
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
+
+bench: $(VENV)/.stamp-test
+	@set -e; for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
