@@ -1,0 +1,142 @@
+"""Tokenised examples -> one flat row of tokens in which every prompt stands once.
+
+Takes token ids, gives a `Batch`. Knows nothing of text, models or losses.
+
+The row of a batch is ``p1 c1 r1 p2 c2 r2 ...``: each prompt, then its answers, branch after branch. Position ids restart
+for every branch where the prompt ended, and `Layout` says which tokens belong together, so that the attention can
+let each branch see its prompt and itself only. The last token of an answer predicts nothing and nobody attends to it: it is
+a target, never an input.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised preference pair, or one prompt with any number of answers.
+
+    Attributes:
+        id: Where it came from, ``subset/split:line``.
+        prompt: Token ids that all answers share; at least one.
+        answers: Token ids of each answer (chosen first), all of them scored; at least one each.
+    """
+
+    id: str
+    prompt: Sequence[int]
+    answers: tuple[Sequence[int], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its branches in the flat row: lengths in tokens, ``start`` the index of the first."""
+
+    start: int
+    prompt: int
+    branches: tuple[int, ...]
+
+    @property
+    def trunk(self) -> slice:
+        """The prompt and the first branch: contiguous, causal."""
+        return slice(self.start, self.start + self.prompt + self.branches[0])
+
+    def others(self) -> list[slice]:
+        """Every further branch."""
+        starts = [self.trunk.stop]
+        for length in self.branches[1:]:
+            starts.append(starts[-1] + length)
+        return [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens of a flat row attend to which; `positions` are the position ids of the tokens."""
+
+    groups: tuple[Group, ...]
+    positions: Int[Tensor, " tokens"]
+    masks: dict[object, list[Tensor | None]] = field(default_factory=dict, compare=False, repr=False)
+
+    def to(self, device: torch.device | str) -> "Layout":
+        """The same on another device; masks are made again there when they are first needed."""
+        return Layout(self.groups, self.positions.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: a flat row of tokens and what is to be scored in it.
+
+    Attributes:
+        ids: Of the examples, in order.
+        tokens: The flat row.
+        layout: Its structure.
+        predictors: For every scored token, the index in the row of the token that predicts it.
+        targets: The scored tokens, answer after answer.
+        lengths: Scored tokens of every answer, on the host.
+    """
+
+    ids: tuple[str, ...]
+    tokens: Int[Tensor, " tokens"]
+    layout: Layout
+    predictors: Int[Tensor, " scored"]
+    targets: Int[Tensor, " scored"]
+    lengths: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same on another device."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("tokens", "predictors", "targets")
+        }
+        return replace(self, layout=self.layout.to(device), **moved)
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.ids)
+
+    def sequences(self) -> list[Int[Tensor, " length"]]:
+        """Each answer behind its prompt as token ids of its own (without its last token, which predicts nothing)."""
+        rows = []
+        for group in self.layout.groups:
+            rows.append(self.tokens[group.trunk])
+            prompt = self.tokens[group.start : group.start + group.prompt]
+            rows.extend(torch.cat([prompt, self.tokens[branch]]) for branch in group.others())
+        return rows
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Lay examples out as one flat row.
+
+    Raises:
+        ValueError: A prompt or an answer is empty: there would be nothing to predict it from, or nothing to score.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    predictors: list[int] = []
+    groups = []
+    for example in examples:
+        if not len(example.prompt) or not example.answers or not all(map(len, example.answers)):
+            raise ValueError(
+                f"{example.id}: expected a prompt and answers of at least one token each, got an empty one."
+            )
+        start, prompt = len(tokens), len(example.prompt)
+        tokens.extend(example.prompt)
+        positions.extend(range(prompt))
+        for answer in example.answers:
+            predictors.append(start + prompt - 1)
+            predictors.extend(range(len(tokens), len(tokens) + len(answer) - 1))
+            tokens.extend(answer[:-1])
+            positions.extend(range(prompt, prompt + len(answer) - 1))
+        groups.append(Group(start, prompt, tuple(len(answer) - 1 for answer in example.answers)))
+    answers = [answer for example in examples for answer in example.answers]
+    return Batch(
+        ids=tuple(example.id for example in examples),
+        tokens=torch.tensor(tokens),
+        layout=Layout(tuple(groups), torch.tensor(positions)),
+        predictors=torch.tensor(predictors),
+        targets=torch.tensor([token for answer in answers for token in answer]),
+        lengths=tuple(map(len, answers)),
+    )

@@ -1,0 +1,115 @@
+"""The one scorer: a model and a batch -> the log-probability of every answer token.
+
+Takes a causal language model and a `Batch`; gives `TokenScores`, one value per scored token. The policy and the reference,
+training, evaluation and serving all go through `score`. Only the hidden states that predict an answer token reach the
+head, a chunk at a time with recomputation in the backward pass, so no (tokens, vocabulary) tensor ever exists.
+Log-softmax and sums are float32, always. Knows nothing of pairs, losses or references.
+"""
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from dpo.attention import NAME
+from dpo.batch import Batch
+
+CHUNK_ELEMENTS = 2**23  # logits alive at a time in one chunk of the head: 32 MiB in float32
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """One value per scored token, in the order of `Batch.targets`.
+
+    Attributes:
+        logps: log p(token | everything before it), nats; the only one with a gradient.
+        entropy: Of the predicted distribution, nats.
+        logits: Mean raw logit over the vocabulary.
+        hits: The token was the most probable one.
+    """
+
+    logps: Float[Tensor, " scored"]
+    entropy: Float[Tensor, " scored"]
+    logits: Float[Tensor, " scored"]
+    hits: Float[Tensor, " scored"]
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """What stands before the head: the model that turns token ids into hidden states."""
+    decoder = model.get_decoder()
+    if isinstance(decoder, PreTrainedModel) and decoder is not model:
+        return decoder
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[ModelOutput, Float[Tensor, "scored width"]]:
+    """The backbone's output and, out of it, the hidden states that predict the scored tokens.
+
+    One pass over the flat row where the model attends over branches (`dpo.attention.share`), otherwise one pass per answer.
+    """
+    body = backbone(model)
+    if model.config._attn_implementation == NAME:
+        row = {"input_ids": batch.tokens[None], "position_ids": batch.layout.positions[None]}
+        output = backbone(
+            **row, attention_mask=torch.ones_like(batch.tokens)[None], layout=batch.layout, use_cache=False
+        )
+        return output, output.last_hidden_state[0, batch.predictors]
+    parts = []
+    for tokens, scored in zip(batch.sequences(), batch.lengths, strict=True):
+        output = body(input_ids=tokens[None], use_cache=False)
+        parts.append(output.last_hidden_state[0, -scored:])
+    return output, torch.cat(parts)
+
+
+def head(model: PreTrainedModel, output: ModelOutput) -> Callable[[Tensor], Tensor]:
+    """The model's own way from hidden states to logits: its scaling, soft-capping and adapters included.
+
+    It is the model's `forward` over a backbone that returns the hidden states it is given.
+    """
+    shadow = backbone(model).__dict__  # what stands here is found before the method of the class
+
+    def logits(hidden: Float[Tensor, "chunk width"]) -> Float[Tensor, "chunk vocab"]:
+        given = copy(output)
+        given["last_hidden_state"] = hidden[None]
+        before = {key: shadow[key] for key in ("forward",) if key in shadow}
+        shadow["forward"] = lambda *args, **kwargs: given
+        try:
+            return model(input_ids=None, use_cache=False, return_dict=True).logits[0]  # type: ignore[no-any-return]
+        finally:
+            del shadow["forward"]
+            shadow.update(before)
+
+    return logits
+
+
+def _score_chunk(
+    to_logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor
+) -> tuple[Tensor, ...]:
+    logits = to_logits(hidden).float()
+    log_softmax = logits.log_softmax(-1)
+    logps = log_softmax.gather(-1, targets[:, None]).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+        hits = (logits.argmax(-1) == targets).float()
+        return logps, entropy, logits.mean(-1), hits
+
+
+def score(model: PreTrainedModel, batch: Batch) -> TokenScores:
+    """Score every answer token of a batch."""
+    output, hidden = hidden_states(model, batch)
+    to_logits = head(model, output)
+    rows = max(1, CHUNK_ELEMENTS // model.get_output_embeddings().weight.shape[0])
+    chunks = zip(hidden.split(rows), batch.targets.split(rows), strict=True)
+    parts = [checkpoint(_score_chunk, to_logits, h, t, use_reentrant=False) for h, t in chunks]
+    return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def sum_answers(values: Float[Tensor, " scored"], batch: Batch) -> Float[Tensor, " answers"]:
+    """Sum per-token values over each answer, in float32; an answer's sum does not depend on its neighbours."""
+    return torch.stack([part.sum() for part in values.float().split(batch.lengths)])

@@ -1,0 +1,174 @@
+"""Which pairs a device sees in which step: a pure function of seed, epoch, rank and step.
+
+Takes the cost of every pair in tokens; gives, step after step, the micro-batches of one device. Knows nothing of
+text, models or losses. An optimizer step is always the same `batch_size` pairs, however it is cut: into accumulation
+windows, over devices, or into micro-batches of at most `max_tokens`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from dpo.batch import Batch, Example, collate
+
+Shares = list[list[list[int]]]  # of one optimizer step: share -> micro-batch -> row; one share a device and accumulation
+
+
+class Pairs(Protocol):
+    """A map-style data set of examples with their cost in tokens."""
+
+    @property
+    def costs(self) -> Sequence[int]:
+        """Tokens of every example (prompt and answers)."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: int) -> Example:
+        """One example."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one device handles in one Lightning batch.
+
+    Attributes:
+        micro_batches: One forward and backward pass each.
+        pairs: Pairs of the whole optimizer step, over all devices and accumulated batches.
+    """
+
+    micro_batches: tuple[Batch, ...]
+    pairs: int
+
+    def to(self, device: torch.device | str, **_: object) -> "Step":
+        """The same on another device."""
+        return replace(self, micro_batches=tuple(batch.to(device) for batch in self.micro_batches))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an epoch is cut into steps.
+
+    Attributes:
+        batch_size: Pairs per optimizer step, over all devices.
+        max_tokens: Bound on the tokens of one micro-batch; a single pair may exceed it. None: no bound.
+        shuffle: Draw a new order every epoch; otherwise the order of the data set.
+        seed: Of the order.
+        rank: Of this device.
+        world_size: Number of devices.
+        accumulate: Lightning batches per optimizer step.
+    """
+
+    batch_size: int
+    max_tokens: int | None = None
+    shuffle: bool = False
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1
+
+    def order(self, rows: int, epoch: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """The order of the rows in an epoch."""
+        return np.random.default_rng((self.seed, epoch)).permutation(rows) if self.shuffle else np.arange(rows)
+
+    def shares(self, rows: Sequence[int], costs: Sequence[int]) -> Shares:
+        """Cut one optimizer step into `accumulate * world_size` shares of micro-batches.
+
+        Longest first, each to the share with the least work among those with the fewest pairs; then first fit into micro-batches.
+        """
+        shares: list[list[int]] = [[] for _ in range(self.accumulate * self.world_size)]
+        work = [0] * len(shares)
+        for row in sorted(rows, key=lambda row: (-costs[row], row)):
+            least = min(range(len(shares)), key=lambda i: (len(shares[i]), work[i]))
+            shares[least].append(row)
+            work[least] += costs[row]
+        return [self._pack(share, costs) for share in shares]
+
+    def _pack(self, rows: list[int], costs: Sequence[int]) -> list[list[int]]:
+        """First fit, longest first, into micro-batches of at most `max_tokens`."""
+        bound = self.max_tokens or sum(costs[row] for row in rows)
+        packs: list[list[int]] = []
+        room: list[int] = []
+        for row in rows:
+            fits = next((i for i, left in enumerate(room) if costs[row] <= left), len(packs))
+            if fits == len(packs):
+                packs.append([])
+                room.append(bound)
+            packs[fits].append(row)
+            room[fits] -= costs[row]
+        return packs
+
+
+class StepSampler(Sampler[tuple[list[list[int]], int]]):
+    """The micro-batches of one device and the pairs of the optimizer step they belong to, for every Lightning batch of an epoch."""
+
+    def __init__(self, costs: Sequence[int], plan: Plan) -> None:
+        """Plan epochs over rows with these costs."""
+        self.costs, self.plan = costs, plan
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Lightning batches per epoch."""
+        full, rest = divmod(len(self.costs), self.plan.batch_size)
+        parts = self.plan.world_size * self.plan.accumulate
+        return (full + (rest >= parts)) * self.plan.accumulate
+
+    def __iter__(self) -> Iterator[tuple[list[list[int]], int]]:
+        """From `start` (where a resumed epoch goes on) to the end of the epoch."""
+        order, plan = self.plan.order(len(self.costs), self.epoch), self.plan
+        first, self.start = self.start, 0
+        for batch in range(first, len(self)):
+            step, window = divmod(batch, plan.accumulate)
+            rows = order[step * plan.batch_size : (step + 1) * plan.batch_size].tolist()
+            yield plan.shares(rows, self.costs)[window * plan.world_size + plan.rank], len(rows)
+
+
+class _Steps(torch.utils.data.Dataset[Step]):
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+
+    def __getitem__(self, item: tuple[list[list[int]], int]) -> Step:
+        micro_batches, pairs = item
+        return Step(tuple(collate([self.pairs[row] for row in rows]) for rows in micro_batches), pairs)
+
+
+class StepLoader(DataLoader[Step]):
+    """Steps of one device. Its state is its position in the epoch, so a resumed run goes on with the next step."""
+
+    def __init__(self, pairs: Pairs, plan: Plan, num_workers: int = 0) -> None:
+        """Load pairs according to a plan; `num_workers` processes collate ahead.
+
+        Raises:
+            ValueError: The plan gives some device nothing to do.
+        """
+        if plan.batch_size < plan.world_size * plan.accumulate:
+            raise ValueError(
+                f"expected a batch_size of at least devices * accumulate_grad_batches = {plan.world_size} * {plan.accumulate}, "
+                f"got {plan.batch_size}: raise --data.batch_size (it counts pairs per optimizer step over all devices)."
+            )
+        self.steps = StepSampler(pairs.costs, plan)
+        self.position = 0
+        super().__init__(_Steps(pairs), batch_size=None, sampler=self.steps, num_workers=num_workers)
+
+    def __iter__(self) -> Iterator[Step]:  # type: ignore[override]
+        """Count what is handed out."""
+        self.position = self.steps.start
+        for step in super().__iter__():
+            self.position += 1
+            yield step
+
+    def state_dict(self) -> dict[str, int]:
+        """Lightning batches of this epoch that were handed out."""
+        return {"position": self.position % max(1, len(self))}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on behind that position in the next epoch that is iterated."""
+        self.steps.start = state["position"]
