@@ -1,4 +1,4 @@
-"""Rules about the files themselves that neither ruff nor mypy knows (`make test` runs those two by itself)."""
+"""Rules about the files themselves that neither ruff nor mypy knows (`make test` runs those two itself)."""
 
 import configparser
 import re
