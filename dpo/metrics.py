@@ -1,0 +1,94 @@
+"""What is logged of a batch, as sums and counts, so that no batch size and no number of devices can move a mean.
+
+Takes the scores of a batch under policy and reference and the losses of its pairs; gives named means. Names and definitions
+are those the field knows from TRL; every mean is over all pairs (or all scored tokens) since the last reset.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics import Metric
+
+from dpo.batch import Batch
+from dpo.logps import TokenScores, sum_answers
+from dpo.losses import PairLogps
+
+NAMES = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+    "entropy",
+    "token_accuracy",
+    "nll/chosen",
+    "length/chosen",
+    "length/rejected",
+    "displaced",
+)
+
+
+def sums_and_counts(
+    batch: Batch, policy: TokenScores, logps: PairLogps, losses: Tensor, rewards: Tensor
+) -> tuple[Float[Tensor, " names"], Float[Tensor, " names"]]:
+    """The sum and the count of every metric of `NAMES` over one batch.
+
+    Per pair: loss, rewards, margins, accuracies (chosen reward strictly above the rejected one), logps (summed over an
+    answer's tokens, nats), length (tokens), displaced (the policy holds the chosen answer less likely than the reference does).
+    Per token: logits (vocabulary mean of the raw logits), entropy (nats, both answers), token_accuracy (the chosen
+    answer's token was the most probable one), nll/chosen (nats).
+    """
+    logits, hits, entropy = (
+        sum_answers(values, batch).unflatten(0, (-1, 2)).double().sum(0)
+        for values in (policy.logits, policy.hits, policy.entropy)
+    )
+    chosen, rejected = logps.policy.detach().double().sum(0)
+    reward_chosen, reward_rejected = rewards.double().sum(0)
+    length_chosen, length_rejected = logps.lengths.double().sum(0)
+    pairs = torch.full_like(chosen, len(batch))
+    means = {
+        "loss": (losses.detach().double().sum(), pairs),
+        "rewards/chosen": (reward_chosen, pairs),
+        "rewards/rejected": (reward_rejected, pairs),
+        "rewards/margins": (reward_chosen - reward_rejected, pairs),
+        "rewards/accuracies": ((rewards[:, 0] > rewards[:, 1]).double().sum(), pairs),
+        "logps/chosen": (chosen, pairs),
+        "logps/rejected": (rejected, pairs),
+        "logits/chosen": (logits[0], length_chosen),
+        "logits/rejected": (logits[1], length_rejected),
+        "entropy": (entropy.sum(), length_chosen + length_rejected),
+        "token_accuracy": (hits[0], length_chosen),
+        "nll/chosen": (-chosen, length_chosen),
+        "length/chosen": (length_chosen, pairs),
+        "length/rejected": (length_rejected, pairs),
+        "displaced": ((logps.logratios[:, 0] < 0).double().sum(), pairs),
+    }
+    sums, counts = zip(*(means[name] for name in NAMES), strict=True)
+    return torch.stack(sums), torch.stack(counts)
+
+
+class Means(Metric):
+    """The means of `NAMES`, as one vector of sums and one of counts that add up over batches and devices."""
+
+    full_state_update = False
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self) -> None:
+        """Start from nothing."""
+        super().__init__()
+        self.add_state("sums", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, sums: Tensor, counts: Tensor) -> None:
+        """Add one batch."""
+        self.sums += sums
+        self.counts += counts
+
+    def compute(self) -> dict[str, Tensor]:
+        """Name -> mean."""
+        return dict(zip(NAMES, (self.sums / self.counts).unbind(), strict=True))
