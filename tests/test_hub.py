@@ -1,0 +1,378 @@
+"""Publishing an export, for real: against a local server that speaks the part of the hub's HTTP API in use.
+
+The server keeps what it receives and checks it as the hub does (token, hashes and sizes of objects, objects
+present before the commit that names them). Large files come by git-LFS here; with `hf_xet` they go to a
+storage service with a protocol of its own, which is the business of `huggingface_hub` alone.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from huggingface_hub import HfApi, close_session, constants
+
+from dpo.__main__ import main
+from dpo.hub import NO_TOKEN, export_files, push
+
+# huggingface_hub hands its objects to its HTTP client in a way that the client calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
+
+TOKEN = "hf_" + "Aa1" * 12
+LFS_FROM = 1_000  # bytes; the hub decides by file type and size which files are objects
+
+
+@dataclass
+class Repository:
+    private: bool
+    files: dict[str, bytes] = field(default_factory=dict)
+    commits: int = 0
+
+
+@dataclass
+class Hub:
+    """What the server holds."""
+
+    url: str = ""
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    refuse_uploads: bool = False
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _reply(self, status: int, content: object = None) -> None:
+        data = json.dumps(content if content is not None else {}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _handle(self) -> None:
+        body, path = self._body(), self.path.split("?")[0]
+        self.hub.requests.append(f"{self.command} {path}")
+        # An object's address is signed and takes no token; everything else does.
+        if path.startswith("/objects/"):
+            return self._object(path.removeprefix("/objects/"), body)
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._reply(401, {"error": "Invalid username or password."})
+        whole = {
+            "/api/validate-yaml": lambda _: self._reply(200, {"errors": [], "warnings": []}),
+            "/api/repos/create": self._create,
+        }
+        if path in whole:
+            return whole[path](json.loads(body))
+        return self._in_repository(path, [json.loads(line) for line in body.splitlines()])
+
+    def _in_repository(self, path: str, lines: list[dict]) -> None:
+        path = path.removeprefix("/api/models").replace(".git/", "/")
+        _, user, name, *action = path.split("/")
+        repository = self.hub.repositories[f"{user}/{name}"]
+        match "/".join(action):
+            case "preupload/main":
+                self._preupload(lines[0], repository)
+            case "info/lfs/objects/batch":
+                self._batch(lines[0])
+            case "commit/main":
+                self._commit(lines, repository, f"{self.hub.url}/{user}/{name}")
+            case _:
+                self._reply(200, {"id": f"{user}/{name}", "private": repository.private, "sha": "0" * 40})
+
+    do_GET = do_POST = do_PUT = _handle
+
+    def _create(self, asked: dict) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        exists = name in self.hub.repositories
+        if not exists:
+            self.hub.repositories[name] = Repository(private=asked.get("visibility") == "private")
+        self._reply(409 if exists else 200, {"url": f"{self.hub.url}/{name}", "name": name})
+
+    def _preupload(self, asked: dict, repository: Repository) -> None:
+        files = []
+        for file in asked["files"]:
+            large, known = file["size"] >= LFS_FROM, repository.files.get(file["path"])
+            entry = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            if known is not None:
+                git_blob = hashlib.sha1(b"blob %d\0" % len(known) + known).hexdigest()
+                entry["oid"] = hashlib.sha256(known).hexdigest() if large else git_blob
+            files.append(entry)
+        self._reply(200, {"files": files})
+
+    def _batch(self, asked: dict) -> None:
+        assert asked["operation"] == "upload" and asked["hash_algo"] == "sha256"
+        objects = []
+        for entry in asked["objects"]:
+            if entry["oid"] in self.hub.objects:
+                objects.append(entry)
+            else:
+                upload = {"href": f"{self.hub.url}/objects/{entry['oid']}"}
+                objects.append(entry | {"actions": {"upload": upload}})
+        self._reply(200, {"transfer": "basic", "objects": objects})
+
+    def _object(self, oid: str, body: bytes) -> None:
+        if self.hub.refuse_uploads or hashlib.sha256(body).hexdigest() != oid:
+            return self._reply(403, {"error": "Refused"})
+        self.hub.objects[oid] = body
+        return self._reply(200)
+
+    def _commit(self, lines: list[dict], repository: Repository, url: str) -> None:
+        assert lines[0]["key"] == "header" and lines[0]["value"]["summary"]
+        new = {}
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "file":
+                assert value["encoding"] == "base64"
+                new[value["path"]] = base64.b64decode(value["content"], validate=True)
+            else:
+                assert line["key"] == "lfsFile" and value["algo"] == "sha256"
+                new[value["path"]] = self.hub.objects[value["oid"]]
+                assert len(new[value["path"]]) == value["size"]
+        repository.files |= new
+        repository.commits += 1
+        self._reply(200, {"commitUrl": f"{url}/commit/{repository.commits}", "commitOid": "1" * 40})
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    close_session()  # the client of an earlier test has its settings
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("ThisHandler", (Handler,), {"hub": (state := Hub())}))
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield state
+    close_session()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run: an export with small and large files, beside things that are nobody's business."""
+    files = {
+        "export/README.md": "---\nlicense: apache-2.0\n---\n# Card: café\n",
+        "export/config.json": '{"model_type": "llama"}',
+        "export/tokenizer.json": json.dumps({"vocab": [f"word{i}" for i in range(500)]}),
+        "checkpoints/last.ckpt": "weights and optimizer",
+        "metrics.csv": "step,train/loss\n",
+        "wandb/debug.log": "log",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    weights(tmp_path / "export" / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+def weights(file: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file: length of the header, header, then every byte value (a part that is not text)."""
+    header = json.dumps({"__metadata__": metadata}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(256)) * 40)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def api(hub: Hub, token: str = TOKEN) -> HfApi:
+    return HfApi(endpoint=hub.url, token=token)
+
+
+def test_the_hub_receives_the_export_byte_for_byte(hub: Hub, run: Path) -> None:
+    url = push(run, "user/name", private=False, api=api(hub))
+    repository = hub.repositories["user/name"]
+    assert repository.files == contents(run / "export")
+    assert (repository.commits, repository.private, url) == (1, False, f"{hub.url}/user/name/commit/1")
+    # Both ways were used: the two larger files as objects, the two small ones inside the commit.
+    assert set(hub.objects.values()) == {
+        (run / "export" / name).read_bytes() for name in ("model.safetensors", "tokenizer.json")
+    }
+
+
+def test_what_has_not_changed_is_not_sent_again(hub: Hub, run: Path) -> None:
+    push(run, "user/name", private=False, api=api(hub))
+    (run / "export" / "config.json").write_text('{"model_type": "gpt2"}')
+    hub.requests.clear()
+    push(run, "user/name", private=False, api=api(hub))
+    assert not [request for request in hub.requests if "/objects/" in request and request.startswith("PUT")]
+    assert hub.repositories["user/name"].files == contents(run / "export")
+    push(run, "user/name", private=False, api=api(hub))
+    assert hub.repositories["user/name"].commits == 2
+
+
+def test_only_files_of_an_export_are_sent(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = contents(run / "export")
+    extra = [
+        ".env",
+        "optimizer.safetensors",
+        "pytorch_model.bin",
+        "train.log",
+        "checkpoints/model.safetensors",
+    ]
+    for name in extra:
+        (run / "export" / name).parent.mkdir(exist_ok=True)
+        (run / "export" / name).write_text("x")
+    push(run, "user/name", private=False, api=api(hub))
+    assert hub.repositories["user/name"].files == expected
+    assert f"Left out, no part of an export: {', '.join(sorted(extra))}" in capsys.readouterr().out
+
+
+def test_private_is_private_or_refused(hub: Hub, run: Path) -> None:
+    push(run, "user/hidden", private=True, api=api(hub))
+    assert hub.repositories["user/hidden"].private
+    hub.repositories["user/open"] = Repository(private=False)
+    with pytest.raises(ValueError, match="user/open exists and is public"):
+        push(run, "user/open", private=True, api=api(hub))
+    assert hub.repositories["user/open"].files == {}
+
+
+def test_a_failed_upload_leaves_the_repository_as_it_was(hub: Hub, run: Path) -> None:
+    hub.refuse_uploads = True
+    with pytest.raises(OSError, match=r"(?s)The upload to user/name .* failed: .*403"):
+        push(run, "user/name", private=False, api=api(hub))
+    assert hub.repositories["user/name"].files == {}
+
+
+def test_a_wrong_token_is_said(hub: Hub, run: Path) -> None:
+    with pytest.raises(OSError, match=r"(?s)The upload to user/name .* failed: .*401"):
+        push(run, "user/name", private=False, api=api(hub, token="hf_wrong"))
+    assert hub.repositories == {}
+
+
+def test_an_unreachable_hub_is_said(hub: Hub, run: Path) -> None:
+    nowhere = HfApi(endpoint="http://127.0.0.1:9", token=TOKEN)  # the discard port, which nobody listens on
+    with pytest.raises(OSError, match=r"The upload to user/name at http://127.0.0.1:9 failed: .*refused"):
+        push(run, "user/name", private=False, api=nowhere)
+
+
+@pytest.mark.parametrize("to", ["name", "a/b/c", "user/na me", ""])
+def test_a_repository_has_a_user_and_a_name(hub: Hub, run: Path, to: str) -> None:
+    with pytest.raises(ValueError, match=r"user/name|Repo id"):
+        push(run, to, private=False, api=api(hub))
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("secret", "kind"),
+    [
+        (TOKEN, "what looks like a Hugging Face token"),
+        ("wandb_v1_" + "aB3" * 10, "what looks like a Weights & Biases key"),
+        ("sk-" + "aB3-" * 10, "what looks like an API key"),
+        ("ghp_" + "aB3" * 12, "what looks like an API key"),
+        ("AKIA" + "A1B2" * 4, "what looks like an API key"),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----", "what looks like a private key"),
+        ("0123456789abcdef" * 2, "the value of the environment variable WANDB_API_KEY"),
+    ],
+)
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "model.safetensors"])
+def test_a_secret_stops_the_upload(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, name: str, secret: str, kind: str
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2)
+    file = run / "export" / name
+    if file.suffix == ".safetensors":
+        weights(file, metadata={"comment": f"key: {secret}"})
+    else:
+        file.write_text(f'{file.read_text(encoding="utf-8")}"key": "{secret}"', encoding="utf-8")
+    with pytest.raises(ValueError) as refused:
+        push(run, "user/name", private=False, api=api(hub))
+    assert f"{file} holds {kind}" in str(refused.value)
+    assert secret not in str(refused.value)
+    assert hub.requests == []
+
+
+def test_a_secret_outside_the_uploaded_files_does_no_harm(hub: Hub, run: Path) -> None:
+    (run / "export" / ".env").write_text(f"HF_TOKEN={TOKEN}")
+    push(run, "user/name", private=False, api=api(hub))
+    assert not any(TOKEN.encode() in file for file in hub.repositories["user/name"].files.values())
+
+
+def test_links_out_of_the_export_are_refused(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("home")
+    (outside / "id_ed25519").write_text("key")
+    for name, target in {
+        "LICENSE": outside / "id_ed25519",
+        "config.yaml": Path("../metrics.csv"),
+        "folder": outside,
+    }.items():
+        link = run / "export" / name
+        link.symlink_to(target)
+        with pytest.raises(ValueError, match=f"{name} links to a place outside"):
+            export_files(run)
+        link.unlink()
+    (run / "export").rename(outside / "export")
+    (run / "export").symlink_to(outside / "export")
+    with pytest.raises(ValueError, match="export links to a place outside"):
+        export_files(run)
+
+
+def test_links_to_the_run_and_inside_the_export_are_followed(run: Path, tmp_path: Path) -> None:
+    (run / "export" / "LICENSE").symlink_to("README.md")
+    (run / "latest").symlink_to(run)
+    assert {file.name for file in export_files(run / "latest")} == set(contents(run / "export"))
+
+
+@pytest.mark.parametrize("missing", ["README.md", "config.json", "model.safetensors", None])
+def test_an_unfinished_export_is_refused(run: Path, missing: str | None) -> None:
+    if missing is None:
+        (run / "export").rename(run / "elsewhere")
+    else:
+        (run / "export" / missing).unlink()
+    with pytest.raises(ValueError, match="Expected a card, a configuration and weights"):
+        export_files(run)
+
+
+def command(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"} | variables
+    words = (sys.executable, "-m", "dpo", *words)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_command_line(hub: Hub, run: Path) -> None:
+    words = ("push", "--run", str(run), "--to", "user/name", "--private")
+    done = command(*words, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{hub.url}/user/name/commit/1"
+    assert hub.repositories["user/name"].files == contents(run / "export")
+    assert hub.repositories["user/name"].private
+
+
+def test_command_line_without_a_token(hub: Hub, run: Path) -> None:
+    done = command("push", "--run", str(run), "--to", "user/name", HF_ENDPOINT=hub.url)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", NO_TOKEN + "\n")
+    assert hub.requests == []
+
+
+def test_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "push       Upload a run's export" in capsys.readouterr().out
+    assert main([]) == main(["pull"]) == 2
+    assert "usage: python -m dpo <verb>" in capsys.readouterr().err
