@@ -190,8 +190,8 @@ class Encoder:
         for prompt, *sides in texts:
             if not all(side.startswith(prompt) for side in sides):
                 raise ValueError(
-                    f"The chat template ends the prompt with {prompt[-60:]!r} when it asks for an answer, but not "
-                    "when it shows one, so training would not see what generation sees: use format 'hh'."
+                    f"The chat template ends a prompt with {prompt[-60:]!r}, not so where an answer follows; "
+                    "training would not see what generation sees: use format 'hh'."
                 )
         return texts
 

@@ -1,0 +1,146 @@
+"""The table of tokenised rows -> what was read, kept, refused and cut, subset by subset.
+
+Takes the columns that `dpo.store` writes; gives numbers, as a table for people and as plain values for files
+and loggers. Knows nothing of files or tokenizers.
+"""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.box import SIMPLE
+from rich.table import Table
+
+from dpo.dialogue import Refusal
+from dpo.rows import Fault
+
+KEPT = "kept"
+"""The verdict on a row that is used; the others are the values of `Fault` and `Refusal`."""
+_SIDES = ("prompt", "chosen", "rejected")
+_CUTS = ("turns_dropped", "prompt_cut", "chosen_cut", "rejected_cut")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of one part of the kept pairs, in tokens (zeros where none is kept)."""
+
+    mean: float
+    median: float
+    p95: float
+    max: int
+
+    @classmethod
+    def of(cls, tokens: np.ndarray[Any, Any]) -> "Lengths":
+        """Summarise lengths."""
+        if not len(tokens):
+            return cls(0.0, 0.0, 0.0, 0)
+        median, p95 = np.percentile(tokens, (50, 95))
+        return cls(float(tokens.mean()), float(median), float(p95), int(tokens.max()))
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one subset, or of all.
+
+    Attributes:
+        read: Lines read; ``kept``, ``refused`` and ``bad`` add up to it.
+        kept: Pairs that are used.
+        refused: Readable rows that are not used, by reason.
+        bad: Unreadable rows that were skipped, by fault.
+        tokens: Lengths of ``prompt``, ``chosen`` and ``rejected``.
+        cut: Share of the kept pairs that lost something to the maximal length: ``turns_dropped`` (oldest of
+            the prompt), ``prompt_cut`` (start of what remained), ``chosen_cut``, ``rejected_cut`` (ends).
+        longer_wins: Accuracy of preferring the answer with more characters; a tie counts half.
+    """
+
+    read: int
+    kept: int
+    refused: dict[str, int]
+    bad: dict[str, int]
+    tokens: dict[str, Lengths]
+    cut: dict[str, float]
+    longer_wins: float
+
+    @classmethod
+    def of(cls, columns: dict[str, np.ndarray[Any, Any]]) -> "Count":
+        """Count the rows of some columns."""
+        verdicts = Counter(columns["verdict"].tolist())
+        kept = {name: column[columns["verdict"] == KEPT] for name, column in columns.items()}
+        count = cls(
+            read=len(columns["verdict"]),
+            kept=verdicts[KEPT],
+            refused={reason.value: verdicts[reason.value] for reason in Refusal},
+            bad={fault.value: verdicts[fault.value] for fault in Fault},
+            tokens={side: Lengths.of(kept[side]) for side in _SIDES},
+            cut={name: _mean(kept[name] > 0) for name in _CUTS},
+            longer_wins=_mean((1 + np.sign(kept["chosen_chars"] - kept["rejected_chars"])) / 2),
+        )
+        assert count.kept + sum(count.refused.values()) + sum(count.bad.values()) == count.read
+        return count
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Of one split: the counts of each subset, and of all together under ``total``."""
+
+    split: str
+    counts: dict[str, Count]
+
+    @classmethod
+    def of(cls, split: str, rows: pa.Table) -> "Audit":
+        """Audit a split's rows; the memory it takes is a few numbers a row, not their tokens."""
+        columns = {
+            name: rows[name].to_numpy() for name in ("verdict", *_CUTS, "chosen_chars", "rejected_chars")
+        }
+        columns |= {side: pc.list_value_length(rows[side]).to_numpy() for side in _SIDES}
+        subset = rows["subset"].to_numpy()
+        names = list(dict.fromkeys(subset.tolist()))
+        parts = {name: {key: column[subset == name] for key, column in columns.items()} for name in names}
+        return cls(split, {name: Count.of(part) for name, part in (parts | {"total": columns}).items()})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values: subset -> what `Count` says."""
+        return {name: asdict(count) for name, count in self.counts.items()}
+
+    def table(self) -> Table:
+        """For a person: one column a subset; reasons that never held are left out."""
+        # With a single subset, its column would be that of the total again.
+        shown = {
+            name: count for name, count in self.counts.items() if name != "total" or len(self.counts) > 2
+        }
+        table = Table(
+            title=f"What was read of {self.split}", title_justify="left", box=SIMPLE, pad_edge=False
+        )
+        table.add_column("rows", overflow="fold")
+        for name in shown:
+            table.add_column(name.replace("-", "-\n"), justify="right", overflow="fold")
+        for sections in zip(*map(_sections, shown.values()), strict=True):
+            for label in sections[0]:
+                values = [section[label] for section in sections]
+                if set(values) != {""}:
+                    table.add_row(label, *values)
+            table.add_section()
+        return table
+
+
+def _sections(count: Count) -> list[dict[str, str]]:
+    """One column of the table: label -> value, section by section."""
+    rows = {"read": count.read}
+    for name, reasons in (("bad", count.bad), ("refused", count.refused)):
+        rows |= {name: sum(reasons.values())} | {f"  {reason}": number for reason, number in reasons.items()}
+    rows["kept"] = count.kept
+    tokens = {
+        f"{side} tokens, {measure}": f"{value:.0f}"
+        for side, lengths in count.tokens.items()
+        for measure, value in vars(lengths).items()
+    }
+    shares = {name.replace("_", " "): f"{share:.1%}" for name, share in count.cut.items()}
+    shares["longer answer wins"] = f"{count.longer_wins:.1%}"
+    return [{label: f"{number:,}" if number else "" for label, number in rows.items()}, tokens, shares]
+
+
+def _mean(values: np.ndarray[Any, Any]) -> float:
+    return float(values.mean()) if len(values) else 0.0

@@ -1,0 +1,154 @@
+"""Rows of files -> tokens on disk: one Arrow file a split, tokenised once, memory-mapped ever after.
+
+Takes sources and an encoder; gives a folder, to be named by the hash of all that decides its content.
+Every line that was read is a row there, an unused one with its reason and no tokens, so that the audit can
+count them all. Knows nothing of batches, validation splits or Lightning.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from rich.progress import Progress
+
+from dpo.audit import KEPT, Audit
+from dpo.dialogue import Pair, Refusal, pair
+from dpo.rows import SPLITS, BadRow, Fault, Row, Source, read
+from dpo.tokens import Encoded, Encoder
+
+VERSION = 1
+"""Of the columns and their meaning; to be raised with any change of them."""
+_BATCH = 256  # rows tokenised together: enough for all cores, little enough for any memory
+
+_TOKENS = List(Value("int32"))
+_FEATURES = Features(
+    {
+        "subset": Value("string"),
+        "line": Value("int32"),
+        "verdict": Value("string"),
+        "opening": Value("float64"),  # hash of the first human turn, uniform in [0, 1)
+        "chosen_chars": Value("int32"),
+        "rejected_chars": Value("int32"),
+        "prompt": _TOKENS,
+        "chosen": _TOKENS,
+        "rejected": _TOKENS,
+        "turns_dropped": Value("int32"),
+        "prompt_cut": Value("bool"),
+        "chosen_cut": Value("bool"),
+        "rejected_cut": Value("bool"),
+    }
+)
+
+
+def key(sources: Sequence[Source], encoder: Encoder, limit: int | None, skip_bad: bool) -> str:
+    """SHA-256 of everything that decides the content of the store."""
+    files = [(source.subset, source.split, source.sha256()) for source in sources]
+    content = json.dumps([VERSION, files, encoder.fingerprint, limit, skip_bad])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def build(
+    folder: Path, sources: Sequence[Source], encoder: Encoder, limit: int | None, skip_bad: bool
+) -> None:
+    """Tokenise the sources into `folder`; nothing is there before all is done.
+
+    Args:
+        folder: Where to; stays as it is if it exists by then (another process was faster).
+        sources: What to read.
+        encoder: Makes tokens of pairs.
+        limit: Most rows of each file, from its start.
+        skip_bad: Count unreadable rows and go on, instead of stopping at the first.
+
+    Raises:
+        ValueError: A row or a file cannot be read; the message names file and line and says what to do.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
+        made = Path(scratch) / folder.name
+        made.mkdir()
+        with Progress("Tokenising {task.description}", *Progress.get_default_columns()[1:]) as bar:
+            for split in SPLITS:
+                parts = [source for source in sources if source.split == split]
+                tables = (
+                    table for part in parts for table in _tokenised(part, encoder, limit, skip_bad, bar)
+                )
+                _write(made / f"{split}.arrow", tables)
+        audits = {split: audit(made, split).as_dict() for split in SPLITS}
+        (made / "audit.json").write_text(json.dumps(audits, indent=2) + "\n")
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forks from here on are safe and silent
+
+
+def _write(file: Path, tables: Iterable[dict[str, list[Any]]]) -> None:
+    with ArrowWriter(features=_FEATURES, path=str(file)) as writer:
+        for table in tables:
+            writer.write_batch(table)
+        writer.finalize()
+
+
+def load(folder: Path, split: str) -> Dataset:
+    """The rows of a split, memory-mapped."""
+    return Dataset.from_file(str(folder / f"{split}.arrow"))
+
+
+def audit(folder: Path, split: str) -> Audit:
+    """Count the rows of a split."""
+    return Audit.of(split, load(folder, split).data.table)
+
+
+def _tokenised(
+    source: Source, encoder: Encoder, limit: int | None, skip_bad: bool, bar: Progress
+) -> Iterator[dict[str, list[Any]]]:
+    with bar.open(source.file, "rb", description=f"{source.subset}/{source.split}") as raw:
+        rows = read(raw, source.file, limit)
+        while batch := list(islice(rows, _BATCH)):
+            bad = next((row for row in batch if isinstance(row, BadRow)), None)
+            if bad and not skip_bad:
+                raise ValueError(
+                    f"{source.file}, line {bad.line}: {bad.fault}, {bad.detail}. "
+                    "Mend or remove it, or let --data.on_bad_row skip leave out and count such rows."
+                )
+            yield _columns(source, batch, encoder)
+
+
+def _columns(source: Source, rows: Sequence[Row | BadRow], encoder: Encoder) -> dict[str, list[Any]]:
+    pairs = [pair(row.chosen, row.rejected) if isinstance(row, Row) else row.fault for row in rows]
+    encoded = iter(encoder.encode_batch([p for p in pairs if isinstance(p, Pair)]))
+    records = []
+    for row, found in zip(rows, pairs, strict=True):
+        values = _used(found, next(encoded)) if isinstance(found, Pair) else _unused(found)
+        records.append({"subset": source.subset, "line": row.line, **values})
+    return {name: [record[name] for record in records] for name in _FEATURES}
+
+
+def _used(pair: Pair, encoded: Encoded | Refusal) -> dict[str, Any]:
+    if isinstance(encoded, Refusal):
+        return _unused(encoded)
+    return {
+        "verdict": KEPT,
+        "opening": _uniform(pair.opening),
+        "chosen_chars": len(pair.chosen),
+        "rejected_chars": len(pair.rejected),
+        **vars(encoded),
+    }
+
+
+def _unused(reason: Refusal | Fault) -> dict[str, Any]:
+    nothing = {"opening": 0.0, "chosen_chars": 0, "rejected_chars": 0, **vars(Encoded([], [], []))}
+    return {"verdict": reason.value, **nothing}
+
+
+def _uniform(text: str) -> float:
+    """A hash as a number in [0, 1): 52 of its bits, which a float holds exactly."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) / 16**13
