@@ -20,7 +20,7 @@ UPLOADED = (
     "README.md",
     "LICENSE",
     "config.json",
-    "config.yaml",
+    "train_config.yaml",
     "generation_config.json",
     "results.json",
     "model.safetensors",

@@ -35,9 +35,10 @@ ORDER = (
     "checkpoints",
     "loggers",
     "callbacks",
+    "report",
     "export",
     "hub",
-    "report",
+    "cli",
     "serving",
 )
 # These import from all.

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +19,7 @@ from threading import Thread
 
 import pytest
 from huggingface_hub import HfApi, close_session, constants
+from transformers import AutoTokenizer, PreTrainedModel
 
 from dpo.__main__ import main
 from dpo.hub import NO_TOKEN, export_files, push
@@ -180,6 +181,7 @@ def run(tmp_path: Path) -> Path:
     files = {
         "export/README.md": "---\nlicense: apache-2.0\n---\n# Card: café\n",
         "export/config.json": '{"model_type": "llama"}',
+        "export/train_config.yaml": "model:\n  loss: DPO\n",
         "export/tokenizer.json": json.dumps({"vocab": [f"word{i}" for i in range(500)]}),
         "checkpoints/last.ckpt": "weights and optimizer",
         "metrics.csv": "step,train/loss\n",
@@ -211,7 +213,7 @@ def test_the_hub_receives_the_export_byte_for_byte(hub: Hub, run: Path) -> None:
     repository = hub.repositories["user/name"]
     assert repository.files == contents(run / "export")
     assert (repository.commits, repository.private, url) == (1, False, f"{hub.url}/user/name/commit/1")
-    # Both ways were used: the two larger files as objects, the two small ones inside the commit.
+    # Both ways were used: the two larger files as objects, the small ones inside the commit.
     assert set(hub.objects.values()) == {
         (run / "export" / name).read_bytes() for name in ("model.safetensors", "tokenizer.json")
     }
@@ -243,6 +245,19 @@ def test_only_files_of_an_export_are_sent(hub: Hub, run: Path, capsys: pytest.Ca
     push(run, "user/name", private=False, api=api(hub))
     assert hub.repositories["user/name"].files == expected
     assert f"Left out, no part of an export: {', '.join(sorted(extra))}" in capsys.readouterr().out
+
+
+def test_whatever_transformers_saves_is_sent(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    export = tmp_path / "export"
+    tiny_model("llama").save_pretrained(export, max_shard_size="50KB")
+    policy = Path(__file__).parent.parent / "dpo" / "quickstart" / "policy"
+    AutoTokenizer.from_pretrained(policy).save_pretrained(export)
+    (export / "README.md").write_text("# Card")
+    names = {file.name for file in export_files(tmp_path)}
+    assert names == set(contents(export))
+    assert "model.safetensors.index.json" in names  # the weights were sharded
 
 
 def test_private_is_private_or_refused(hub: Hub, run: Path) -> None:
@@ -320,7 +335,7 @@ def test_links_out_of_the_export_are_refused(run: Path, tmp_path_factory: pytest
     (outside / "id_ed25519").write_text("key")
     for name, target in {
         "LICENSE": outside / "id_ed25519",
-        "config.yaml": Path("../metrics.csv"),
+        "results.json": Path("../metrics.csv"),
         "folder": outside,
     }.items():
         link = run / "export" / name
