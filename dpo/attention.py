@@ -55,9 +55,7 @@ def _group_masks(group: Group, positions: Tensor, rule: MaskFunction | None) -> 
 def _masks(layout: Layout, rule: MaskFunction | None) -> list[Tensor | None]:
     """All masks of the row under one rule, made once and shared by the layers."""
     if rule not in layout.masks:
-        layout.masks[rule] = [
-            mask for group in layout.groups for mask in _group_masks(group, layout.positions, rule)
-        ]
+        layout.masks[rule] = [mask for group in layout.groups for mask in _group_masks(group, layout.positions, rule)]
     return layout.masks[rule]
 
 

@@ -92,9 +92,7 @@ class Audit:
     @classmethod
     def of(cls, split: str, rows: pa.Table) -> "Audit":
         """Audit a split's rows; the memory it takes is a few numbers a row, not their tokens."""
-        columns = {
-            name: rows[name].to_numpy() for name in ("verdict", *_CUTS, "chosen_chars", "rejected_chars")
-        }
+        columns = {name: rows[name].to_numpy() for name in ("verdict", *_CUTS, "chosen_chars", "rejected_chars")}
         columns |= {side: pc.list_value_length(rows[side]).to_numpy() for side in _SIDES}
         subset = rows["subset"].to_numpy()
         names = list(dict.fromkeys(subset.tolist()))
@@ -108,12 +106,8 @@ class Audit:
     def table(self) -> Table:
         """For a person: one column a subset; reasons that never held are left out."""
         # With a single subset, its column would be that of the total again.
-        shown = {
-            name: count for name, count in self.counts.items() if name != "total" or len(self.counts) > 2
-        }
-        table = Table(
-            title=f"What was read of {self.split}", title_justify="left", box=SIMPLE, pad_edge=False
-        )
+        shown = {name: count for name, count in self.counts.items() if name != "total" or len(self.counts) > 2}
+        table = Table(title=f"What was read of {self.split}", title_justify="left", box=SIMPLE, pad_edge=False)
         table.add_column("rows", overflow="fold")
         for name in shown:
             table.add_column(name.replace("-", "-\n"), justify="right", overflow="fold")

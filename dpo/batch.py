@@ -88,8 +88,7 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
         moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "predictors", "targets")
+            name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "predictors", "targets")
         }
         return replace(self, layout=self.layout.to(device), **moved)
 

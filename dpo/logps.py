@@ -56,9 +56,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[ModelOutput, Fl
     body = backbone(model)
     if model.config._attn_implementation == NAME:
         row = {"input_ids": batch.tokens[None], "position_ids": batch.layout.positions[None]}
-        output = backbone(
-            **row, attention_mask=torch.ones_like(batch.tokens)[None], layout=batch.layout, use_cache=False
-        )
+        output = body(**row, attention_mask=torch.ones_like(batch.tokens)[None], layout=batch.layout, use_cache=False)
         return output, output.last_hidden_state[0, batch.predictors]
     parts = []
     for tokens, scored in zip(batch.sequences(), batch.lengths, strict=True):
@@ -88,9 +86,7 @@ def head(model: PreTrainedModel, output: ModelOutput) -> Callable[[Tensor], Tens
     return logits
 
 
-def _score_chunk(
-    to_logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor
-) -> tuple[Tensor, ...]:
+def _score_chunk(to_logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     logits = to_logits(hidden).float()
     log_softmax = logits.log_softmax(-1)
     logps = log_softmax.gather(-1, targets[:, None]).squeeze(-1)

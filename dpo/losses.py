@@ -79,7 +79,9 @@ class DPO(PreferenceLoss):
         """
         positive("beta", self.beta)
         if not 0 <= self.label_smoothing <= 0.5:
-            raise ValueError(f"label_smoothing: expected a share of flipped labels in [0, 0.5], got {self.label_smoothing}.")
+            raise ValueError(
+                f"label_smoothing: expected a share of flipped labels in [0, 0.5], got {self.label_smoothing}."
+            )
 
     def __call__(self, logps: PairLogps) -> Float[Tensor, " pairs"]:
         """Equation 7 of 2305.18290; smoothed: equation 3 of the note on noisy preferences (ericmitchell.ai/cdpo.pdf)."""

@@ -3,13 +3,15 @@
 Takes `Step`s, gives gradients and metrics. Knows nothing of text, files or what the loss and the reference are made of.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
 import torch
 from jsonargparse import lazy_instance
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -29,8 +31,8 @@ from dpo.sharing import share_if_exact
 REFERENCE = "reference."  # prefix of what is never in a checkpoint
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss of a step is not a finite number."""
+class NonFinite(RuntimeError):
+    """A loss or a gradient is not a finite number."""
 
 
 class DPO(L.LightningModule):
@@ -50,6 +52,8 @@ class DPO(L.LightningModule):
         preflight: bool = True,
         trust_remote_code: bool = False,
         pickled_weights: bool = False,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         """Choose what is trained, and how; models are read when the trainer sets up.
 
@@ -63,6 +67,8 @@ class DPO(L.LightningModule):
             preflight: Check before the first step what must hold before it.
             trust_remote_code: Run Python code that comes with a model. Only for models that you trust.
             pickled_weights: Also read weights that are not safetensors. Only for models that you trust.
+            optimizer: Makes the optimizer of the parameters it is given.
+            lr_scheduler: Makes the learning rate schedule of an optimizer; it advances every optimizer step.
         """
         super().__init__()
         self.source = Source(trust_remote_code, pickled_weights)
@@ -71,7 +77,10 @@ class DPO(L.LightningModule):
         self.loss = loss
         self.sharing, self.compiled = sharing, compile
         self.gradient_checkpointing, self.preflight = gradient_checkpointing, preflight
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.train_means, self.val_means, self.test_means = Means(), Means(), Means()
+        self.unchecked: list[tuple[tuple[str, ...], Tensor]] = []  # ids and losses of the pairs of this step
+        self.grad_norm = torch.zeros(())
         self.strict_loading = False  # the reference is not in checkpoints; load_state_dict checks the rest
 
     def configure_model(self) -> None:
@@ -97,6 +106,16 @@ class DPO(L.LightningModule):
         if self.gradient_checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
 
+    def configure_optimizers(self) -> Any:
+        """The optimizer of the parameters that train, and its schedule."""
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
     def score_pairs(self, batch: Batch) -> tuple[TokenScores, PairLogps]:
         """Score both answers of every pair under policy and reference."""
         policy = score(self.policy, batch)
@@ -120,20 +139,38 @@ class DPO(L.LightningModule):
         scale = self.trainer.world_size / step.pairs
         *others, last = step.micro_batches
         for batch in others:
-            self.trainer.strategy.backward(self._finite(self._losses(batch, self.train_means), batch).sum() * scale, None)
-        loss = self._finite(self._losses(last, self.train_means), last).sum() * scale
-        return loss * self.trainer.accumulate_grad_batches
+            self.trainer.strategy.backward(self._training_losses(batch).sum() * scale, None)
+        return self._training_losses(last).sum() * scale * self.trainer.accumulate_grad_batches
 
-    def _finite(self, losses: Tensor, batch: Batch) -> Tensor:
-        """Stop before a loss that is not a number can reach the weights."""
-        if not losses.isfinite().all():
-            rows = [row for row, loss in zip(batch.ids, losses.tolist(), strict=True) if not abs(loss) < float("inf")]
-            raise NonFiniteLoss(
-                f"the loss of step {self.trainer.global_step + 1} is not finite for the pairs {', '.join(rows)}. The weights are those "
-                "before this step, the last checkpoint is intact. Try a smaller --optimizer.lr, "
-                "--trainer.precision 32-true or bf16-mixed, or look at these rows."
-            )
+    def _training_losses(self, batch: Batch) -> Tensor:
+        losses = self._losses(batch, self.train_means)
+        self.unchecked.append((batch.ids, losses.detach()))
         return losses
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop before a number that is not finite can reach the weights.
+
+        Raises:
+            NonFinite: With the ids of the pairs of this step that it came from.
+        """
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        finite = self.grad_norm.isfinite() | (self.trainer.scaler is not None)  # float16: the scaler skips such a step
+        for _, losses in self.unchecked:
+            finite &= losses.isfinite().all()
+        if not finite:
+            rows = [
+                row
+                for ids, losses in self.unchecked
+                for row, good in zip(ids, losses.isfinite(), strict=True)
+                if not good
+            ]
+            raise NonFinite(
+                f"step {self.trainer.global_step + 1}: the {'loss' if rows else 'gradient'} is not finite for the pairs "
+                f"{', '.join(rows or [row for ids, _ in self.unchecked for row in ids])}. The weights are those before this step and "
+                "the last checkpoint is intact. Try a smaller --optimizer.lr, --trainer.precision 32-true or bf16-mixed, or look at these rows."
+            )
+        self.unchecked.clear()
 
     def on_train_start(self) -> None:
         """Begin with no gradients."""
@@ -153,11 +190,16 @@ class DPO(L.LightningModule):
         """Log the means since the last logged step."""
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         if stepped and self.trainer.global_step % self.trainer.log_every_n_steps == 0:
-            self.report("train", self.train_means)
+            rates = {
+                "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+                "grad_norm": self.grad_norm.item(),
+            }
+            self.report("train", self.train_means, rates)
 
-    def report(self, stage: str, means: Means) -> None:
+    def report(self, stage: str, means: Means, more: Mapping[str, float] = MappingProxyType({})) -> None:
         """Log means under the names of a stage, at the number of optimizer steps taken, and start them anew."""
-        values = {f"{stage}/{name}": value.item() for name, value in means.compute().items()}
+        means_and_more = {**means.compute(), **more}
+        values = {f"{stage}/{name}": float(value) for name, value in means_and_more.items()}
         means.reset()
         self.log_dict(values, logger=False, sync_dist=True)
         for logger in self.loggers if not self.trainer.sanity_checking else ():

@@ -1,7 +1,7 @@
 """A folder or hub id -> files -> rows, each row either its two dialogues or what is wrong with it.
 
 Takes the layout of Anthropic/hh-rlhf: ``<subset>/{train,test}.jsonl.gz`` (or ``.jsonl``), one JSON object a
-line with the strings ``chosen`` and ``rejected``. Knows nothing of turns, tokens or what to do about bad rows.
+line with the strings ``chosen`` and ``rejected``. Knows nothing of turns, tokens or what to do with bad rows.
 """
 
 import gzip
@@ -92,13 +92,9 @@ def read(raw: BinaryIO, file: Path, limit: int | None = None) -> Iterator[Row | 
         for number, line in enumerate(islice(lines, limit), 1):
             yield _row(number, line)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"{file}, after line {number}: broken gzip ({error}). Fetch the file again."
-        ) from error
+        raise ValueError(f"{file}, after line {number}: broken gzip ({error}). Fetch the file again.") from error
     if not number:
-        raise ValueError(
-            f"{file}, line 1: the file is empty, expected JSON rows. Fetch it again or remove it."
-        )
+        raise ValueError(f"{file}, line 1: the file is empty, expected JSON rows. Fetch it again or remove it.")
 
 
 def _row(number: int, line: bytes) -> Row | BadRow:
@@ -178,9 +174,7 @@ def download(repository: str, subsets: Sequence[str] | None, local_only: bool = 
     patterns = [f"{subset}/{split}.jsonl*" for subset in subsets or ["*"] for split in SPLITS]
     try:
         return Path(
-            snapshot_download(
-                repository, repo_type="dataset", allow_patterns=patterns, local_files_only=local_only
-            )
+            snapshot_download(repository, repo_type="dataset", allow_patterns=patterns, local_files_only=local_only)
         )
     except (OSError, HFValidationError) as error:
         raise ValueError(

@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from dpo.batch import Batch, Example, collate
 
-Shares = list[list[list[int]]]  # of one optimizer step: share -> micro-batch -> row; one share a device and accumulation
+Shares = list[
+    list[list[int]]
+]  # of one optimizer step: share -> micro-batch -> row; one share a device and accumulation
 
 
 class Pairs(Protocol):

@@ -54,9 +54,7 @@ def key(sources: Sequence[Source], encoder: Encoder, limit: int | None, skip_bad
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def build(
-    folder: Path, sources: Sequence[Source], encoder: Encoder, limit: int | None, skip_bad: bool
-) -> None:
+def build(folder: Path, sources: Sequence[Source], encoder: Encoder, limit: int | None, skip_bad: bool) -> None:
     """Tokenise the sources into `folder`; nothing is there before all is done.
 
     Args:
@@ -76,9 +74,7 @@ def build(
         with Progress("Tokenising {task.description}", *Progress.get_default_columns()[1:]) as bar:
             for split in SPLITS:
                 parts = [source for source in sources if source.split == split]
-                tables = (
-                    table for part in parts for table in _tokenised(part, encoder, limit, skip_bad, bar)
-                )
+                tables = (table for part in parts for table in _tokenised(part, encoder, limit, skip_bad, bar))
                 _write(made / f"{split}.arrow", tables)
         audits = {split: audit(made, split).as_dict() for split in SPLITS}
         (made / "audit.json").write_text(json.dumps(audits, indent=2) + "\n")

@@ -89,18 +89,12 @@ class Encoder:
                 f"{type(tokenizer)}: load it with AutoTokenizer, or put a tokenizer.json beside the model."
             )
         if max_length < MIN_LENGTH:
-            raise ValueError(
-                f"max_length (of prompt + answer): expected >= {MIN_LENGTH} tokens, got {max_length}."
-            )
+            raise ValueError(f"max_length (of prompt + answer): expected >= {MIN_LENGTH} tokens, got {max_length}.")
         if format == "chat" and tokenizer.chat_template is None:
-            raise ValueError(
-                "format 'chat' needs a chat template, and the tokenizer has none: use 'hh' or 'auto'."
-            )
+            raise ValueError("format 'chat' needs a chat template, and the tokenizer has none: use 'hh' or 'auto'.")
         ends = dict.fromkeys(i for i in (tokenizer.eos_token_id, *end_ids) if i is not None)
         if not ends:
-            raise ValueError(
-                "The tokenizer has no end of sequence, so that no answer could end: set its eos_token."
-            )
+            raise ValueError("The tokenizer has no end of sequence, so that no answer could end: set its eos_token.")
         self.tokenizer, self.max_length, self.end_ids = tokenizer, max_length, tuple(ends)
         self.chat = format != "hh" and tokenizer.chat_template is not None
         self._render: _Render = self._chat_texts if self.chat else _plain_texts
@@ -139,9 +133,7 @@ class Encoder:
         return [done[i] for i in range(len(pairs))]
 
     def _spells_control(self, pair: Pair) -> bool:
-        return any(
-            map(self._control.search, (pair.chosen, pair.rejected, *(turn.text for turn in pair.history)))
-        )
+        return any(map(self._control.search, (pair.chosen, pair.rejected, *(turn.text for turn in pair.history))))
 
     def _tokenize(self, pairs: Sequence[Pair]) -> list[Encoded]:
         """Ids of pairs at full length."""
@@ -197,9 +189,7 @@ class Encoder:
 
     def _apply_template(self, dialogues: list[list[dict[str, str]]], ask: bool = False) -> list[str]:
         try:
-            texts: Any = self.tokenizer.apply_chat_template(
-                dialogues, tokenize=False, add_generation_prompt=ask
-            )
+            texts: Any = self.tokenizer.apply_chat_template(dialogues, tokenize=False, add_generation_prompt=ask)
         except TemplateError as error:
             raise ValueError(f"The chat template refuses a dialogue ({error}): use format 'hh'.") from error
         return list(texts)

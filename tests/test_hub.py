@@ -247,9 +247,7 @@ def test_only_files_of_an_export_are_sent(hub: Hub, run: Path, capsys: pytest.Ca
     assert f"Left out, no part of an export: {', '.join(sorted(extra))}" in capsys.readouterr().out
 
 
-def test_whatever_transformers_saves_is_sent(
-    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
-) -> None:
+def test_whatever_transformers_saves_is_sent(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     export = tmp_path / "export"
     tiny_model("llama").save_pretrained(export, max_shard_size="50KB")
     policy = Path(__file__).parent.parent / "dpo" / "quickstart" / "policy"

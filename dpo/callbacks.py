@@ -1,0 +1,198 @@
+"""What a person sees while a run goes on: the progress bar, rates, sampled answers; and how a run is stopped in order.
+
+Takes what Lightning's hooks give; reads the module's metrics, changes nothing about training.
+"""
+
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+from rich.table import Table
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo.attention import plain
+from dpo.module import DPO
+from dpo.run import Run, jsonl
+from dpo.sampler import Step
+
+SHOWN = {
+    "loss": "train/loss",
+    "accuracy": "train/rewards/accuracies",
+    "margin": "train/rewards/margins",
+    "tokens/s": "train/tokens_per_second",
+    "val": "val/loss",
+}
+
+
+class Bar(RichProgressBar):
+    """Lightning's bar with what matters in preference training."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Loss, reward accuracy, margin and tokens per second of the last logged step, and the last validation loss."""
+        values = trainer.callback_metrics
+        return {name: f"{values[key].item():.4g}" for name, key in SHOWN.items() if key in values}
+
+
+class Rates(L.Callback):
+    """Logs tokens per second, seconds per step and the share of time spent waiting for data, validation left out."""
+
+    def __init__(self) -> None:
+        """Start the clock at the first batch."""
+        self.ended: float | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new window."""
+        self.tokens = self.steps = 0
+        self.waiting = self.working = 0.0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Step, batch_idx: int
+    ) -> None:
+        """Since the last batch ended the loop waited for this one."""
+        self.started = time.perf_counter()
+        if self.ended is not None:
+            self.waiting += self.started - self.ended
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
+        """Add the batch; at logged steps log and begin anew."""
+        self.ended = time.perf_counter()
+        self.working += self.ended - self.started
+        self.tokens += sum(len(micro.tokens) for micro in batch.micro_batches) * trainer.world_size
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self.steps += 1
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            seconds = self.working + self.waiting
+            values = {
+                "tokens_per_second": self.tokens / seconds,
+                "time/step": seconds / self.steps,
+                "time/data": self.waiting / seconds,
+            }
+            values = {f"train/{name}": value for name, value in values.items()}
+            pl_module.log_dict(values, logger=False)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
+            self.restart()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The time until the next batch is not spent waiting for data."""
+        self.ended = None
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], max_new_tokens: int) -> str:
+    """The model's greedy answer to a prompt of token ids, up to its end or the next human turn."""
+    ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    ids = torch.tensor([prompt], device=model.device)
+    with plain(model):
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    text = tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
+    return text.split("\n\nHuman:")[0].strip()
+
+
+def _as_list(value: int | list[int] | None) -> list[int | None]:
+    return value if isinstance(value, list) else [value]
+
+
+class Samples(L.Callback):
+    """Shows how policy and reference answer the same held-out prompts, at every validation."""
+
+    def __init__(self, run: Run, prompts: int = 3, max_new_tokens: int = 64) -> None:
+        """Choose how much is shown.
+
+        Args:
+            run: Where samples.jsonl is written.
+            prompts: Number of prompts, spread evenly over the validation split.
+            max_new_tokens: Longest answer.
+        """
+        self.run, self.prompts, self.max_new_tokens = run, prompts, max_new_tokens
+        self.reference_answers: dict[str, str] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Sample, show, store."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        rows = self._sample(trainer, pl_module)
+        show(rows)
+        jsonl(self.run.samples, rows)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_text("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows])
+
+    def _sample(self, trainer: L.Trainer, module: DPO) -> list[dict[str, Any]]:
+        """Answers of both models; those of a frozen reference are made once."""
+        pairs, tokenizer = trainer.datamodule.pairs["val"], trainer.datamodule.encoder.tokenizer
+        rows = []
+        for index in range(0, len(pairs), -(-len(pairs) // self.prompts)):
+            prompt = list(pairs[index].prompt)
+            models = {"policy": module.policy, "reference": module.reference.model}
+            answers = {name: answer(model, tokenizer, prompt, self.max_new_tokens) for name, model in models.items()}
+            rows.append(
+                {
+                    "step": trainer.global_step,
+                    "id": pairs[index].id,
+                    "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+                    **answers,
+                }
+            )
+        return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print prompts with both answers beside each other."""
+    table = Table(title=f"Held-out prompts after {rows[0]['step']} steps", show_lines=True)
+    for column in ("prompt", "reference", "policy"):
+        table.add_column(column, ratio=1)
+    for row in rows:
+        table.add_row(*(row[column].strip() for column in ("prompt", "reference", "policy")))
+    Console().print(table, markup=False)
+
+
+class Stop(L.Callback):
+    """Ends a run in order on SIGINT and SIGTERM: the step is finished, then checkpoint, table and export as always."""
+
+    def __init__(self) -> None:
+        """Nothing has been asked yet."""
+        self.asked = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over both signals; the second Ctrl-C ends the process at once."""
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = number
+        print(
+            "\nStopping after this step: checkpoint, table and export follow. Once more ends at once.",
+            flush=True,
+        )
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Stop all devices when one was asked."""
+        trainer.should_stop |= trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the signals back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the signal."""
+        return 128 + self.asked if self.asked else 0

@@ -1,0 +1,67 @@
+"""The end of a run -> a Hugging Face folder that anything can load.
+
+Takes the policy, its tokenizer and the run; writes weights, tokenizer, the resolved configuration and a model card with the
+measured numbers. The folder is complete or absent.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo import __version__, report
+from dpo.run import Run, complete
+
+
+def export(run: Run, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, data: str) -> Path:
+    """Write `export/` of a run.
+
+    Args:
+        run: Where to, and where the numbers come from.
+        policy: What was trained.
+        tokenizer: What it was trained with.
+        base: The model it started from.
+        data: What it was trained on.
+    """
+    with complete(run.export) as folder:
+        policy.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "train_config.yaml").write_bytes(run.config.read_bytes())
+        (folder / "README.md").write_text(str(card(run, base, data)), encoding="utf-8")
+        for file in folder.iterdir():
+            os.chmod(file, 0o644)
+    return run.export
+
+
+def card(run: Run, base: str, data: str) -> ModelCard:
+    """The model card: what it is, how it was made, what was measured."""
+    local = Path(base).is_dir()
+    names = {} if local else {"base_model": base}
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["dpo"], **names)
+    numbers = json.loads(run.results.read_text()) if run.results.exists() else {}
+    lines = [f"| {name} | {value:.4f} |" for name, value in sorted(numbers.items())]
+    started = Path(base).name if local else base
+    loss = yaml.safe_load(run.config.read_text())["model"]["loss"]
+    settings = ", ".join(f"{name} {value}" for name, value in loss.get("init_args", {}).items())
+    text = f"""---
+{metadata.to_yaml()}
+---
+
+# {run.folder.name}
+
+`{started}` trained on preferences ({Path(data).name}) with the loss {loss["class_path"].rsplit(".", 1)[-1]} ({settings}) by dpo-lightning {__version__},
+against a frozen reference. `train_config.yaml` is the whole configuration.
+
+Last measured on the validation and test pairs of this run (nats; rewards are beta times the log-ratio to the reference):
+
+| metric | value |
+| --- | ---: |
+{chr(10).join(lines) or "| none | |"}
+
+During training:
+
+{report.markdown(report.results(run.metrics))}"""
+    return ModelCard(text)

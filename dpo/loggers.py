@@ -1,0 +1,93 @@
+"""Where metrics go: metrics.csv always, Weights & Biases online or offline.
+
+Takes names and values at a step. Knows nothing of what they mean.
+"""
+
+import csv
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from dpo.run import Run, complete
+
+
+class MetricsCSV(Logger):
+    """A file with one row per step: `step`, then every metric in the order of its first appearance."""
+
+    def __init__(self, path: Path) -> None:
+        """Go on with the file where it exists: steps that are taken again replace their rows."""
+        super().__init__()
+        self.path = path
+        self.columns = ["step"]
+        self.last: dict[str, Any] = {}  # the newest row, and where it begins in the file
+        self.offset = 0
+
+    @property
+    def name(self) -> str:
+        """Of the logger."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """Unused: the run has a name."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The folder of the run."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the configuration lies beside the file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add values to the row of a step; values of one step may come in several calls, steps only in order."""
+        assert step is not None
+        if self.last.get("step") != step:
+            earlier = [] if self.last else [row for row in read_metrics(self.path) if int(row["step"]) < step]
+            if earlier:
+                self.columns = list(earlier[0])
+                self._rewrite(earlier)
+            self.offset = self.path.stat().st_size if self.path.exists() else 0
+            self.last = {"step": step}
+        self.last |= metrics
+        new = [name for name in metrics if name not in self.columns]
+        if new or not self.offset:
+            self.columns += new
+            self._rewrite([row for row in read_metrics(self.path) if int(row["step"]) < step])
+            self.offset = self.path.stat().st_size
+        with self.path.open("r+", newline="") as file:
+            file.truncate(self.offset)
+            file.seek(self.offset)
+            csv.DictWriter(file, self.columns).writerow(self.last)
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        with complete(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def wandb_logger(run: Run) -> WandbLogger:
+    """Online where a key is set or the user is logged in, otherwise offline; WANDB_MODE decides where it is set."""
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+    if mode == "offline":
+        rank_zero_info(
+            f"Weights & Biases is offline; to upload the curves later: wandb sync {run.folder / 'wandb'}/offline-run-*"
+        )
+    return WandbLogger(name=run.folder.name, project="dpo", save_dir=run.folder, mode=mode)

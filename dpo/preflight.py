@@ -1,0 +1,159 @@
+"""What must hold before the first step, checked on real rows of the run.
+
+Takes the module, its optimizer and some training pairs; passes in silence or says what is wrong, expected, got and what to do.
+Most broken set-ups train without complaint; none of them passes here.
+"""
+
+from collections.abc import Iterator
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from dpo.attention import NAME
+from dpo.batch import Batch, Example, collate
+from dpo.logps import score
+from dpo.module import DPO
+from dpo.reference import Copy
+from dpo.sharing import difference
+
+PAIRS = 4
+SHARED_TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.1,
+    torch.float16: 0.02,
+}  # of the largest hidden state
+
+
+class PreflightError(RuntimeError):
+    """Something that must hold before training does not."""
+
+
+class Preflight(L.Callback):
+    """Checks a run before its first step, unless --model.preflight is false."""
+
+    @torch.no_grad()
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Run every check.
+
+        Raises:
+            PreflightError: The first that failed.
+        """
+        assert isinstance(pl_module, DPO)
+        if not pl_module.preflight:
+            return
+        pairs = trainer.datamodule.pairs["train"]
+        examples = [pairs[row] for row in range(min(PAIRS, len(pairs)))]
+        batch = collate(examples).to(pl_module.device)
+        passed = list(_endings(examples, trainer.datamodule.encoder.end_ids))
+        passed += _frozen(pl_module, trainer.optimizers[0])
+        with trainer.precision_plugin.forward_context():
+            passed += _repeatable(pl_module, batch)
+            passed += _shared(pl_module, batch)
+            if isinstance(pl_module.reference_choice, Copy) and not trainer.ckpt_path:
+                passed += _start(pl_module, batch)
+        rank_zero_info("Preflight: " + "; ".join(passed) + ".")
+
+
+def _require(holds: bool, what: str, expected: object, got: object, do: str) -> None:
+    if not holds:
+        raise PreflightError(
+            f"preflight: {what}: expected {expected}, got {got}. {do} (--model.preflight false skips all checks.)"
+        )
+
+
+def _endings(examples: list[Example], ends: tuple[int, ...]) -> Iterator[str]:
+    for example in examples:
+        for answer in example.answers:
+            found = [token for token in answer[:-1] if token in ends]
+            _require(
+                not found,
+                f"the answers of {example.id}",
+                "no end of sequence before the last token",
+                found,
+                "Look at this row.",
+            )
+        distinct = list(example.answers[0]) != list(example.answers[1])
+        _require(
+            distinct,
+            f"the answers of {example.id}",
+            "different token ids",
+            "the same",
+            "Raise --data.max_length.",
+        )
+    yield "every answer ends once"
+
+
+def _frozen(module: DPO, optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    inside = [name for name, p in module.reference.named_parameters() if p.requires_grad or id(p) in trained]
+    _require(
+        not inside,
+        "the reference",
+        "frozen and not in the optimizer",
+        inside[:3],
+        "Copy it instead of passing the policy itself.",
+    )
+    moving = [p for p in module.policy.parameters() if p.requires_grad and id(p) in trained]
+    _require(bool(moving), "the policy", "parameters that the optimizer trains", "none", "Unfreeze it.")
+    rate = optimizer.param_groups[0]["lr"]
+    yield f"reference frozen, {sum(p.numel() for p in moving):,} parameters train at learning rate {rate:g}"
+
+
+def _repeatable(module: DPO, batch: Batch) -> Iterator[str]:
+    first, second = (score(module.policy, batch).logps for _ in range(2))
+    same = torch.equal(first, second)
+    _require(
+        same,
+        "two passes over one batch",
+        "equal bits",
+        _largest(first, second),
+        "Some dropout or noise is on: turn it off in the model.",
+    )
+    yield "two passes agree to the bit"
+
+
+def _shared(module: DPO, batch: Batch) -> Iterator[str]:
+    if module.policy.config._attn_implementation != NAME:
+        return
+    found = difference(module.policy, batch)
+    limit = SHARED_TOLERANCE[
+        torch.get_autocast_dtype(batch.tokens.device.type)
+        if torch.is_autocast_enabled(batch.tokens.device.type)
+        else module.policy.dtype
+    ]
+    _require(
+        found <= limit,
+        "shared prompts against separate sequences",
+        f"hidden states within {limit:g}",
+        f"{found:.1e}",
+        "Use --model.sharing false.",
+    )
+    yield f"shared prompts equal separate sequences (to {found:.0e})"
+
+
+def _start(module: DPO, batch: Batch) -> Iterator[str]:
+    _, logps = module.score_pairs(batch)
+    rewards, losses = module.loss.rewards(logps), module.loss(logps)
+    _require(
+        bool((rewards == 0).all()),
+        "rewards of a policy that equals its reference",
+        0,
+        rewards.abs().max().item(),
+        "The reference is not the policy.",
+    )
+    expected = module.loss.at_start
+    wrong = (losses - expected).abs().max().item()
+    _require(
+        wrong <= 1e-6 * max(1, expected),
+        "the loss at step 0",
+        f"{expected:.6f}",
+        losses.tolist(),
+        "The loss is not what it says.",
+    )
+    yield f"rewards are 0 and the loss is {expected:.6f}"
+
+
+def _largest(first: Tensor, second: Tensor) -> float:
+    return (first - second).abs().max().item()

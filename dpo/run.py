@@ -1,0 +1,111 @@
+"""The folder of a run, and files in it that are either complete or absent.
+
+Takes a name, gives paths. Knows nothing of models or data.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where everything of one run lies."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.folder / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One row per logged step."""
+        return self.folder / "metrics.csv"
+
+    @property
+    def results(self) -> Path:
+        """The last validation and test values."""
+        return self.folder / "results.json"
+
+    @property
+    def samples(self) -> Path:
+        """Answers of policy and reference at every validation."""
+        return self.folder / "samples.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Lightning checkpoints: last.ckpt, best.ckpt."""
+        return self.folder / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The Hugging Face folder."""
+        return self.folder / "export"
+
+    def create(self, resume: bool) -> None:
+        """Make the folder and point `latest` at it.
+
+        Raises:
+            ValueError: A run has trained there, and this one does not go on from its checkpoint.
+        """
+        if (self.metrics.exists() or self.checkpoints.exists()) and not resume:
+            raise ValueError(
+                f"the run {self.folder} exists. Choose another --name, remove the folder, or go on with it: "
+                f"--config {self.config} --ckpt_path {self.checkpoints / 'last.ckpt'}"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        latest = self.folder.parent / "latest"
+        temporary = self.folder.parent / f".latest-{os.getpid()}"
+        temporary.symlink_to(self.folder.name)
+        temporary.replace(latest)
+
+    def update_results(self, values: dict[str, float]) -> None:
+        """Set values in results.json, leaving the others."""
+        before = json.loads(self.results.read_text()) if self.results.exists() else {}
+        with complete(self.results) as temporary:
+            temporary.write_text(json.dumps({**before, **values}, indent=2) + "\n")
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """Write a file or folder aside; it takes its name, flushed to disk, only when the block ends well."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+            _sync(file)
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a file, one JSON object a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

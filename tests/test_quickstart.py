@@ -1,0 +1,159 @@
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo import quickstart
+from dpo.quickstart.generator import SUBSET, is_held_out, rows, write
+from dpo.quickstart.topics import TOPICS
+
+MARK = "\n\nAssistant:"
+DIALOGUE = re.compile(r"(\n\nHuman: [^\n]+\n\nAssistant: [^\n]+){1,3}")
+
+
+def opening(text):
+    return text.removeprefix("\n\nHuman: ").split(MARK)[0]
+
+
+def split(text):
+    end = text.rindex(MARK) + len(MARK)
+    return text[:end], text[end:]
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return list(rows(5, 4_000))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(quickstart.POLICY)
+
+
+def test_same_seed_same_rows_and_more_rows_continue_fewer(pairs):
+    assert list(rows(5, 100)) == pairs[:100]
+    assert list(rows(6, 100)) != pairs[:100]
+
+
+def test_every_row_has_the_data_set_format(pairs):
+    turns = set()
+    for chosen, rejected in pairs:
+        assert DIALOGUE.fullmatch(chosen) and DIALOGUE.fullmatch(rejected)
+        assert chosen.isascii() and rejected.isascii() and "{" not in chosen + rejected
+        (prompt, better), (same_prompt, worse) = split(chosen), split(rejected)
+        assert prompt == same_prompt and better.strip() != worse.strip()
+        turns.add(prompt.count("\n\nHuman:"))
+    assert turns == {1, 2, 3}
+
+
+def test_every_topic_opens_some_rows(pairs):
+    openings = [opening(chosen) for chosen, _ in pairs]
+    for topic in TOPICS:
+        asked = {question.format(x=x) for question in topic.questions for x in topic.facts}
+        assert any(question in text for text in openings for question in asked), topic.name
+
+
+def test_the_longer_answer_wins_half_of_the_time(pairs, tokenizer):
+    answers = [(split(chosen)[1], split(rejected)[1]) for chosen, rejected in pairs]
+    characters = [len(chosen) - len(rejected) for chosen, rejected in answers]
+    assert 0 not in characters
+    assert 0.48 < sum(d > 0 for d in characters) / len(characters) < 0.52
+    sides = [tokenizer(list(side)).input_ids for side in zip(*answers, strict=True)]
+    tokens = [len(chosen) - len(rejected) for chosen, rejected in zip(*sides, strict=True)]
+    untied = [d for d in tokens if d != 0]
+    assert 0.46 < sum(d > 0 for d in untied) / len(untied) < 0.54
+
+
+def test_train_and_test_share_no_opening_for_any_seeds(pairs):
+    train = {opening(chosen) for chosen, _ in pairs}
+    test = {opening(chosen) for chosen, _ in rows(9, 500, held_out=True)}
+    assert not any(map(is_held_out, train)) and all(map(is_held_out, test))
+    assert len(train) > 0.75 * len(pairs)
+
+
+def test_write_gives_the_rows_as_reproducible_files(tmp_path):
+    assert write(tmp_path / "a", 3, 20, 10) == tmp_path / "a"
+    write(tmp_path / "b", 3, 20, 10)
+    for name, n, held_out in (("train", 20, False), ("test", 10, True)):
+        file = Path(SUBSET) / f"{name}.jsonl.gz"
+        raw = (tmp_path / "a" / file).read_bytes()
+        assert raw == (tmp_path / "b" / file).read_bytes()
+        read = [json.loads(line) for line in gzip.decompress(raw).splitlines()]
+        assert [(row["chosen"], row["rejected"]) for row in read] == list(rows(3, n, held_out))
+        assert all(row.keys() == {"chosen", "rejected"} for row in read)
+    assert sorted(path.name for path in (tmp_path / "a" / SUBSET).iterdir()) == [
+        "test.jsonl.gz",
+        "train.jsonl.gz",
+    ]
+
+
+def test_tokenizer_gives_the_text_back_with_offsets_and_one_bos(pairs, tokenizer):
+    texts = [text for pair in pairs[:200] for text in pair] + [
+        "naïve café, 東京 🙂\n\n\tHuman:  two  spaces ",
+        "a 'm .",
+    ]
+    for text in texts:
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        assert encoded.input_ids[0] == tokenizer.bos_token_id
+        assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(encoded.input_ids[1:])
+        assert tokenizer.decode(encoded.input_ids, skip_special_tokens=True) == text
+        assert encoded.offset_mapping[0] == (0, 0)
+        if text.isascii():  # several tokens share a character elsewhere
+            assert "".join(text[start:end] for start, end in encoded.offset_mapping) == text
+
+
+def test_tokenizer_knows_its_special_tokens(tokenizer):
+    assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) == ("<pad>", "<s>", "</s>")
+    assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
+    assert tokenizer.chat_template is None
+
+
+def test_prompt_alone_is_a_prefix_of_prompt_and_answer(pairs, tokenizer):
+    for chosen, _ in pairs[:200]:
+        prompt = tokenizer(split(chosen)[0]).input_ids
+        assert tokenizer(chosen).input_ids[: len(prompt)] == prompt
+
+
+def test_the_shipped_folder_is_small_and_readable():
+    files = list(quickstart.POLICY.iterdir())
+    assert sum(file.stat().st_size for file in files) < 8e6
+    names = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert {file.name for file in files} == names
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in files)
+
+
+def test_fresh_makes_the_shipped_tokenizer_and_shapes_from_nothing(tmp_path):
+    random_state = torch.random.get_rng_state()
+    quickstart.fresh(tmp_path / "a")
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    quickstart.fresh(tmp_path / "b")
+    for name in ("tokenizer.json", "config.json", "generation_config.json"):
+        made, shipped = (json.loads((folder / name).read_text()) for folder in (tmp_path / "a", quickstart.POLICY))
+        assert made | {"transformers_version": None} == shipped | {"transformers_version": None}
+    untrained, again = (load_file(tmp_path / folder / "model.safetensors") for folder in "ab")
+    shipped = load_file(quickstart.POLICY / "model.safetensors")
+    assert untrained.keys() == again.keys() == shipped.keys()
+    for name, weight in untrained.items():
+        assert torch.equal(weight, again[name])
+        assert weight.shape == shipped[name].shape and weight.dtype == shipped[name].dtype == torch.float32
+
+
+def test_the_policy_answers_the_sample_prompts_and_ends(tokenizer):
+    policy = AutoModelForCausalLM.from_pretrained(quickstart.POLICY).eval()
+    for prompt in quickstart.SAMPLE_PROMPTS:
+        assert prompt.endswith(MARK) and is_held_out(opening(prompt))
+        ids = torch.tensor([tokenizer(prompt).input_ids])
+        answer = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False)[0, ids.shape[1] :]
+        assert answer[-1] == tokenizer.eos_token_id
+        assert re.fullmatch(r" [A-Z][^\n]+[.?!]", tokenizer.decode(answer[:-1]))
