@@ -1,16 +1,17 @@
 """Attention over a flat row in which answers branch from a shared prompt, for any Hugging Face model.
 
 Takes the queries, keys and values of one layer and the `Layout` of the row; gives what each sequence would have got
-alone. Knows no model: it is registered once with the attention and mask interfaces of `transformers`, and every model that
-goes through them can be told to use it (`shared`).
+alone. Knows no model: it is registered once with the attention and mask interfaces of `transformers`, and every model
+that goes through them can be told to use it (`share`).
 
 A mask function of `transformers` says for query and key *positions* who sees whom (causal, sliding window, chunks).
-Positions restart at every branch, so the very same function, evaluated on position ids inside a branch, is right for the
-flat row too; plain causal attention needs no mask at all on the trunk.
+Positions restart at every branch, so the very same function, evaluated on position ids inside a branch, is right for
+the flat row too; plain causal attention needs no mask at all on the trunk.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from dpo.batch import Group, Layout
 
 NAME = "prefix_shared"
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+CAUSAL = cast(MaskFunction, causal_mask_function)  # declared for ints, meant for tensors
 
 
 class NotShareable(ValueError):
@@ -33,7 +35,7 @@ def mask_function(*, mask_function: MaskFunction, use_vmap: bool = False, **_: o
     """What `transformers` hands to the layers as mask: the rule itself, or None for plain causal attention."""
     if use_vmap:
         raise NotShareable("The model adds a mask of its own that is not a function of positions alone.")
-    return None if mask_function is causal_mask_function else mask_function
+    return None if mask_function is CAUSAL else mask_function
 
 
 def _visible(rule: MaskFunction, queries: Tensor, keys: Tensor) -> Bool[Tensor, "queries keys"]:
@@ -48,7 +50,7 @@ def _group_masks(group: Group, positions: Tensor, rule: MaskFunction | None) -> 
     masks: list[Tensor | None] = [None if rule is None else _visible(rule, trunk, trunk)]
     for branch in group.others():
         own = positions[branch]
-        masks.append(_visible(rule or causal_mask_function, own, torch.cat([prompt, own])))
+        masks.append(_visible(rule or CAUSAL, own, torch.cat([prompt, own])))
     return masks
 
 
@@ -132,8 +134,8 @@ def share(model: PreTrainedModel) -> None:
     It stays so (and is not switched per call) because recomputation in the backward pass must find it as it was.
 
     Raises:
-        NotShareable: The model does not go through the attention interface of `transformers`, or its rotary frequencies depend on
-            the longest position of the whole row.
+        NotShareable: The model does not go through the attention interface of `transformers`, or its rotary
+            frequencies depend on the longest position of the whole row.
     """
     if not model._can_set_attn_implementation():
         raise NotShareable(f"{type(model).__name__} does not use the attention interface of transformers.")

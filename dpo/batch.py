@@ -2,14 +2,15 @@
 
 Takes token ids, gives a `Batch`. Knows nothing of text, models or losses.
 
-The row of a batch is ``p1 c1 r1 p2 c2 r2 ...``: each prompt, then its answers, branch after branch. Position ids restart
-for every branch where the prompt ended, and `Layout` says which tokens belong together, so that the attention can
-let each branch see its prompt and itself only. The last token of an answer predicts nothing and nobody attends to it: it is
-a target, never an input.
+The row of a batch is ``p1 c1 r1 p2 c2 r2 ...``: each prompt, then its answers, branch after branch. Position ids
+restart for every branch where the prompt ended, and `Layout` says which tokens belong together, so that the attention
+can let each branch see its prompt and itself only. The last token of an answer predicts nothing and nobody attends to
+it: it is a target, never an input.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Int
@@ -49,7 +50,7 @@ class Group:
         starts = [self.trunk.stop]
         for length in self.branches[1:]:
             starts.append(starts[-1] + length)
-        return [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return [slice(a, b) for a, b in pairwise(starts)]
 
 
 @dataclass(frozen=True)

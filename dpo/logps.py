@@ -1,8 +1,8 @@
 """The one scorer: a model and a batch -> the log-probability of every answer token.
 
-Takes a causal language model and a `Batch`; gives `TokenScores`, one value per scored token. The policy and the reference,
-training, evaluation and serving all go through `score`. Only the hidden states that predict an answer token reach the
-head, a chunk at a time with recomputation in the backward pass, so no (tokens, vocabulary) tensor ever exists.
+Takes a causal language model and a `Batch`; gives `TokenScores`, one value per scored token. The policy and the
+reference, training, evaluation and serving all go through `score`. Only the hidden states that predict an answer token
+reach the head, a chunk at a time with recomputation in the backward pass, so no (tokens, vocabulary) tensor ever exists.
 Log-softmax and sums are float32, always. Knows nothing of pairs, losses or references.
 """
 
@@ -51,7 +51,7 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[ModelOutput, Float[Tensor, "scored width"]]:
     """The backbone's output and, out of it, the hidden states that predict the scored tokens.
 
-    One pass over the flat row where the model attends over branches (`dpo.attention.share`), otherwise one pass per answer.
+    One pass over the flat row where the model attends over branches (`dpo.attention.share`), otherwise one per answer.
     """
     body = backbone(model)
     if model.config._attn_implementation == NAME:

@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from dpo.batch import Batch, Example, collate
 
-Shares = list[
-    list[list[int]]
-]  # of one optimizer step: share -> micro-batch -> row; one share a device and accumulation
+# Of one optimizer step: share -> micro-batch -> row; one share for every device and accumulated batch.
+Shares = list[list[list[int]]]
 
 
 class Pairs(Protocol):
@@ -80,7 +79,8 @@ class Plan:
     def shares(self, rows: Sequence[int], costs: Sequence[int]) -> Shares:
         """Cut one optimizer step into `accumulate * world_size` shares of micro-batches.
 
-        Longest first, each to the share with the least work among those with the fewest pairs; then first fit into micro-batches.
+        Longest first, each to the share with the least work among those with the fewest pairs; then first fit into
+        micro-batches.
         """
         shares: list[list[int]] = [[] for _ in range(self.accumulate * self.world_size)]
         work = [0] * len(shares)
@@ -106,7 +106,7 @@ class Plan:
 
 
 class StepSampler(Sampler[tuple[list[list[int]], int]]):
-    """The micro-batches of one device and the pairs of the optimizer step they belong to, for every Lightning batch of an epoch."""
+    """For every Lightning batch of an epoch: the micro-batches of one device and the pairs of their optimizer step."""
 
     def __init__(self, costs: Sequence[int], plan: Plan) -> None:
         """Plan epochs over rows with these costs."""
@@ -153,8 +153,9 @@ class StepLoader(DataLoader[Step]):
         """
         if plan.batch_size < plan.world_size * plan.accumulate:
             raise ValueError(
-                f"expected a batch_size of at least devices * accumulate_grad_batches = {plan.world_size} * {plan.accumulate}, "
-                f"got {plan.batch_size}: raise --data.batch_size (it counts pairs per optimizer step over all devices)."
+                "expected a batch_size of at least devices * accumulate_grad_batches = "
+                f"{plan.world_size} * {plan.accumulate}, got {plan.batch_size}: raise --data.batch_size "
+                "(it counts pairs per optimizer step over all devices)."
             )
         self.steps = StepSampler(pairs.costs, plan)
         self.position = 0
