@@ -2,7 +2,7 @@
 
 Takes a causal language model and a `Batch`; gives `TokenScores`, one value per scored token. The policy and the
 reference, training, evaluation and serving all go through `score`. Only the hidden states that predict an answer token
-reach the head, a chunk at a time with recomputation in the backward pass, so no (tokens, vocabulary) tensor ever exists.
+reach the head, a chunk at a time with recomputation in the backward pass, so no (tokens, vocabulary) tensor exists.
 Log-softmax and sums are float32, always. Knows nothing of pairs, losses or references.
 """
 
