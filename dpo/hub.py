@@ -134,14 +134,18 @@ def push(run: Path, to: str, *, private: bool, api: HfApi) -> str:
             raise ValueError(f"{repository} exists and is public. Nothing was uploaded: choose another name.")
         operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files]
         return api.create_commit(repository, operations, commit_message="Upload policy").commit_url
-    except (HTTPError, RuntimeError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:
         reason = error.__cause__ or error  # a file's upload fails as RuntimeError with the reason behind it
         raise OSError(f"The upload to {to} at {api.endpoint} failed: {reason}") from error
 
 
 def main(arguments: Sequence[str]) -> None:
     """Upload a run's export, with its model card, to the Hugging Face hub."""
-    parser = ArgumentParser(prog="python -m dpo push", description=main.__doc__)
+    parser = ArgumentParser(
+        prog="python -m dpo push",
+        description=main.__doc__,
+        epilog="HF_ENDPOINT names another hub; for one without Xet storage set HF_HUB_DISABLE_XET=1 as well.",
+    )
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run, runs/<name>")
     parser.add_argument("--to", required=True, help="repository, user/name; made if it does not exist")
     parser.add_argument("--private", action="store_true", help="only you can see the repository")

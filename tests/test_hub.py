@@ -286,6 +286,12 @@ def test_an_unreachable_hub_is_said(hub: Hub, run: Path) -> None:
         push(run, "user/name", private=False, api=nowhere)
 
 
+def test_offline_mode_is_said(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"The upload to user/name .* failed: .*HF_HUB_OFFLINE"):
+        push(run, "user/name", private=False, api=api(hub))
+
+
 @pytest.mark.parametrize("to", ["name", "a/b/c", "user/na me", ""])
 def test_a_repository_has_a_user_and_a_name(hub: Hub, run: Path, to: str) -> None:
     with pytest.raises(ValueError, match=r"user/name|Repo id"):
