@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -33,7 +34,7 @@ class Lengths:
     max: int
 
     @classmethod
-    def of(cls, tokens: np.ndarray[Any, Any]) -> "Lengths":
+    def of(cls, tokens: NDArray[Any]) -> "Lengths":
         """Summarise lengths."""
         if not len(tokens):
             return cls(0.0, 0.0, 0.0, 0)
@@ -65,7 +66,7 @@ class Count:
     longer_wins: float
 
     @classmethod
-    def of(cls, columns: dict[str, np.ndarray[Any, Any]]) -> "Count":
+    def of(cls, columns: dict[str, NDArray[Any]]) -> "Count":
         """Count the rows of some columns."""
         verdicts = Counter(columns["verdict"].tolist())
         kept = {name: column[columns["verdict"] == KEPT] for name, column in columns.items()}
@@ -136,5 +137,5 @@ def _sections(count: Count) -> list[dict[str, str]]:
     return [{label: f"{number:,}" if number else "" for label, number in rows.items()}, tokens, shares]
 
 
-def _mean(values: np.ndarray[Any, Any]) -> float:
+def _mean(values: NDArray[Any]) -> float:
     return float(values.mean()) if len(values) else 0.0

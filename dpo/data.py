@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 from lightning import LightningDataModule
+from numpy.typing import NDArray
 from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -41,7 +42,7 @@ class PairDataset:
         split: For the ids: ``subset/split:line``.
     """
 
-    def __init__(self, table: Dataset, rows: "np.ndarray[Any, np.dtype[np.int64]]", split: str) -> None:
+    def __init__(self, table: Dataset, rows: NDArray[np.int64], split: str) -> None:
         self.table, self.rows, self.split = table, rows, split
         sides = (table.data.table[side] for side in ("prompt", "chosen", "rejected"))
         lengths = sum(pc.list_value_length(side).to_numpy().astype(np.int64) for side in sides)

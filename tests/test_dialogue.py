@@ -1,0 +1,95 @@
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo.dialogue import Pair, Refusal, Role, Turn, pair, parse
+
+ODD_FILE = Path(__file__).parent / "data" / "hh_odd.jsonl"
+ODD = [json.loads(line) for line in ODD_FILE.read_bytes().split(b"\n")[:-1]]
+OF_TOKENS = {Refusal.CONTROL_TOKEN_IN_TEXT, Refusal.IDENTICAL_AFTER_TRUNCATION}
+
+# Text with everything that might be mistaken for a marker, but no marker.
+said = st.lists(st.sampled_from(["\n", ":", " ", "Human", "Assistant", "Human:", "\n\nhuman:", "é🐈", "a\r\n"])).map(
+    "".join
+)
+said = said.filter(lambda text: "\n\nHuman:" not in text and "\n\nAssistant:" not in text)
+
+
+@st.composite
+def dialogues(draw: st.DrawFn) -> tuple[Turn, ...]:
+    exchanges = draw(st.lists(st.tuples(said, said), min_size=1, max_size=4))
+    return tuple(Turn(role, text) for exchange in exchanges for role, text in zip(Role, exchange, strict=True))
+
+
+@given(dialogues())
+def test_turns_joined_and_parsed_are_the_turns(turns: tuple[Turn, ...]) -> None:
+    assert parse("".join(map(str, turns))) == turns
+
+
+@given(st.lists(st.sampled_from(["\n\nHuman:", "\n\nAssistant:", "\n", " ", "Human:", "x"])).map("".join))
+def test_a_text_is_refused_or_given_back_to_the_byte(text: str) -> None:
+    turns = parse(text)
+    if isinstance(turns, Refusal):
+        return
+    assert "".join(map(str, turns)) == text
+    assert [turn.role for turn in turns] == [Role.HUMAN, Role.ASSISTANT] * (len(turns) // 2)
+
+
+@given(dialogues(), said)
+def test_prompt_and_answers_are_the_dialogues(turns: tuple[Turn, ...], other: str) -> None:
+    chosen = "".join(map(str, turns))
+    rejected = "".join(map(str, turns[:-1])) + str(Turn(Role.ASSISTANT, other))
+    found = pair(chosen, rejected)
+    if isinstance(found, Refusal):
+        assert found in {Refusal.EMPTY_ANSWER, Refusal.IDENTICAL_ANSWERS}
+        return
+    assert found.prompt + found.chosen == chosen
+    assert found.prompt + found.rejected == rejected
+    assert found.prompt.endswith("\n\nAssistant:")
+
+
+@pytest.mark.parametrize("row", ODD, ids=lambda row: row["expect"])
+def test_each_reason(row: dict[str, str]) -> None:
+    found = pair(row["chosen"], row["rejected"])
+    if row["expect"] in {"kept", *OF_TOKENS}:
+        assert isinstance(found, Pair)
+    else:
+        assert found == row["expect"]
+
+
+def test_the_odd_rows_have_every_reason_once() -> None:
+    reasons = Counter(row["expect"] for row in ODD)
+    assert {reason: reasons[reason] for reason in Refusal} == dict.fromkeys(Refusal, 1)
+
+
+def test_the_first_reason_counts_and_the_chosen_side_is_asked_first() -> None:
+    human_twice, no_human = "\n\nHuman: a\n\nHuman: b", "\n\nAssistant: a"
+    assert pair(human_twice, no_human) == Refusal.NOT_ALTERNATING  # it ends with a human turn, too
+    assert pair(no_human, human_twice) == Refusal.NO_HUMAN_START
+    assert pair("\n\nHuman: a\n\nAssistant: ", "\n\nHuman: b\n\nAssistant: ") == Refusal.HISTORIES_DIFFER
+    assert pair("\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant:") == Refusal.EMPTY_ANSWER
+
+
+def test_opening_and_shortened() -> None:
+    turns = "\n\nHuman: one \n\nAssistant: two\n\nHuman: three\n\nAssistant:"
+    found = pair(turns + " four", turns + " five")
+    assert isinstance(found, Pair)
+    assert found.opening == "one"
+    assert found.shortened().prompt == "\n\nHuman: three\n\nAssistant:"
+    assert (found.shortened().chosen, found.shortened().rejected) == (" four", " five")
+
+
+def test_real_rows_are_given_back_to_the_byte(hh_rlhf: Path) -> None:
+    kept = 0
+    for file in sorted(hh_rlhf.glob("*/*.jsonl.gz")):
+        for row in map(json.loads, gzip.decompress(file.read_bytes()).split(b"\n")[:-1]):
+            found = pair(row["chosen"], row["rejected"])
+            if isinstance(found, Pair):
+                assert (found.prompt + found.chosen, found.prompt + found.rejected) == (row["chosen"], row["rejected"])
+                kept += 1
+    assert kept > 0

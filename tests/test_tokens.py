@@ -1,0 +1,261 @@
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dpo.dialogue import Pair, Refusal, Role, Turn, pair
+from dpo.tokens import Encoded, Encoder, Format
+from tests.test_dialogue import ODD
+
+CORPUS = [row[side] for row in ODD for side in ("chosen", "rejected")]
+WHOLE = 10**6  # a maximal length that nothing reaches
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_level(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """As GPT-2, GPT-NeoX and Qwen: no begin of sequence."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["</s>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", chat_template=chat_template)
+
+
+def with_begin(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """As Llama: puts a begin of sequence before every text."""
+    tokenizer = byte_level(chat_template)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begin = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    return tokenizer
+
+
+TOKENIZERS = {"byte_level": byte_level(), "with_begin": with_begin()}
+tokenizers = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
+
+
+def pair_of(*said: str, chosen: str = " yes", rejected: str = " no") -> Pair:
+    roles = (Role.HUMAN, Role.ASSISTANT) * len(said)
+    return Pair(tuple(map(Turn, roles, said)), chosen, rejected)
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, pair: Pair, max_length: int = WHOLE, format: Format = "auto"
+) -> Encoded:
+    found = Encoder(tokenizer, max_length, format).encode(pair)
+    assert isinstance(found, Encoded)
+    return found
+
+
+@tokenizers
+def test_prompt_and_answers_decode_to_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    for row in ODD:
+        if row["expect"] not in {"kept", "identical_after_truncation"}:
+            continue
+        whole = encoded(tokenizer, pair(row["chosen"], row["rejected"]))
+        front = [] if tokenizer.bos_token is None else [tokenizer.bos_token_id]
+        assert whole.prompt[: len(front)] == front
+        for ids, text in ((whole.chosen, row["chosen"]), (whole.rejected, row["rejected"])):
+            row_ids = whole.prompt + ids
+            assert tokenizer.decode(row_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
+            assert row_ids.count(tokenizer.eos_token_id) == 1 == row_ids[::-1].index(tokenizer.eos_token_id) + 1
+            assert row_ids.count(tokenizer.bos_token_id) == len(front)
+
+
+def test_a_token_over_the_boundary_belongs_to_both_answers() -> None:
+    letters = {letter: i for i, letter in enumerate(sorted(set("\n\nHuman: hi Assistant: yesno!")))}
+    vocabulary = letters | {": ": len(letters), ": y": len(letters) + 1, "</s>": len(letters) + 2}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", " "), (": ", "y")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+
+    both = encoded(tokenizer, pair_of(" hi", chosen=" n!", rejected=" no"))  # ": " in both
+    assert both.chosen == [vocabulary[": "], vocabulary["n"], vocabulary["!"], vocabulary["</s>"]]
+    assert both.rejected == [vocabulary[": "], vocabulary["n"], vocabulary["o"], vocabulary["</s>"]]
+
+    one = encoded(tokenizer, pair_of(" hi", chosen=" yes", rejected="no"))  # ": y" in one, ":" in the other
+    assert one.prompt == both.prompt
+    assert one.chosen[0] == vocabulary[": y"]
+    assert one.rejected[0] == vocabulary[":"]
+
+
+@tokenizers
+@pytest.mark.parametrize("reason", [Refusal.CONTROL_TOKEN_IN_TEXT, Refusal.IDENTICAL_AFTER_TRUNCATION])
+def test_refusals(tokenizer: PreTrainedTokenizerFast, reason: Refusal) -> None:
+    row = next(row for row in ODD if row["expect"] == reason)
+    assert Encoder(tokenizer, 32).encode(pair(row["chosen"], row["rejected"])) is reason
+
+
+def test_a_control_token_is_refused_wherever_it_stands() -> None:
+    encoder = Encoder(TOKENIZERS["byte_level"])
+    for said in ({"chosen": " <|im_end|>"}, {"rejected": " a</s>b"}):
+        assert encoder.encode(pair_of(" hi", **said)) is Refusal.CONTROL_TOKEN_IN_TEXT
+    assert encoder.encode(pair_of(" hi", " <|im_start|>", " go on")) is Refusal.CONTROL_TOKEN_IN_TEXT
+    assert isinstance(encoder.encode(pair_of(" </S> <|im_end>")), Encoded)
+
+
+text = st.lists(st.sampled_from([" meat", " cats", "é🐈", ".", "\n", " and then"]), max_size=12).map("".join)
+
+
+@tokenizers
+@given(
+    exchanges=st.lists(st.tuples(text, text), max_size=3),
+    last=st.tuples(text, text, text),
+    max_length=st.integers(8, 90),
+)
+def test_truncation(
+    tokenizer: PreTrainedTokenizerFast,
+    exchanges: list[tuple[str, str]],
+    last: tuple[str, str, str],
+    max_length: int,
+) -> None:
+    question, chosen, rejected = last
+    said = [text for exchange in exchanges for text in exchange]
+    pair = pair_of(*said, question, chosen=" y" + chosen, rejected=" n" + rejected)
+    short = encoded(tokenizer, pair, max_length)
+    dropped = [replace(pair, history=pair.history[n:]) for n in range(0, len(pair.history), 2)]
+    before = [encoded(tokenizer, each) for each in dropped]
+    # The fewest exchanges go that make it fit; the last human turn stays.
+    fits = (n for n, each in enumerate(before) if each.length <= max_length)
+    assert short.turns_dropped == 2 * next(fits, len(before) - 1)
+    whole = before[short.turns_dropped // 2]
+    front = [] if tokenizer.bos_token is None else [tokenizer.bos_token_id]
+    # What is left of the prompt is its end, behind the begin of sequence.
+    kept = short.prompt[len(front) :]
+    assert short.prompt[: len(front)] == front
+    assert kept == whole.prompt[len(whole.prompt) - len(kept) :]
+    assert short.prompt_cut == (len(short.prompt) < len(whole.prompt))
+    # Answers are cut only where they alone do not fit beside one prompt token, and then lose their end.
+    for ids, full, cut in (
+        (short.chosen, whole.chosen, short.chosen_cut),
+        (short.rejected, whole.rejected, short.rejected_cut),
+    ):
+        assert cut == (len(full) > max_length - 1)
+        assert ids == (full[: max_length - 1] if cut else full)
+        assert ids.count(tokenizer.eos_token_id) == (0 if cut else 1)
+    assert len(short.prompt) >= 1
+    assert short.length <= max_length
+    # Nothing is given away.
+    assert not short.prompt_cut or short.length == max_length
+
+
+@tokenizers
+def test_a_batch_is_its_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
+    batch = [pair_of(*[" what do cats eat"] * n, rejected=" no" * n * n) for n in (1, 9, 3, 5, 1)]
+    batch.insert(2, pair_of(" </s>"))
+    encoder = Encoder(tokenizer, 48)
+    assert encoder.encode_batch(batch) == [encoder.encode(each) for each in batch]
+    assert encoder.encode_batch([]) == []
+
+
+def test_chat_template_as_rendered() -> None:
+    tokenizer = byte_level(CHATML)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat = Encoder(tokenizer, WHOLE, end_ids=[end])
+    found = chat.encode(pair_of(" Hi. ", " Hello!", " And?\n", chosen=" Fine.", rejected=" Bad.\n"))
+    assert isinstance(found, Encoded)
+    assert chat.chat
+    assert tokenizer.decode(found.prompt) == (
+        "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
+        "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    # The template's end of turn is the end of sequence; the line end that it writes behind is left out.
+    assert tokenizer.decode(found.chosen) == "Fine.<|im_end|>"
+    assert tokenizer.decode(found.rejected) == "Bad.<|im_end|>"
+    # Named by nobody, it is ordinary, and the tokenizer's own end is appended.
+    assert tokenizer.decode(encoded(tokenizer, pair_of(" Hi.")).chosen) == "yes<|im_end|>\n</s>"
+
+
+def test_chat_begins_as_the_template_says_and_keeps_it() -> None:
+    tokenizer = with_begin("{{ bos_token }}" + CHATML)
+    dialogue = pair_of(*[" what do cats eat"] * 5)
+    assert encoded(tokenizer, dialogue).prompt.count(tokenizer.bos_token_id) == 1
+    for max_length in range(8, 80):
+        short = encoded(tokenizer, dialogue, max_length)
+        assert short.prompt[0] == tokenizer.bos_token_id
+        assert short.length <= max_length
+    without = with_begin(CHATML)
+    assert without.bos_token_id not in encoded(without, dialogue).prompt
+
+
+def test_format_chooses_between_text_and_template() -> None:
+    templated, dialogue = byte_level(CHATML), pair_of(" Hi.")
+    assert encoded(templated, dialogue, format="chat") == encoded(templated, dialogue)
+    assert encoded(templated, dialogue, format="hh") == encoded(byte_level(), dialogue)
+
+
+def test_what_cannot_work_is_said_at_once() -> None:
+    tokenizer = byte_level()
+    with pytest.raises(ValueError, match=r"max_length .*>= 8 tokens, got 7"):
+        Encoder(tokenizer, 7)
+    with pytest.raises(ValueError, match="has none: use 'hh' or 'auto'"):
+        Encoder(tokenizer, format="chat")
+    with pytest.raises(ValueError, match="set its eos_token"):
+        Encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer))
+    with pytest.raises(ValueError, match="Expected a fast tokenizer"):
+        Encoder(PreTrainedTokenizerBase())
+    with pytest.raises(ValueError, match=r"refuses a dialogue .*no system.*use format 'hh'"):
+        Encoder(byte_level("{{ raise_exception('no system') }}"))
+    thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    with pytest.raises(ValueError, match=r"ends a prompt with .*<think>.*use format 'hh'"):
+        Encoder(byte_level(thinking))
+    one_word = Tokenizer(models.WordLevel({"?": 0, "</s>": 1}, unk_token="?"))
+    with pytest.raises(ValueError, match="does not separate prompt and answers"):
+        Encoder(PreTrainedTokenizerFast(tokenizer_object=one_word, eos_token="</s>"))
+
+
+def test_fingerprint_sees_everything_that_changes_ids() -> None:
+    def fingerprint(tokenizer: PreTrainedTokenizerFast, *options: object) -> str:
+        return Encoder(tokenizer, *options).fingerprint
+
+    same = fingerprint(byte_level()), fingerprint(byte_level(), 512, "hh")
+    assert len(set(same)) == 1
+    others = [
+        fingerprint(with_begin()),
+        fingerprint(byte_level(), 511),
+        fingerprint(byte_level(), 512, "hh", [3]),
+        fingerprint(byte_level(CHATML)),
+        fingerprint(byte_level(CHATML.replace("<|im_end|>\n", "<|im_end|>"))),
+    ]
+    assert len({same[0], *others}) == 1 + len(others)
+
+
+def test_truncation_and_padding_of_the_tokenizer_file_are_not_applied() -> None:
+    tokenizer = byte_level()
+    expected = encoded(tokenizer, pair_of(" what do cats eat"))
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    assert encoded(tokenizer, pair_of(" what do cats eat")) == expected
+
+
+def test_ids_are_those_of_trl_on_real_rows(hh_rlhf: Path, pretrained: Path) -> None:
+    """TRL 1.16: the prompt ends where the tokens of prompt, prompt + chosen and prompt + rejected part."""
+    prefix = pytest.importorskip("trl.data_utils").common_prefix_length
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    tokenizer.model_max_length = WHOLE  # or it remarks on every longer text
+    encoder, end = Encoder(tokenizer, WHOLE), tokenizer.eos_token
+    found = 0
+    for file in sorted(hh_rlhf.glob("*/test.jsonl.gz")):
+        for row in map(json.loads, gzip.decompress(file.read_bytes()).split(b"\n")[:-1]):
+            parsed = pair(row["chosen"], row["rejected"])
+            if isinstance(parsed, Refusal):
+                continue
+            texts = (parsed.prompt, row["chosen"] + end, row["rejected"] + end)
+            prompt, chosen, rejected = (tokenizer(text)["input_ids"] for text in texts)
+            shared = min(prefix(prompt, chosen), prefix(prompt, rejected))
+            assert encoder.encode(parsed) == Encoded(prompt[:shared], chosen[shared:], rejected[shared:])
+            found += 1
+    assert found > 0
