@@ -1,6 +1,6 @@
 """Direct Preference Optimization in PyTorch Lightning.
 
-raw dialogue -> Pair -> token ids -> Batch (one flat row) -> log-probs -> loss -> metrics -> checkpoint -> Hugging Face folder
+raw dialogue -> Pair -> token ids -> Batch (one flat row) -> log-probs -> loss -> metrics -> checkpoint -> export
 
 The way of a raw row to the loss:
 
@@ -11,8 +11,11 @@ The way of a raw row to the loss:
 - `logps`: the one scorer: a model and a batch -> the log-probability of every answer token
 - `losses`: every preference loss as a class with its equation
 
-Around it: `rows`, `store`, `audit`, `data`, `sampler` (files to steps), `models`, `sharing`, `reference`, `metrics`, `module`,
-`preflight`, `checkpoints`, `loggers`, `callbacks`, `run`, `report`, `export`, `cli` (a run), `hub` (the model hub), `quickstart`.
+Around it:
+
+- files to steps: `rows`, `store`, `audit`, `data`, `sampler`; `quickstart` makes files of its own
+- models and the step: `models`, `sharing`, `reference`, `metrics`, `finite`, `module`, `preflight`
+- a run and what it leaves: `run`, `checkpoints`, `loggers`, `callbacks`, `report`, `export`, `cli`, `hub`
 """
 
 __version__ = "0.1.0"

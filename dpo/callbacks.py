@@ -5,6 +5,7 @@ Takes what Lightning's hooks give; reads the module's metrics, changes nothing a
 
 import signal
 import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -17,7 +18,8 @@ from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.attention import plain
-from dpo.module import DPO
+from dpo.data import HHRLHF
+from dpo.module import DPO, is_logged
 from dpo.run import Run, jsonl
 from dpo.sampler import Step
 
@@ -49,7 +51,7 @@ class Rates(L.Callback):
 
     def restart(self) -> None:
         """Begin a new window."""
-        self.tokens = self.steps = 0
+        self.tokens = self.batches = 0
         self.waiting = self.working = 0.0
 
     def on_train_batch_start(
@@ -67,14 +69,12 @@ class Rates(L.Callback):
         self.ended = time.perf_counter()
         self.working += self.ended - self.started
         self.tokens += sum(len(micro.tokens) for micro in batch.micro_batches) * trainer.world_size
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        self.steps += 1
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        self.batches += 1
+        if is_logged(trainer, batch_idx):
             seconds = self.working + self.waiting
             values = {
                 "tokens_per_second": self.tokens / seconds,
-                "time/step": seconds / self.steps,
+                "time/step": seconds / self.batches * trainer.accumulate_grad_batches,
                 "time/data": self.waiting / seconds,
             }
             values = {f"train/{name}": value for name, value in values.items()}
@@ -91,6 +91,7 @@ class Rates(L.Callback):
 @torch.no_grad()
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], max_new_tokens: int) -> str:
     """The model's greedy answer to a prompt of token ids, up to its end or the next human turn."""
+    writer: Any = model  # its `generate` is declared for a private type
     ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -100,43 +101,45 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: l
     )
     ids = torch.tensor([prompt], device=model.device)
     with plain(model):
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    text = tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
+        output = writer.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    text = str(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
     return text.split("\n\nHuman:")[0].strip()
 
 
-def _as_list(value: int | list[int] | None) -> list[int | None]:
+def _as_list(value: int | list[int] | None) -> Sequence[int | None]:
     return value if isinstance(value, list) else [value]
 
 
 class Samples(L.Callback):
     """Shows how policy and reference answer the same held-out prompts, at every validation."""
 
-    def __init__(self, run: Run, prompts: int = 3, max_new_tokens: int = 64) -> None:
+    def __init__(self, run: Run, data: HHRLHF, prompts: int = 3, max_new_tokens: int = 64) -> None:
         """Choose how much is shown.
 
         Args:
             run: Where samples.jsonl is written.
+            data: Where the prompts come from.
             prompts: Number of prompts, spread evenly over the validation split.
             max_new_tokens: Longest answer.
         """
-        self.run, self.prompts, self.max_new_tokens = run, prompts, max_new_tokens
+        self.run, self.data, self.prompts, self.max_new_tokens = run, data, prompts, max_new_tokens
         self.reference_answers: dict[str, str] = {}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sample, show, store."""
+        assert isinstance(pl_module, DPO)
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        rows = self._sample(trainer, pl_module)
+        rows = self._sample(trainer.global_step, pl_module)
         show(rows)
         jsonl(self.run.samples, rows)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_text("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows])
 
-    def _sample(self, trainer: L.Trainer, module: DPO) -> list[dict[str, Any]]:
+    def _sample(self, step: int, module: DPO) -> list[dict[str, Any]]:
         """Answers of both models; those of a frozen reference are made once."""
-        pairs, tokenizer = trainer.datamodule.pairs["val"], trainer.datamodule.encoder.tokenizer
+        pairs, tokenizer = self.data.pairs["val"], self.data.encoder.tokenizer
         rows = []
         for index in range(0, len(pairs), -(-len(pairs) // self.prompts)):
             prompt = list(pairs[index].prompt)
@@ -144,7 +147,7 @@ class Samples(L.Callback):
             answers = {name: answer(model, tokenizer, prompt, self.max_new_tokens) for name, model in models.items()}
             rows.append(
                 {
-                    "step": trainer.global_step,
+                    "step": step,
                     "id": pairs[index].id,
                     "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
                     **answers,

@@ -1,6 +1,7 @@
 """Checkpoints that are complete or absent, and checked when they are read.
 
-Takes what Lightning wants saved; writes last.ckpt and best.ckpt, each with its SHA-256 beside it. Knows nothing of losses.
+Takes what Lightning wants saved; writes last.ckpt and best.ckpt, each with its SHA-256 beside it. Knows nothing of
+losses.
 """
 
 import hashlib

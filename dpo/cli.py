@@ -1,4 +1,4 @@
-"""The command line: which classes there are, where a run lies, and what happens around Lightning's fit, validate, test, predict.
+"""The command line: which classes there are, where a run lies, what happens around fit, validate, test and predict.
 
 Takes the words of the command line; gives a run folder. `train.py` is its only caller.
 """
@@ -76,13 +76,19 @@ class CLI(LightningCLI):
         if checkpoint in ("last", "best"):
             checkpoint = config.ckpt_path = str(self.run.checkpoints / f"{checkpoint}.ckpt")
         inside = checkpoint and self.run.checkpoints.resolve() in Path(checkpoint).resolve().parents
-        if rank_zero_only.rank == 0:
-            self.run.create(resume=bool(inside) or self.subcommand != "fit")
+        rank_zero_only(self.run.create)(resume=bool(inside) or self.subcommand != "fit")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Give the trainer what every run has, in front of what the user adds."""
         self.stop = Stop()
-        ours = [Preflight(), Rates(), Samples(self.run), LastAndBest(self.run), self.stop, Bar()]
+        ours = [
+            Preflight(self.datamodule),
+            Rates(),
+            Samples(self.run, self.datamodule),
+            LastAndBest(self.run),
+            self.stop,
+            Bar(),
+        ]
         config = self.config[self.subcommand]
         if config.trainer.logger is None:
             kwargs["logger"] = [MetricsCSV(self.run.metrics), wandb_logger(self.run)]
@@ -118,8 +124,9 @@ class CLI(LightningCLI):
             self.run,
             self.model.policy,
             self.datamodule.tokenizer,
-            self.model.policy_path,
-            self.datamodule.path,
+            base=self.model.policy_path,
+            data=self.datamodule.path,
+            loss=self.model.loss,
         )
         print(f"Checkpoints: {self.run.checkpoints}\nHugging Face folder: {folder}")
 

@@ -1,22 +1,29 @@
 """The end of a run -> a Hugging Face folder that anything can load.
 
-Takes the policy, its tokenizer and the run; writes weights, tokenizer, the resolved configuration and a model card with the
-measured numbers. The folder is complete or absent.
+Takes the policy, its tokenizer and the run; writes weights, tokenizer, the resolved configuration and a model card with
+the measured numbers. The folder is complete or absent.
 """
 
 import json
 import os
 from pathlib import Path
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import __version__, report
+from dpo.losses import PreferenceLoss
 from dpo.run import Run, complete
 
 
-def export(run: Run, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, data: str) -> Path:
+def export(
+    run: Run,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: str,
+    data: str,
+    loss: PreferenceLoss,
+) -> Path:
     """Write `export/` of a run.
 
     Args:
@@ -25,37 +32,40 @@ def export(run: Run, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         tokenizer: What it was trained with.
         base: The model it started from.
         data: What it was trained on.
+        loss: What it was trained with.
     """
     with complete(run.export) as folder:
         policy.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "train_config.yaml").write_bytes(run.config.read_bytes())
-        (folder / "README.md").write_text(str(card(run, base, data)), encoding="utf-8")
+        (folder / "README.md").write_text(str(card(run, base, data, loss)), encoding="utf-8")
         for file in folder.iterdir():
             os.chmod(file, 0o644)
     return run.export
 
 
-def card(run: Run, base: str, data: str) -> ModelCard:
+def card(run: Run, base: str, data: str, loss: PreferenceLoss) -> ModelCard:
     """The model card: what it is, how it was made, what was measured."""
     local = Path(base).is_dir()
-    names = {} if local else {"base_model": base}
-    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["dpo"], **names)
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["dpo"],
+        base_model=None if local else base,
+    )
     numbers = json.loads(run.results.read_text()) if run.results.exists() else {}
     lines = [f"| {name} | {value:.4f} |" for name, value in sorted(numbers.items())]
     started = Path(base).name if local else base
-    loss = yaml.safe_load(run.config.read_text())["model"]["loss"]
-    settings = ", ".join(f"{name} {value}" for name, value in loss.get("init_args", {}).items())
     text = f"""---
 {metadata.to_yaml()}
 ---
 
 # {run.folder.name}
 
-`{started}` trained on preferences ({Path(data).name}) with the loss {loss["class_path"].rsplit(".", 1)[-1]} ({settings}) by dpo-lightning {__version__},
+`{started}` trained on preferences ({Path(data).name}) with the loss `{loss}` by dpo-lightning {__version__},
 against a frozen reference. `train_config.yaml` is the whole configuration.
 
-Last measured on the validation and test pairs of this run (nats; rewards are beta times the log-ratio to the reference):
+Last measured on the validation and test pairs of this run (nats; rewards: beta times the log-ratio to the reference):
 
 | metric | value |
 | --- | ---: |

@@ -1,8 +1,9 @@
 """Preference losses: log-probabilities of chosen and rejected answers -> one value per pair.
 
-Takes `PairLogps`, gives a loss per pair. A loss is arithmetic: no model, no batch, no logging, no reduction. Notation as in
-Rafailov et al. 2023 (arXiv 2305.18290): beta holds the policy near the reference (larger is nearer), a log-ratio is
-log pi(y|x) - log pi_ref(y|x), the implicit reward of an answer is beta times its log-ratio. A new loss is a new final class.
+Takes `PairLogps`, gives a loss per pair. A loss is arithmetic: no model, no batch, no logging, no reduction. Notation
+as in Rafailov et al. 2023 (arXiv 2305.18290): beta holds the policy near the reference (larger is nearer), a log-ratio
+is log pi(y|x) - log pi_ref(y|x), the implicit reward of an answer is beta times its log-ratio. A new loss is a new
+final class.
 """
 
 from abc import ABC, abstractmethod
@@ -84,7 +85,7 @@ class DPO(PreferenceLoss):
             )
 
     def __call__(self, logps: PairLogps) -> Float[Tensor, " pairs"]:
-        """Equation 7 of 2305.18290; smoothed: equation 3 of the note on noisy preferences (ericmitchell.ai/cdpo.pdf)."""
+        """Equation 7 of 2305.18290; smoothed: equation 3 of the note on noisy labels (ericmitchell.ai/cdpo.pdf)."""
         chosen, rejected = logps.logratios.unbind(-1)
         margin = self.beta * (chosen - rejected)
         return -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)

@@ -1,7 +1,7 @@
 """What is logged of a batch, as sums and counts, so that no batch size and no number of devices can move a mean.
 
-Takes the scores of a batch under policy and reference and the losses of its pairs; gives named means. Names and definitions
-are those the field knows from TRL; every mean is over all pairs (or all scored tokens) since the last reset.
+Takes the scores of a batch under policy and reference and the losses of its pairs; gives named means. Names and
+definitions are those the field knows from TRL; every mean is over all pairs (or scored tokens) since the last reset.
 """
 
 import torch
@@ -38,7 +38,8 @@ def sums_and_counts(
     """The sum and the count of every metric of `NAMES` over one batch.
 
     Per pair: loss, rewards, margins, accuracies (chosen reward strictly above the rejected one), logps (summed over an
-    answer's tokens, nats), length (tokens), displaced (the policy holds the chosen answer less likely than the reference does).
+    answer's tokens, nats), length (tokens), displaced (the policy holds the chosen answer less likely than the
+    reference does).
     Per token: logits (vocabulary mean of the raw logits), entropy (nats, both answers), token_accuracy (the chosen
     answer's token was the most probable one), nll/chosen (nats).
     """

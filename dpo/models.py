@@ -5,11 +5,14 @@ Weights are read from safetensors and no code that comes with a model is run, un
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Source:
             )
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"cannot read a causal language model from {path!r}: {error}\nExpected a folder or hub id with config.json and "
-                "safetensors weights (--model.pickled_weights true also reads .bin files, --model.trust_remote_code true runs "
-                "code that comes with the model: both only for sources that you trust)."
+                f"cannot read a causal language model from {path!r}: {error}\nExpected a folder or hub id with "
+                "config.json and safetensors weights (--model.pickled_weights true also reads .bin files, "
+                "--model.trust_remote_code true runs code that comes with the model: only for sources you trust)."
             ) from error
         return model.eval()  # type: ignore[no-any-return]
 
@@ -53,9 +56,23 @@ class Source:
             ValueError: There is none.
         """
         try:
-            return AutoTokenizer.from_pretrained(path, **self._options(path))  # type: ignore[no-any-return]
+            return AutoTokenizer.from_pretrained(path, **self._options(path))
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read a tokenizer from {path!r}: {error}") from error
+
+
+def adapt_layers(model: PreTrainedModel, compiled: bool, recomputed: bool) -> None:
+    """Compile every layer, or keep only its inputs and compute the rest again in the backward pass.
+
+    Not through transformers, which recomputes in train mode (with dropout) only.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, GradientCheckpointingLayer):
+            continue
+        if compiled:
+            layer.compile(dynamic=True)
+        if recomputed:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

@@ -4,7 +4,6 @@ Takes `Step`s, gives gradients and metrics. Knows nothing of text, files or what
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,25 +13,23 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo import losses, quickstart
 from dpo.batch import Batch
+from dpo.finite import Watch
 from dpo.logps import TokenScores, score, sum_answers
 from dpo.losses import PairLogps, PreferenceLoss
 from dpo.metrics import Means, sums_and_counts
-from dpo.models import Source, weights_sha256
+from dpo.models import Source, adapt_layers, weights_sha256
 from dpo.reference import Copy, Frozen, Model, Reference
 from dpo.sampler import Step
 from dpo.sharing import share_if_exact
 
 REFERENCE = "reference."  # prefix of what is never in a checkpoint
-
-
-class NonFinite(RuntimeError):
-    """A loss or a gradient is not a finite number."""
+# Defaults of the command line, made when they are used.
+COPY: Reference = lazy_instance(Copy)
+DPO_LOSS: PreferenceLoss = lazy_instance(losses.DPO)
 
 
 class DPO(L.LightningModule):
@@ -44,8 +41,8 @@ class DPO(L.LightningModule):
     def __init__(
         self,
         policy: str = str(quickstart.POLICY),
-        reference: Reference | str = lazy_instance(Copy),
-        loss: PreferenceLoss = lazy_instance(losses.DPO),
+        reference: Reference | str = COPY,
+        loss: PreferenceLoss = DPO_LOSS,
         sharing: bool = True,
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -79,7 +76,7 @@ class DPO(L.LightningModule):
         self.gradient_checkpointing, self.preflight = gradient_checkpointing, preflight
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.train_means, self.val_means, self.test_means = Means(), Means(), Means()
-        self.unchecked: list[tuple[tuple[str, ...], Tensor]] = []  # ids and losses of the pairs of this step
+        self.watch = Watch()
         self.grad_norm = torch.zeros(())
         self.strict_loading = False  # the reference is not in checkpoints; load_state_dict checks the rest
 
@@ -95,16 +92,7 @@ class DPO(L.LightningModule):
             reason = share_if_exact(model) if self.sharing else "--model.sharing is false"
             if reason:
                 rank_zero_info(f"The {name} runs every answer as a sequence of its own: {reason}.")
-        for layer in self.policy.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                self._adapt(layer)
-
-    def _adapt(self, layer: torch.nn.Module) -> None:
-        """Compile or checkpoint a layer; not through transformers, which checkpoints in train mode (with dropout) only."""
-        if self.compiled:
-            layer.compile(dynamic=True)
-        if self.gradient_checkpointing:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+        adapt_layers(self.policy, self.compiled, self.gradient_checkpointing)
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the parameters that train, and its schedule."""
@@ -119,9 +107,9 @@ class DPO(L.LightningModule):
     def score_pairs(self, batch: Batch) -> tuple[TokenScores, PairLogps]:
         """Score both answers of every pair under policy and reference."""
         policy = score(self.policy, batch)
-        sums = [sum_answers(logps, batch).unflatten(0, (-1, 2)) for logps in (policy.logps, self.reference(batch))]
-        lengths = torch.tensor(batch.lengths, dtype=torch.float32, device=self.device).unflatten(0, (-1, 2))
-        return policy, PairLogps(*sums, lengths)
+        ours, theirs = (sum_answers(logps, batch) for logps in (policy.logps, self.reference(batch)))
+        lengths = torch.tensor(batch.lengths, dtype=torch.float32, device=self.device)
+        return policy, PairLogps(*(values.unflatten(0, (-1, 2)) for values in (ours, theirs, lengths)))
 
     def _losses(self, batch: Batch, means: Means) -> Tensor:
         """The loss of every pair of a micro-batch; everything else about it goes into the means."""
@@ -144,7 +132,7 @@ class DPO(L.LightningModule):
 
     def _training_losses(self, batch: Batch) -> Tensor:
         losses = self._losses(batch, self.train_means)
-        self.unchecked.append((batch.ids, losses.detach()))
+        self.watch.add(batch.ids, losses)
         return losses
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -155,22 +143,8 @@ class DPO(L.LightningModule):
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        finite = self.grad_norm.isfinite() | (self.trainer.scaler is not None)  # float16: the scaler skips such a step
-        for _, losses in self.unchecked:
-            finite &= losses.isfinite().all()
-        if not finite:
-            rows = [
-                row
-                for ids, losses in self.unchecked
-                for row, good in zip(ids, losses.isfinite(), strict=True)
-                if not good
-            ]
-            raise NonFinite(
-                f"step {self.trainer.global_step + 1}: the {'loss' if rows else 'gradient'} is not finite for the pairs "
-                f"{', '.join(rows or [row for ids, _ in self.unchecked for row in ids])}. The weights are those before this step and "
-                "the last checkpoint is intact. Try a smaller --optimizer.lr, --trainer.precision 32-true or bf16-mixed, or look at these rows."
-            )
-        self.unchecked.clear()
+        scaled = self.trainer.scaler is not None  # float16: the scaler skips a step whose gradient overflows
+        self.watch.check(self.trainer.global_step + 1, torch.zeros(()) if scaled else self.grad_norm)
 
     def on_train_start(self) -> None:
         """Begin with no gradients."""
@@ -188,8 +162,7 @@ class DPO(L.LightningModule):
 
     def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
         """Log the means since the last logged step."""
-        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if stepped and self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if is_logged(self.trainer, batch_idx):
             rates = {
                 "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
                 "grad_norm": self.grad_norm.item(),
@@ -198,8 +171,8 @@ class DPO(L.LightningModule):
 
     def report(self, stage: str, means: Means, more: Mapping[str, float] = MappingProxyType({})) -> None:
         """Log means under the names of a stage, at the number of optimizer steps taken, and start them anew."""
-        means_and_more = {**means.compute(), **more}
-        values = {f"{stage}/{name}": float(value) for name, value in means_and_more.items()}
+        measured = {name: value.item() for name, value in means.compute().items()}
+        values = {f"{stage}/{name}": value for name, value in {**measured, **more}.items()}
         means.reset()
         self.log_dict(values, logger=False, sync_dist=True)
         for logger in self.loggers if not self.trainer.sanity_checking else ():
@@ -232,9 +205,9 @@ class DPO(L.LightningModule):
             rows += [{"id": i, "logps": s, "rewards": r} for i, s, r in zip(batch.ids, sums, rewards, strict=True)]
         return rows
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Without the reference."""
-        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        state = super().state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if not name.startswith(REFERENCE)}
 
     def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -247,8 +220,8 @@ class DPO(L.LightningModule):
         missing = [name for name in result.missing_keys if not name.startswith(REFERENCE)]
         if missing or result.unexpected_keys:
             raise ValueError(
-                f"this checkpoint is of another model: weights missing {missing[:3]}, left over {result.unexpected_keys[:3]}. "
-                "Give the --model.policy that the run was started with."
+                f"this checkpoint is of another model: weights missing {missing[:3]}, left over "
+                f"{result.unexpected_keys[:3]}. Give the --model.policy that the run was started with."
             )
         return result
 
@@ -265,6 +238,12 @@ class DPO(L.LightningModule):
         before = checkpoint["reference_sha256"]
         if before != self.reference_sha256:
             raise ValueError(
-                f"the checkpoint was trained against a reference with SHA-256 {before[:16]}, this one has {self.reference_sha256[:16]}. "
-                "Give the --model.policy and --model.reference that the run was started with."
+                f"the checkpoint was trained against a reference with SHA-256 {before[:16]}, this one has "
+                f"{self.reference_sha256[:16]}. Give the --model.policy and --model.reference that the run began with."
             )
+
+
+def is_logged(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether an optimizer step that is to be logged has just ended with this batch."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets but does not declare it
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step % every == 0

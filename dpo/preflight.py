@@ -1,7 +1,7 @@
 """What must hold before the first step, checked on real rows of the run.
 
-Takes the module, its optimizer and some training pairs; passes in silence or says what is wrong, expected, got and what to do.
-Most broken set-ups train without complaint; none of them passes here.
+Takes the module, its optimizer and some training pairs; passes in silence or says what is wrong, expected, got and
+what to do. Most broken set-ups train without complaint; none of them passes here.
 """
 
 from collections.abc import Iterator
@@ -13,17 +13,15 @@ from torch import Tensor
 
 from dpo.attention import NAME
 from dpo.batch import Batch, Example, collate
+from dpo.data import HHRLHF
 from dpo.logps import score
 from dpo.module import DPO
 from dpo.reference import Copy
 from dpo.sharing import difference
 
 PAIRS = 4
-SHARED_TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.bfloat16: 0.1,
-    torch.float16: 0.02,
-}  # of the largest hidden state
+# Of the largest hidden state.
+SHARED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 class PreflightError(RuntimeError):
@@ -32,6 +30,10 @@ class PreflightError(RuntimeError):
 
 class Preflight(L.Callback):
     """Checks a run before its first step, unless --model.preflight is false."""
+
+    def __init__(self, data: HHRLHF) -> None:
+        """Check on pairs of this data."""
+        self.data = data
 
     @torch.no_grad()
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -43,10 +45,10 @@ class Preflight(L.Callback):
         assert isinstance(pl_module, DPO)
         if not pl_module.preflight:
             return
-        pairs = trainer.datamodule.pairs["train"]
+        pairs = self.data.pairs["train"]
         examples = [pairs[row] for row in range(min(PAIRS, len(pairs)))]
         batch = collate(examples).to(pl_module.device)
-        passed = list(_endings(examples, trainer.datamodule.encoder.end_ids))
+        passed = list(_endings(examples, self.data.encoder.end_ids))
         passed += _frozen(pl_module, trainer.optimizers[0])
         with trainer.precision_plugin.forward_context():
             passed += _repeatable(pl_module, batch)
@@ -118,11 +120,9 @@ def _shared(module: DPO, batch: Batch) -> Iterator[str]:
     if module.policy.config._attn_implementation != NAME:
         return
     found = difference(module.policy, batch)
-    limit = SHARED_TOLERANCE[
-        torch.get_autocast_dtype(batch.tokens.device.type)
-        if torch.is_autocast_enabled(batch.tokens.device.type)
-        else module.policy.dtype
-    ]
+    device = batch.tokens.device.type
+    autocast = torch.is_autocast_enabled(device)
+    limit = SHARED_TOLERANCE[torch.get_autocast_dtype(device) if autocast else module.policy.dtype]
     _require(
         found <= limit,
         "shared prompts against separate sequences",

@@ -1,7 +1,7 @@
 """What the policy is compared with: how a reference is made, and what scores its answers.
 
-A `Reference` is a choice on the command line; its `build` gives a frozen module that turns a `Batch` into the log-probability
-of every scored token, through the same scorer as the policy. Knows nothing of losses.
+A `Reference` is a choice on the command line; its `build` gives a frozen module that turns a `Batch` into the
+log-probability of every scored token, through the same scorer as the policy. Knows nothing of losses.
 """
 
 from abc import ABC, abstractmethod
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from dpo.batch import Batch
 from dpo.logps import score
 from dpo.models import Source
+from dpo.sharing import vocabulary
 
 
 class Frozen(nn.Module):
@@ -67,10 +68,10 @@ class Model(Reference):
             ValueError: The vocabularies differ in size.
         """
         model = source.model(self.path)
-        ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (policy, model))
+        ours, theirs = vocabulary(policy), vocabulary(model)
         if ours != theirs:
             raise ValueError(
-                f"the reference {self.path!r} has a vocabulary of {theirs} tokens, the policy one of {ours}: token ids would mean "
-                "different things. Choose a reference with the policy's tokenizer."
+                f"the reference {self.path!r} has a vocabulary of {theirs} tokens, the policy one of {ours}: token ids "
+                "would mean different things. Choose a reference with the policy's tokenizer."
             )
         return Frozen(model, f"the model {self.path}")

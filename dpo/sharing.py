@@ -1,13 +1,14 @@
 """May this model attend over flat rows? Tried, not believed.
 
-Takes a model, leaves it sharing prompts between answers where that is exact, and says why where it is not. Recurrent layers,
-attention outside the interface of `transformers`, biases by row index: whatever the cause, a model whose hidden states
-differ from those of each sequence alone keeps to separate sequences.
+Takes a model, leaves it sharing prompts between answers where that is exact, and says why where it is not. Recurrent
+layers, attention outside the interface of `transformers`, biases by row index: whatever the cause, a model whose hidden
+states differ from those of each sequence alone keeps to separate sequences.
 """
 
 import random
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo.attention import NotShareable, plain, share
@@ -16,6 +17,13 @@ from dpo.logps import hidden_states
 
 TOLERANCE = 1e-4  # of the largest hidden state: rounding gives 1e-6 in float32, a token seen wrongly 1e-2
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many token ids the model knows."""
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    return len(embeddings)
 
 
 def _probe(vocabulary: int) -> Batch:
@@ -50,7 +58,7 @@ def share_if_exact(model: PreTrainedModel) -> str:
     before = model.config._attn_implementation
     try:
         share(model)
-        found = difference(model, _probe(model.get_input_embeddings().weight.shape[0]).to(model.device))
+        found = difference(model, _probe(vocabulary(model)).to(model.device))
         reason = "" if found <= TOLERANCE else f"its hidden states differ by {found:.1e} on a flat row"
     except NotShareable as error:
         reason = str(error)

@@ -28,6 +28,7 @@ ORDER = (
     "models",
     "reference",
     "metrics",
+    "finite",
     "module",
     "preflight",
     # a run and what it leaves

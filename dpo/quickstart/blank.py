@@ -46,9 +46,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
     core.train_from_iterator(_texts(4_000), trainer)
     bos = (_BOS, core.token_to_id(_BOS))
-    core.post_processor = processors.TemplateProcessing(
-        single=f"{_BOS} $A", pair=f"{_BOS} $A $B", special_tokens=[bos]
-    )
+    core.post_processor = processors.TemplateProcessing(single=f"{_BOS} $A", pair=f"{_BOS} $A $B", special_tokens=[bos])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=_BOS,

@@ -152,9 +152,7 @@ TOPICS: tuple[Topic, ...] = (
             If you look at the calendar, you will see that {y} comes right after {x}.
         """),
         _successors("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-        | _successors(
-            "January February March April May June July August September October November December"
-        ),
+        | _successors("January February March April May June July August September October November December"),
     ),
     Topic(
         "young animals",
