@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -172,12 +173,14 @@ def download(repository: str, subsets: Sequence[str] | None, local_only: bool = 
         ValueError: No such folder here, and none on the hub, or it cannot be reached.
     """
     patterns = [f"{subset}/{split}.jsonl*" for subset in subsets or ["*"] for split in SPLITS]
+    fetch = partial(snapshot_download, repository, repo_type="dataset", local_files_only=local_only)
     try:
-        return Path(
-            snapshot_download(repository, repo_type="dataset", allow_patterns=patterns, local_files_only=local_only)
-        )
+        folder = Path(fetch(allow_patterns=patterns))
+        if any(not folder.joinpath(subset).is_dir() for subset in subsets or []):
+            fetch(allow_patterns=["*/train.jsonl*"])  # what is there, then?
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"{repository!r} is no folder here, and the hub does not give it: {error}\n"
             "Check --data.path; without a network, give a folder that has <subset>/train.jsonl.gz."
         ) from error
+    return folder

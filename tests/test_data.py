@@ -1,0 +1,385 @@
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from lightning import LightningDataModule
+
+from dpo import store
+from dpo.batch import Example
+from dpo.data import HHRLHF
+from dpo.dialogue import Pair, Refusal, pair
+from dpo.rows import BadRow, Fault, Row, find, read
+from dpo.sampler import Step
+from dpo.tokens import Encoded, Encoder
+from tests.test_dialogue import ODD, ODD_FILE
+from tests.test_tokens import byte_level
+
+KEPT = [row for row in ODD if row["expect"] == "kept"]
+
+
+def line(question: str, chosen: str = " yes", rejected: str = " no") -> bytes:
+    prompt = f"\n\nHuman: {question}\n\nAssistant:"
+    return json.dumps({"chosen": prompt + chosen, "rejected": prompt + rejected}).encode() + b"\n"
+
+
+def write(folder: Path, subset: str, split: str, lines: Iterable[bytes]) -> Path:
+    file = folder / subset / f"{split}.jsonl.gz"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(gzip.compress(b"".join(lines), mtime=0))
+    return file
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_level().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two subsets, of 40 and 10 rows for training, with 20 openings in all, and 3 rows for the test."""
+    write(tmp_path / "data", "one", "train", [line(f"what is {i % 20}?", f" it is {i}") for i in range(40)])
+    write(tmp_path / "data", "two", "train", [line(f"what is {i}?", f" two {i}") for i in range(10)])
+    for subset in ("one", "two"):
+        write(tmp_path / "data", subset, "test", [line(f"what is {subset} {i}?") for i in range(3)])
+    return tmp_path / "data"
+
+
+def ready(tokenizer: str, folder: Path | str, **options: object) -> HHRLHF:
+    data = HHRLHF(tokenizer, str(folder), **options)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def examples(data: HHRLHF, name: str) -> list[Example]:
+    return [data.pairs[name][i] for i in range(len(data.pairs[name]))]
+
+
+def ids(data: HHRLHF, name: str) -> list[str]:
+    return [example.id for example in examples(data, name)]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+GOOD = line("a")
+BAD = {
+    b'{"chosen": "\xff", "rejected": ""}\n': Fault.INVALID_UTF8,
+    b'{"chosen": "\\ud800", "rejected": ""}\n': Fault.INVALID_UTF8,
+    b'{"chosen": "a", "rejected": \n': Fault.BROKEN_JSON,
+    b"\n": Fault.BROKEN_JSON,
+    b"[" * 100_000 + b"\n": Fault.BROKEN_JSON,
+    b'{"chosen": "a", "chosen": "b", "rejected": "c"}\n': Fault.REPEATED_KEY,
+    b'{"chosen": "a"}\n': Fault.MISSING_FIELD,
+    b'{"rejected": "a"}\n': Fault.MISSING_FIELD,
+    b'{"chosen": "a", "rejected": null}\n': Fault.WRONG_TYPE,
+    b'{"chosen": ["a"], "rejected": "b"}\n': Fault.WRONG_TYPE,
+    b'["a", "b"]\n': Fault.WRONG_TYPE,
+    b'{"chosen": "a", "reje': Fault.CUT_LINE,
+}
+bad_lines = pytest.mark.parametrize(("bad", "fault"), BAD.items(), ids=range(len(BAD)))
+
+
+def test_every_fault_has_a_line() -> None:
+    assert set(BAD.values()) == set(Fault)
+
+
+@bad_lines
+def test_a_bad_row_is_named(tmp_path: Path, bad: bytes, fault: Fault) -> None:
+    file = write(tmp_path, "a", "train", [GOOD, GOOD, bad])
+    with file.open("rb") as raw:
+        *good, last = read(raw, file)
+    assert all(isinstance(row, Row) for row in good)
+    assert isinstance(last, BadRow)
+    assert (last.line, last.fault) == (3, fault)
+
+
+@bad_lines
+def test_a_bad_row_stops_everything_and_leaves_nothing(
+    tokenizer: str, tmp_path: Path, cache: Path, bad: bytes, fault: Fault
+) -> None:
+    file = write(tmp_path, "a", "train", [GOOD, bad])
+    with pytest.raises(ValueError) as error:
+        ready(tokenizer, tmp_path)
+    for part in (str(file), "line 2", fault, "--data.on_bad_row skip"):
+        assert part in str(error.value)
+    assert list(cache.iterdir()) == []
+
+
+def test_bad_rows_can_be_skipped_and_are_counted(tokenizer: str, tmp_path: Path) -> None:
+    *others, cut = BAD
+    write(tmp_path, "a", "train", [line("b"), *others, line("c"), cut])
+    data = ready(tokenizer, tmp_path, on_bad_row="skip", val_fraction=0.0)
+    counts = data.audits["train"].counts["a"]
+    expected = {fault: list(BAD.values()).count(fault) for fault in Fault}
+    assert (counts.read, counts.kept, counts.bad) == (2 + len(BAD), 2, expected)
+    assert ids(data, "train") == ["a/train:1", f"a/train:{2 + len(others)}"]
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(GOOD * 9)[:-9], "train.jsonl.gz, after line .*broken gzip.*Fetch the file again"),
+        (b"no gzip", "train.jsonl.gz, after line 0: broken gzip"),
+        (gzip.compress(b""), "train.jsonl.gz, line 1: the file is empty"),
+        (b"", "train.jsonl.gz, line 1: the file is empty"),
+    ],
+)
+def test_a_broken_file_is_never_skipped(
+    tokenizer: str, tmp_path: Path, cache: Path, content: bytes, message: str, on_bad_row: str
+) -> None:
+    file = write(tmp_path, "a", "train", [])
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        ready(tokenizer, tmp_path, on_bad_row=on_bad_row)
+    assert list(cache.iterdir()) == []
+
+
+def test_plain_and_compressed_files_are_the_same(tokenizer: str, tmp_path: Path) -> None:
+    write(tmp_path / "gz", "a", "train", [line("b"), line("c")])
+    plain = tmp_path / "plain" / "a" / "train.jsonl"
+    plain.parent.mkdir(parents=True)
+    plain.write_bytes(line("b") + line("c"))
+    one, two = (ready(tokenizer, tmp_path / name, val_fraction=0.0) for name in ("gz", "plain"))
+    assert examples(one, "train") == examples(two, "train")
+    write(tmp_path / "plain", "a", "train", [line("b")])
+    with pytest.raises(ValueError, match=r"train\.jsonl\.gz and train\.jsonl are both there"):
+        ready(tokenizer, tmp_path / "plain")
+
+
+def test_subsets_are_those_named_in_their_order(folder: Path) -> None:
+    assert [(s.subset, s.split) for s in find(folder, None)] == [
+        ("one", "train"), ("one", "test"), ("two", "train"), ("two", "test"),
+    ]  # fmt: skip
+    assert [s.subset for s in find(folder, ["two", "one"])] == ["two", "two", "one", "one"]
+    with pytest.raises(ValueError, match="found one, two, not three"):
+        find(folder, ["two", "three"])
+    with pytest.raises(ValueError, match="found none"):
+        find(folder / "one", None)
+
+
+def test_what_is_no_folder_is_looked_for_on_the_hub(tokenizer: str) -> None:
+    for path in ("nobody/has-this", "no/such/folder"):
+        with pytest.raises(ValueError, match=f"'{path}' is no folder here, and the hub does not give it"):
+            ready(tokenizer, path)
+
+
+def test_of_the_hub_only_the_named_subsets_are_fetched(
+    tokenizer: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def snapshot(repository: str, *, allow_patterns: list[str], repo_type: str, local_files_only: bool) -> str:
+        assert (repository, repo_type) == ("some/data", "dataset")
+        asked.append((local_files_only, *allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("dpo.rows.snapshot_download", snapshot)
+    data = ready(tokenizer, "some/data", subsets=["two"])
+    patterns = ("two/train.jsonl*", "two/test.jsonl*")
+    assert asked == [(False, *patterns), (True, *patterns)]  # fetched once, then found
+    assert list(data.audits["train"].counts) == ["two", "total"]
+    with pytest.raises(ValueError, match="found one, two, not three"):
+        ready(tokenizer, "some/data", subsets=["three"])
+
+
+# --- tokenised once --------------------------------------------------------------------------------------------------
+
+
+def test_odd_rows_are_counted_under_their_reason(tokenizer: str, tmp_path: Path) -> None:
+    write(tmp_path, "odd", "train", [ODD_FILE.read_bytes()])
+    data = ready(tokenizer, tmp_path, max_length=64, val_fraction=0.0)
+    counts = data.audits["train"].counts["odd"]
+    assert (counts.read, counts.kept) == (len(ODD), len(KEPT))
+    assert counts.refused == dict.fromkeys(Refusal, 1)
+    numbers = [n for n, row in enumerate(ODD, 1) if row["expect"] == "kept"]
+    assert ids(data, "train") == [f"odd/train:{n}" for n in numbers]
+
+
+def test_examples_are_what_the_encoder_gives(tokenizer: str, tmp_path: Path) -> None:
+    write(tmp_path, "odd", "train", [ODD_FILE.read_bytes()])
+    data = ready(tokenizer, tmp_path, max_length=64, val_fraction=0.0)
+    encoder = Encoder(byte_level(), 64)
+    for row, example, cost in zip(KEPT, examples(data, "train"), data.pairs["train"].costs, strict=True):
+        parsed = pair(row["chosen"], row["rejected"])
+        assert isinstance(parsed, Pair)
+        expected = encoder.encode(parsed)
+        assert isinstance(expected, Encoded)
+        assert (example.prompt, *example.answers) == (expected.prompt, expected.chosen, expected.rejected)
+        assert cost == len(expected.prompt) + len(expected.chosen) + len(expected.rejected)
+
+
+def test_the_second_time_nothing_is_tokenised_and_the_audit_is_shown_again(
+    tokenizer: str, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = ready(tokenizer, folder)
+    shown = capsys.readouterr().out
+    monkeypatch.setattr(store, "build", None)
+    second = ready(tokenizer, folder, val_fraction=0.5, batch_size=2, max_tokens=None, seed=1)
+    assert capsys.readouterr().out == shown[shown.index("What was read of train") :]
+    assert second.audits == first.audits
+    (made,) = cache.iterdir()
+    stored = json.loads((made / "audit.json").read_text())
+    assert stored == {split: audit.as_dict() for split, audit in first.audits.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_length": 64}, {"limit": 3}, {"on_bad_row": "skip"}, {"subsets": ["one"]}, {"subsets": ["two", "one"]}],
+)
+def test_what_changes_the_rows_is_stored_apart(
+    tokenizer: str, folder: Path, cache: Path, change: dict[str, object]
+) -> None:
+    ready(tokenizer, folder)
+    ready(tokenizer, folder, **change)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_changed_file_is_tokenised_again(tokenizer: str, folder: Path) -> None:
+    before = ready(tokenizer, folder)
+    write(folder, "two", "test", [line("new?")])
+    after = ready(tokenizer, folder)
+    assert (len(before.pairs["test"]), len(after.pairs["test"])) == (6, 4)
+
+
+def test_whoever_is_first_wins(tokenizer: str, folder: Path, cache: Path) -> None:
+    data = ready(tokenizer, folder)
+    (made,) = cache.iterdir()
+    before = (made / "train.arrow").stat()
+    store.build(made, find(folder, None), data.encoder, None, False)
+    assert (made / "train.arrow").stat() == before
+    assert list(cache.iterdir()) == [made]
+
+
+def test_an_interrupted_build_leaves_nothing(
+    tokenizer: str, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    data = HHRLHF(tokenizer, str(folder))
+    assert data.encoder.max_length == data.max_length  # made before it is broken
+    monkeypatch.setattr(Encoder, "encode_batch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare_data()
+    assert list(cache.iterdir()) == []
+
+
+# --- splits and steps ------------------------------------------------------------------------------------------------
+
+
+def opening(example: Example) -> str:
+    return byte_level().decode(example.prompt).split("\n\n")[1]
+
+
+def test_an_opening_is_never_in_both(tokenizer: str, folder: Path) -> None:
+    sizes = []
+    for val_fraction in (0.2, 0.5):
+        data = ready(tokenizer, folder, val_fraction=val_fraction)
+        train, val = ({opening(example) for example in examples(data, name)} for name in ("train", "val"))
+        assert not train & val
+        assert len(train | val) == 20
+        assert len(data.pairs["train"]) + len(data.pairs["val"]) == 50
+        sizes.append(ids(data, "val"))
+        assert len(data.pairs["test"]) == 6  # which is not cut
+    assert set(sizes[0]) < set(sizes[1])  # a larger share keeps what was held out
+
+
+def test_without_a_validation_split(tokenizer: str, folder: Path) -> None:
+    data = ready(tokenizer, folder, val_fraction=0.0)
+    assert len(data.pairs["train"]) == 50
+    assert data.val_dataloader() == []
+
+
+def test_limit_is_of_each_file(tokenizer: str, folder: Path) -> None:
+    data = ready(tokenizer, folder, limit=2, val_fraction=0.0)
+    assert ids(data, "train") == ["one/train:1", "one/train:2", "two/train:1", "two/train:2"]
+    assert ids(data, "test") == ["one/test:1", "one/test:2", "two/test:1", "two/test:2"]
+
+
+def batches(steps: Iterable[Step]) -> list[str]:
+    return [name for step in steps for batch in step.micro_batches for name in batch.ids]
+
+
+def test_steps_cover_the_pairs(tokenizer: str, folder: Path) -> None:
+    data = ready(tokenizer, folder, batch_size=7, val_fraction=0.3)
+    assert isinstance(data, LightningDataModule)
+    in_order = ready(tokenizer, folder, batch_size=1, val_fraction=0.3, shuffle=False)
+    assert batches(in_order.train_dataloader()) == ids(data, "train")
+    shuffled = batches(data.train_dataloader())
+    assert shuffled != ids(data, "train")
+    assert sorted(shuffled) == sorted(ids(data, "train"))
+    assert sorted(batches(data.test_dataloader())) == sorted(batches(data.predict_dataloader())) == ids(data, "test")
+    assert sorted(batches(data.val_dataloader())) == sorted(ids(data, "val"))
+
+
+def test_no_pair_left_is_said(tokenizer: str, tmp_path: Path) -> None:
+    write(tmp_path, "a", "train", [line("b")])
+    data = ready(tokenizer, tmp_path, val_fraction=0.0)
+    with pytest.raises(ValueError, match="No pair is left for 'test'"):
+        data.test_dataloader()
+    data = ready(tokenizer, tmp_path, val_fraction=0.999999)
+    with pytest.raises(ValueError, match="No pair is left for 'train'"):
+        data.train_dataloader()
+
+
+def test_generated_data_is_the_default_and_stored_once(tokenizer: str, cache: Path) -> None:
+    first, second = HHRLHF(tokenizer), HHRLHF(tokenizer)
+    for data in (first, second):
+        data.prepare_data()
+        data.setup("fit")
+    assert len(list(cache.glob("tokens-*"))) == 1
+    assert set(first.pairs) == {"train", "val", "test"}
+    assert first.pairs["train"][0] == second.pairs["train"][0]
+    total = first.audits["train"].counts["total"]
+    assert total.kept == total.read >= 1000
+
+
+def test_ends_of_the_generation_config_end_answers(tmp_path: Path) -> None:
+    byte_level().save_pretrained(tmp_path)
+    assert HHRLHF(str(tmp_path)).encoder.end_ids == (0,)
+    for ends, expected in ((2, (0, 2)), ([2, 0], (0, 2)), (None, (0,))):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        assert HHRLHF(str(tmp_path)).encoder.end_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"subsets": []}, "subsets: expected some names, each once"),
+        ({"subsets": ["a", "a"]}, "subsets: expected some names, each once"),
+        ({"max_length": 7}, "max_length: expected at least 8 tokens, got 7"),
+        ({"batch_size": 0}, "batch_size: expected at least 1 pair, got 0"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1 token"),
+        ({"val_fraction": 1.0}, "val_fraction: expected a share from 0"),
+        ({"val_fraction": -0.1}, "val_fraction: expected a share from 0"),
+        ({"limit": 0}, "limit: expected at least 1 row"),
+        ({"seed": -1}, "seed: expected at least 0"),
+    ],
+)
+def test_options_are_checked_at_once(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"--data.{message}"):
+        HHRLHF("no-tokenizer", **options)
+
+
+def test_real_rows_add_up(hh_rlhf: Path, pretrained: Path) -> None:
+    data = ready(str(pretrained), hh_rlhf, limit=300)
+    subsets = sorted(folder.name for folder in hh_rlhf.iterdir() if folder.is_dir())
+    for split, audit in data.audits.items():
+        assert list(audit.counts) == [*subsets, "total"]
+        for subset in subsets:
+            rows = len(gzip.decompress((hh_rlhf / subset / f"{split}.jsonl.gz").read_bytes()).splitlines())
+            count = audit.counts[subset]
+            assert count.kept + sum(count.refused.values()) == count.read == min(rows, 300)
+            assert sum(count.bad.values()) == 0
+    assert len(data.pairs["train"]) + len(data.pairs["val"]) == data.audits["train"].counts["total"].kept
