@@ -114,14 +114,21 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
 
     masks = iter(_masks(layout, attention_mask))
-    parts = []
-    for group in layout.groups:
-        trunk, prompt = group.trunk, slice(group.start, group.start + group.prompt)
-        parts.append(attend(query[:, :, trunk], key[:, :, trunk], value[:, :, trunk], next(masks)))
-        for branch in group.others():
-            k, v = (torch.cat([x[:, :, prompt], x[:, :, branch]], dim=2) for x in (key, value))
-            parts.append(attend(query[:, :, branch], k, v, next(masks)))
+    keys, values = _branch_keys(layout, key), _branch_keys(layout, value)
+    # split, not slices: the gradient of a slice is as large as the whole row
+    queries = query.split([length for group in layout.groups for length in group.segments], dim=2)
+    parts = [attend(*inputs) for inputs in zip(queries, keys, values, masks, strict=True)]
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
+
+
+def _branch_keys(layout: Layout, x: Tensor) -> Iterator[Tensor]:
+    """Keys (or values) of every segment: of a trunk its own, of any further branch those of its prompt and its own."""
+    segments = iter(x.split([length for group in layout.groups for length in group.segments], dim=2))
+    prompts = iter(x.split([n for g in layout.groups for n in (g.prompt, sum(g.branches))], dim=2)[::2])
+    for group, prompt in zip(layout.groups, prompts, strict=True):
+        yield next(segments)
+        for _ in group.branches[1:]:
+            yield torch.cat([prompt, next(segments)], dim=2)
 
 
 AttentionInterface.register(NAME, attention)

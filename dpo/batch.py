@@ -45,6 +45,11 @@ class Group:
         """The prompt and the first branch: contiguous, causal."""
         return slice(self.start, self.start + self.prompt + self.branches[0])
 
+    @property
+    def segments(self) -> list[int]:
+        """Lengths of the trunk and of every further branch: the pieces of the row that attend as one."""
+        return [self.prompt + self.branches[0], *self.branches[1:]]
+
     def others(self) -> list[slice]:
         """Every further branch."""
         starts = [self.trunk.stop]

@@ -9,10 +9,12 @@ Log-softmax and sums are float32, always. Knows nothing of pairs, losses or refe
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -20,7 +22,7 @@ from transformers.utils import ModelOutput
 from dpo.attention import NAME
 from dpo.batch import Batch
 
-CHUNK_ELEMENTS = 2**23  # logits alive at a time in one chunk of the head: 32 MiB in float32
+CHUNK_ELEMENTS = 2**24  # logits alive at a time: 64 MiB in float32; a batch that needs more is cut and recomputed
 
 
 @dataclass(frozen=True)
@@ -86,23 +88,45 @@ def head(model: PreTrainedModel, output: ModelOutput) -> Callable[[Tensor], Tens
     return logits
 
 
-def _score_chunk(to_logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    logits = to_logits(hidden).float()
-    log_softmax = logits.log_softmax(-1)
-    logps = log_softmax.gather(-1, targets[:, None]).squeeze(-1)
-    with torch.no_grad():
-        entropy = -(log_softmax.exp() * log_softmax).sum(-1)
-        hits = (logits.argmax(-1) == targets).float()
-        return logps, entropy, logits.mean(-1), hits
+class _TokenLogps(torch.autograd.Function):
+    """Logits -> log p(target) and what else one pass over them gives; only the probabilities are kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        logits = logits.float()
+        peak, best = logits.max(-1)
+        probabilities = logits.softmax(-1)
+        log_normaliser = peak - probabilities.gather(-1, best[:, None]).squeeze(-1).log()  # the peak is >= 1 / vocabulary
+        logps = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normaliser
+        entropy = log_normaliser - torch.linalg.vecdot(probabilities, logits)
+        mean, hits = logits.mean(-1), (best == targets).float()
+        ctx.save_for_backward(probabilities, targets)
+        ctx.mark_non_differentiable(entropy, mean, hits)
+        return logps, entropy, mean, hits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        """Gradient of log p(target) by the logits: 1 at the target, minus the probabilities."""
+        probabilities, targets = ctx.saved_tensors
+        logits = probabilities * -gradient[:, None]
+        return logits.scatter_add_(-1, targets[:, None], gradient[:, None]), None
 
 
 def score(model: PreTrainedModel, batch: Batch) -> TokenScores:
     """Score every answer token of a batch."""
     output, hidden = hidden_states(model, batch)
     to_logits = head(model, output)
+
+    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        scores: tuple[Tensor, ...] = _TokenLogps.apply(to_logits(hidden), targets)
+        return scores
+
     rows = max(1, CHUNK_ELEMENTS // model.get_output_embeddings().weight.shape[0])
-    chunks = zip(hidden.split(rows), batch.targets.split(rows), strict=True)
-    parts = [checkpoint(_score_chunk, to_logits, h, t, use_reentrant=False) for h, t in chunks]
+    chunks = list(zip(hidden.split(rows), batch.targets.split(rows), strict=True))
+    if len(chunks) == 1:
+        return TokenScores(*chunk(*chunks[0]))
+    parts = [checkpoint(chunk, *inputs, use_reentrant=False) for inputs in chunks]
     return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
