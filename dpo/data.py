@@ -18,11 +18,12 @@ from datasets import Dataset
 from lightning import LightningDataModule
 from numpy.typing import NDArray
 from rich.console import Console
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dpo import quickstart, store
 from dpo.audit import KEPT, Audit
 from dpo.batch import Example
+from dpo.models import Loader, end_ids
 from dpo.rows import SPLITS, Source, download, find
 from dpo.sampler import Plan, StepLoader
 from dpo.tokens import MIN_LENGTH, Encoder, Format
@@ -87,7 +88,7 @@ class HHRLHF(LightningDataModule):
 
     def __init__(
         self,
-        tokenizer: str,
+        tokenizer: str = QUICKSTART,
         path: str = QUICKSTART,
         subsets: list[str] | None = None,
         max_length: int = 512,
@@ -121,13 +122,12 @@ class HHRLHF(LightningDataModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The loaded tokenizer."""
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.tokenizer_name)
-        return loaded
+        return Loader().tokenizer(self.tokenizer_name)
 
     @cached_property
     def encoder(self) -> Encoder:
         """What makes tokens of pairs; its `end_ids` end an answer."""
-        return Encoder(self.tokenizer, self.max_length, self.format, _end_ids(self.tokenizer_name))
+        return Encoder(self.tokenizer, self.max_length, self.format, end_ids(self.tokenizer_name))
 
     def prepare_data(self) -> None:
         """Fetch and tokenise what is not there yet, in one process; print the audits.
@@ -212,12 +212,3 @@ def _cache() -> Path:
 
 def _splits(sources: Sequence[Source]) -> list[str]:
     return [split for split in SPLITS if any(source.split == split for source in sources)]
-
-
-def _end_ids(name: str) -> list[int]:
-    """The ids at which the model's generation config stops; none where there is no such file."""
-    try:
-        ends = GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:
-        return []
-    return ends if isinstance(ends, list) else [ends] if isinstance(ends, int) else []

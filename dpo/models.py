@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+def locate(path: str) -> str:
+    """A folder or hub id as it is; the word ``quickstart`` stands for the policy that the package ships."""
+    return str(quickstart.POLICY) if path == "quickstart" else str(Path(path).expanduser()) if path[:1] == "~" else path
+
+
 @dataclass(frozen=True)
-class Source:
+class Loader:
     """How models are read.
 
     Attributes:
@@ -36,6 +41,7 @@ class Source:
         Raises:
             ValueError: There is no such model, or it cannot be read as asked.
         """
+        path = locate(path)
         safe = None if self.pickled_weights else True
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -55,6 +61,7 @@ class Source:
         Raises:
             ValueError: There is none.
         """
+        path = locate(path)
         try:
             return AutoTokenizer.from_pretrained(path, **self._options(path))
         except (OSError, ValueError) as error:
@@ -73,6 +80,15 @@ def adapt_layers(model: PreTrainedModel, compiled: bool, recomputed: bool) -> No
             layer.compile(dynamic=True)
         if recomputed:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def end_ids(path: str) -> list[int]:
+    """The ids at which the model's generation config stops; none where there is no such file."""
+    try:
+        ends = GenerationConfig.from_pretrained(locate(path)).eos_token_id
+    except OSError:
+        return []
+    return ends if isinstance(ends, list) else [ends] if isinstance(ends, int) else []
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

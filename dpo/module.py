@@ -15,13 +15,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo import losses, quickstart
+from dpo import losses
 from dpo.batch import Batch
 from dpo.finite import Watch
 from dpo.logps import TokenScores, score, sum_answers
 from dpo.losses import PairLogps, PreferenceLoss
 from dpo.metrics import Means, sums_and_counts
-from dpo.models import Source, adapt_layers, weights_sha256
+from dpo.models import Loader, adapt_layers, weights_sha256
 from dpo.reference import Copy, Frozen, Model, Reference
 from dpo.sampler import Step
 from dpo.sharing import share_if_exact
@@ -40,7 +40,7 @@ class DPO(L.LightningModule):
 
     def __init__(
         self,
-        policy: str = str(quickstart.POLICY),
+        policy: str = "quickstart",
         reference: Reference | str = COPY,
         loss: PreferenceLoss = DPO_LOSS,
         sharing: bool = True,
@@ -55,7 +55,7 @@ class DPO(L.LightningModule):
         """Choose what is trained, and how; models are read when the trainer sets up.
 
         Args:
-            policy: Folder or hub id of the causal language model to train.
+            policy: Folder or hub id of the causal language model to train; `quickstart` is the one that the package ships.
             reference: What the policy is compared with: a class, or the folder or hub id of another model.
             loss: The preference loss.
             sharing: Compute every prompt once for all its answers, where that is exact for the model.
@@ -68,7 +68,7 @@ class DPO(L.LightningModule):
             lr_scheduler: Makes the learning rate schedule of an optimizer; it advances every optimizer step.
         """
         super().__init__()
-        self.source = Source(trust_remote_code, pickled_weights)
+        self.loader = Loader(trust_remote_code, pickled_weights)
         self.policy_path = policy
         self.reference_choice = Model(reference) if isinstance(reference, str) else reference
         self.loss = loss
@@ -84,8 +84,8 @@ class DPO(L.LightningModule):
         """Read the policy and make its reference, once."""
         if "policy" in self._modules:
             return
-        self.policy = self.source.model(self.policy_path)
-        self.reference = self.reference_choice.build(self.policy, self.source)
+        self.policy = self.loader.model(self.policy_path)
+        self.reference = self.reference_choice.build(self.policy, self.loader)
         self.reference_sha256 = weights_sha256(self.reference)
         rank_zero_info(f"Reference: {self.reference.origin}, SHA-256 of its weights {self.reference_sha256[:16]}.")
         for name, model in {"policy": self.policy, "reference": self.reference.model}.items():

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dpo.batch import Batch
 from dpo.logps import score
-from dpo.models import Source
+from dpo.models import Loader
 from dpo.sharing import vocabulary
 
 
@@ -38,7 +38,7 @@ class Reference(ABC):
     """How the reference of a run is made."""
 
     @abstractmethod
-    def build(self, policy: PreTrainedModel, source: Source) -> Frozen:
+    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
         """Make it, before the policy has learned anything."""
 
 
@@ -46,7 +46,7 @@ class Reference(ABC):
 class Copy(Reference):
     """A frozen copy of the policy's actual weights, not a second reading of its name."""
 
-    def build(self, policy: PreTrainedModel, source: Source) -> Frozen:
+    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
         """Copy the policy."""
         return Frozen(deepcopy(policy), "frozen copy of the policy")
 
@@ -61,13 +61,13 @@ class Model(Reference):
 
     path: str
 
-    def build(self, policy: PreTrainedModel, source: Source) -> Frozen:
+    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
         """Read it; it must speak the policy's vocabulary.
 
         Raises:
             ValueError: The vocabularies differ in size.
         """
-        model = source.model(self.path)
+        model = loader.model(self.path)
         ours, theirs = vocabulary(policy), vocabulary(model)
         if ours != theirs:
             raise ValueError(

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "dpo"
 ORDER = (
     # data, which knows nothing of models
     "quickstart",
+    "models",
     "dialogue",
     "rows",
     "audit",
@@ -25,7 +26,6 @@ ORDER = (
     "logps",
     "sharing",
     "losses",
-    "models",
     "reference",
     "metrics",
     "finite",
