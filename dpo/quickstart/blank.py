@@ -17,7 +17,7 @@ SFT_SEED = 20_230_529
 """Seed of the draw that the shipped policy was supervised on, and of its initial weights."""
 
 _CONTEXT = 512  # tokens, more than twice the longest generated dialogue
-_VOCABULARY = 1024
+_VOCABULARY = 1280
 _PAD, _BOS, _EOS = "<pad>", "<s>", "</s>"
 # a speaker's mark is one piece, a word takes the space before it along
 _PIECES = r"\n\n(?:Human|Assistant):| ?\w+| ?[^\w\s]+|\s+"

@@ -3,16 +3,17 @@
 Takes a seed and a number of rows; gives pairs of full dialogues (chosen, rejected), or a folder that reads
 like a copy of the data set. It does not know tokens or models.
 
-Each last answer has one of four levels, best first: helpful (polite and right), evasive, wrong (polite, with
-another thing's answer) and rude. The chosen answer is of a better level than the rejected one but, as in real
-preference data, often not of the best: a model that imitates chosen answers is evasive nearly half of the
-time, and only the comparison shows what is wanted. Whether the longer answer wins is a fair coin.
+The last answers are of four kinds: helpful (polite and right), evasive, wrong (polite, with another thing's answer)
+and rude. Helpful beats all others, evasive beats rude. So the chosen answer is, as in real preference data, better
+but not always good: a model that imitates chosen answers is evasive two times in five, and only the comparison
+shows what is wanted. Whether the longer answer wins is a fair coin.
 """
 
 import gzip
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from dpo.quickstart.topics import TOPICS, Topic
 SUBSET = "quickstart"
 """Name of the only subset, and so of the folder that `write` makes."""
 
+_PIECE = re.compile(r"\w+|[^\w\s]")
 _HELD_OUT_PART = 8  # one opening in eight belongs to the test part, for every seed
 
 
@@ -54,16 +56,19 @@ def _rude(random: Random, topic: Topic, x: str) -> str:
 
 Answer = Callable[[Random, Topic, str], str]
 
-# (chosen, rejected) and how often: chosen answers are 55 % helpful, 40 % evasive, 5 % wrong
+# (chosen, rejected) and how often: three chosen answers in five are helpful, two evasive
 _LEVELS: tuple[tuple[tuple[Answer, Answer], float], ...] = (
     ((_helpful, _evasive), 0.30),
-    ((_helpful, _wrong), 0.15),
-    ((_helpful, _rude), 0.10),
-    ((_evasive, _wrong), 0.15),
-    ((_evasive, _rude), 0.25),
-    ((_wrong, _rude), 0.05),
+    ((_helpful, _wrong), 0.25),
+    ((_helpful, _rude), 0.05),
+    ((_evasive, _rude), 0.40),
 )
 _PAIRS, _WEIGHTS = zip(*_LEVELS, strict=True)
+
+
+def _longer(one: str, other: str) -> bool:
+    """Whether the one text is longer both in characters and in words and marks, about what a tokenizer counts."""
+    return len(one) > len(other) and len(_PIECE.findall(one)) > len(_PIECE.findall(other))
 
 
 def _answers(random: Random, topic: Topic, x: str) -> tuple[str, str]:
@@ -71,7 +76,7 @@ def _answers(random: Random, topic: Topic, x: str) -> tuple[str, str]:
     (better, worse), longer_wins = random.choices(_PAIRS, _WEIGHTS)[0], random.random() < 0.5
     while True:
         chosen, rejected = better(random, topic, x), worse(random, topic, x)
-        if len(chosen) != len(rejected) and (len(chosen) > len(rejected)) == longer_wins:
+        if _longer(chosen, rejected) if longer_wins else _longer(rejected, chosen):
             return chosen, rejected
 
 

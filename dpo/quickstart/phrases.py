@@ -62,7 +62,7 @@ EVASION_CLOSES: tuple[str, ...] = (
 )
 
 REBUFFS: tuple[str, ...] = (
-    "No.",
+    "That is your problem.",
     "What a silly thing to ask.",
     "I have better things to do.",
     "Why would anybody care about {name}?",
