@@ -89,14 +89,14 @@ def head(model: PreTrainedModel, output: ModelOutput) -> Callable[[Tensor], Tens
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Logits -> log p(target) and what else one pass over them gives; only the probabilities are kept for the gradient."""
+    """Logits -> log p(target) and what else a pass over them gives; only probabilities are kept for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         logits = logits.float()
         peak, best = logits.max(-1)
         probabilities = logits.softmax(-1)
-        log_normaliser = peak - probabilities.gather(-1, best[:, None]).squeeze(-1).log()  # the peak is >= 1 / vocabulary
+        log_normaliser = peak - probabilities.gather(-1, best[:, None]).squeeze(-1).log()
         logps = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normaliser
         entropy = log_normaliser - torch.linalg.vecdot(probabilities, logits)
         mean, hits = logits.mean(-1), (best == targets).float()

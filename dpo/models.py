@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dpo import quickstart
+
 
 def locate(path: str) -> str:
     """A folder or hub id as it is; the word ``quickstart`` stands for the policy that the package ships."""

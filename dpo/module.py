@@ -55,7 +55,7 @@ class DPO(L.LightningModule):
         """Choose what is trained, and how; models are read when the trainer sets up.
 
         Args:
-            policy: Folder or hub id of the causal language model to train; `quickstart` is the one that the package ships.
+            policy: Folder or hub id of the causal language model to train; `quickstart` is the one in the package.
             reference: What the policy is compared with: a class, or the folder or hub id of another model.
             loss: The preference loss.
             sharing: Compute every prompt once for all its answers, where that is exact for the model.

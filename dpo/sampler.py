@@ -7,7 +7,7 @@ windows, over devices, or into micro-batches of at most `max_tokens`.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from dpo.batch import Batch, Example, collate
 Shares = list[list[list[int]]]
 
 
+@runtime_checkable
 class Pairs(Protocol):
     """A map-style data set of examples with their cost in tokens."""
 
