@@ -1,0 +1,91 @@
+"""Steps: the same pairs in the same optimizer step, however it is cut; reproducible from seed and epoch."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo.batch import Example
+from dpo.sampler import Plan, StepLoader, StepSampler
+
+COSTS = st.lists(st.integers(2, 60), min_size=1, max_size=60)
+
+
+def rows_of(sampler: StepSampler) -> list[list[int]]:
+    return [[row for micro in micros for row in micro] for micros, _ in sampler]
+
+
+@given(COSTS, st.integers(1, 9), st.integers(20, 200), st.integers(0, 3))
+def test_packing_never_moves_a_pair_to_another_step(costs: list[int], size: int, bound: int, epoch: int) -> None:
+    packed, whole = (StepSampler(costs, Plan(size, limit, shuffle=True, seed=7)) for limit in (bound, None))
+    for sampler in (packed, whole):
+        sampler.set_epoch(epoch)
+    for (micros, pairs), expected in zip(packed, rows_of(whole), strict=True):
+        assert sorted(row for micro in micros for row in micro) == sorted(expected)
+        assert pairs == len(expected)
+        assert all(len(micro) == 1 or sum(costs[row] for row in micro) <= bound for micro in micros)
+
+
+@given(COSTS, st.integers(1, 3), st.integers(1, 3), st.integers(0, 3))
+def test_devices_and_accumulation_share_the_same_steps(
+    costs: list[int], world: int, accumulate: int, more: int
+) -> None:
+    size = world * accumulate + more
+    whole = StepSampler(costs, Plan(size, None, shuffle=True))
+    parts = [
+        StepSampler(costs, Plan(size, 40, shuffle=True, rank=rank, world_size=world, accumulate=accumulate))
+        for rank in range(world)
+    ]
+    batches = [list(part) for part in parts]
+    assert len({len(each) for each in batches}) == 1  # every device has the same number of batches
+    expected = [sorted(rows) for rows in rows_of(whole) if len(rows) >= world * accumulate]
+    for step, rows in enumerate(expected):
+        own = [each[step * accumulate + window] for each in batches for window in range(accumulate)]
+        assert all(micros and pairs == len(rows) for micros, pairs in own)  # nobody has nothing to do
+        assert sorted(row for micros, _ in own for micro in micros for row in micro) == rows
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    plan = Plan(4, shuffle=True, seed=3)
+    assert plan.order(20, 1).tolist() == Plan(8, shuffle=True, seed=3).order(20, 1).tolist()
+    assert plan.order(20, 1).tolist() != plan.order(20, 2).tolist()
+    assert plan.order(20, 1).tolist() != Plan(4, shuffle=True, seed=4).order(20, 1).tolist()
+    assert Plan(4).order(5, 1).tolist() == [0, 1, 2, 3, 4]
+
+
+class Pairs:
+    """Twelve pairs of different lengths."""
+
+    costs = tuple(5 + i for i in range(12))
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(f"row:{index}", [1] * (1 + index), ([2, 3], [4, 5]))
+
+
+def ids(loader: StepLoader) -> list[tuple[str, ...]]:
+    return [tuple(i for micro in step.micro_batches for i in micro.ids) for step in loader]
+
+
+def test_a_loader_goes_on_behind_its_state() -> None:
+    plan = Plan(2, shuffle=True)
+    whole, stopped, resumed = (StepLoader(Pairs(), plan) for _ in range(3))
+    expected = ids(whole)
+    iterator = iter(stopped)
+    first = [next(iterator) for _ in range(4)]
+    assert len(first) == 4
+    resumed.load_state_dict(stopped.state_dict())
+    assert ids(resumed) == expected[4:]
+    assert ids(resumed) == expected  # the next epoch begins at its beginning
+
+
+def test_at_the_end_of_an_epoch_the_state_is_the_beginning_of_the_next() -> None:
+    loader = StepLoader(Pairs(), Plan(3))
+    assert len(ids(loader)) == len(loader) == 4
+    assert loader.state_dict() == {"position": 0}
+
+
+def test_too_small_a_batch_for_the_devices_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least devices \* accumulate_grad_batches = 2 \* 2, got 3"):
+        StepLoader(Pairs(), Plan(3, world_size=2, accumulate=2))
