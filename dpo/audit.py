@@ -4,7 +4,6 @@ Takes the columns that `dpo.store` writes; gives numbers, as a table for people 
 and loggers. Knows nothing of files or tokenizers.
 """
 
-from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from dpo.rows import Fault
 
 KEPT = "kept"
 """The verdict on a row that is used; the others are the values of `Fault` and `Refusal`."""
+_VERDICTS = (KEPT, *Refusal, *Fault)
 _SIDES = ("prompt", "chosen", "rejected")
 _CUTS = ("turns_dropped", "prompt_cut", "chosen_cut", "rejected_cut")
 
@@ -67,14 +67,14 @@ class Count:
 
     @classmethod
     def of(cls, columns: dict[str, NDArray[Any]]) -> "Count":
-        """Count the rows of some columns."""
-        verdicts = Counter(columns["verdict"].tolist())
-        kept = {name: column[columns["verdict"] == KEPT] for name, column in columns.items()}
+        """Count rows; ``verdict`` is an index of `_VERDICTS`, sides are lengths in tokens."""
+        verdicts = {name: int((columns["verdict"] == code).sum()) for code, name in enumerate(_VERDICTS)}
+        kept = {name: column[columns["verdict"] == _VERDICTS.index(KEPT)] for name, column in columns.items()}
         count = cls(
             read=len(columns["verdict"]),
             kept=verdicts[KEPT],
-            refused={reason.value: verdicts[reason.value] for reason in Refusal},
-            bad={fault.value: verdicts[fault.value] for fault in Fault},
+            refused={reason.value: verdicts[reason] for reason in Refusal},
+            bad={fault.value: verdicts[fault] for fault in Fault},
             tokens={side: Lengths.of(kept[side]) for side in _SIDES},
             cut={name: _mean(kept[name] > 0) for name in _CUTS},
             longer_wins=_mean((1 + np.sign(kept["chosen_chars"] - kept["rejected_chars"])) / 2),
@@ -93,12 +93,14 @@ class Audit:
     @classmethod
     def of(cls, split: str, rows: pa.Table) -> "Audit":
         """Audit a split's rows; the memory it takes is a few numbers a row, not their tokens."""
-        columns = {name: rows[name].to_numpy() for name in ("verdict", *_CUTS, "chosen_chars", "rejected_chars")}
+        columns = {name: rows[name].to_numpy() for name in (*_CUTS, "chosen_chars", "rejected_chars")}
         columns |= {side: pc.list_value_length(rows[side]).to_numpy() for side in _SIDES}
-        subset = rows["subset"].to_numpy()
-        names = list(dict.fromkeys(subset.tolist()))
-        parts = {name: {key: column[subset == name] for key, column in columns.items()} for name in names}
-        return cls(split, {name: Count.of(part) for name, part in (parts | {"total": columns}).items()})
+        columns["verdict"] = pc.index_in(rows["verdict"], pa.array(_VERDICTS, pa.string())).to_numpy()
+        counts = {}
+        for name in pc.unique(rows["subset"]).to_pylist():
+            there = pc.equal(rows["subset"], name).to_numpy()
+            counts[name] = Count.of({key: column[there] for key, column in columns.items()})
+        return cls(split, counts | {"total": Count.of(columns)})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: subset -> what `Count` says."""
