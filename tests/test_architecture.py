@@ -28,6 +28,7 @@ ORDER = (
     "losses",
     "reference",
     "metrics",
+    "schedules",
     "finite",
     "module",
     "preflight",

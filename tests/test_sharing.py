@@ -1,4 +1,4 @@
-"""Shared prompts change nothing, for every family: against the plain forward of `transformers`, sequence by sequence."""
+"""Shared prompts change nothing, for every family: against the plain forward of `transformers`, row by row."""
 
 import random
 from typing import Any
