@@ -143,7 +143,15 @@ class HHRLHF(LightningDataModule):
             Console().print(store.audit(folder, split).table())
 
     def setup(self, stage: str) -> None:
-        """Open the store, in every process."""
+        """Open the store, in every process.
+
+        Raises:
+            ValueError: Validation is asked for and `val_fraction` is 0.
+        """
+        if not self.val_fraction:
+            _check("val_fraction", self.val_fraction, stage != "validate", "more than 0, to validate")
+            if self.trainer:
+                self.trainer.limit_val_batches = 0  # the one way to tell Lightning so without a warning
         if self.pairs:
             return
         sources = self._sources(fetch=False)
@@ -160,7 +168,8 @@ class HHRLHF(LightningDataModule):
 
     def train_dataloader(self) -> StepLoader:
         """Steps over the training pairs."""
-        return self._loader("train", self.shuffle)
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
+        return self._loader("train", shuffle=self.shuffle, accumulate=accumulate)
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """Steps over the validation pairs, in order; without a validation split, none."""
@@ -174,13 +183,13 @@ class HHRLHF(LightningDataModule):
         """Steps over the test pairs, in order."""
         return self._loader("test")
 
-    def _loader(self, name: str, shuffle: bool = False) -> StepLoader:
+    def _loader(self, name: str, shuffle: bool = False, accumulate: int = 1) -> StepLoader:
         if name not in self.pairs:
             raise ValueError(
                 f"No pair is left for {name!r} of {self.path}: see the table of what was read; "
                 "more rows (--data.limit, --data.subsets) or another --data.val_fraction may help."
             )
-        plan = Plan(self.batch_size, self.max_tokens, shuffle, self.seed)
+        plan = Plan(self.batch_size, self.max_tokens, shuffle, self.seed, accumulate=accumulate)
         if self.trainer:
             plan = replace(plan, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
         return StepLoader(self.pairs[name], plan)

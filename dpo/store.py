@@ -116,6 +116,7 @@ def _tokenised(
                     "Mend or remove it, or let --data.on_bad_row skip leave out and count such rows."
                 )
             yield _columns(source, batch, encoder)
+        bar.update(bar.task_ids[-1], completed=source.file.stat().st_size)  # a limit may end it earlier
 
 
 def _columns(source: Source, rows: Sequence[Row | BadRow], encoder: Encoder) -> dict[str, list[Any]]:

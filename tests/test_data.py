@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from lightning import LightningDataModule
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
 
 from dpo import store
 from dpo.batch import Example
@@ -299,6 +300,8 @@ def test_without_a_validation_split(tokenizer: str, folder: Path) -> None:
     data = ready(tokenizer, folder, val_fraction=0.0)
     assert len(data.pairs["train"]) == 50
     assert data.val_dataloader() == []
+    with pytest.raises(ValueError, match=r"val_fraction: expected more than 0, to validate"):
+        data.setup("validate")
 
 
 def test_limit_is_of_each_file(tokenizer: str, folder: Path) -> None:
@@ -321,6 +324,49 @@ def test_steps_cover_the_pairs(tokenizer: str, folder: Path) -> None:
     assert sorted(shuffled) == sorted(ids(data, "train"))
     assert sorted(batches(data.test_dataloader())) == sorted(batches(data.predict_dataloader())) == ids(data, "test")
     assert sorted(batches(data.val_dataloader())) == sorted(ids(data, "val"))
+
+
+class Count(LightningModule):
+    """Trains nothing and counts the pairs that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = {"train": 0, "val": 0}
+
+    def training_step(self, step: Step) -> torch.Tensor:
+        self.seen["train"] += sum(map(len, step.micro_batches))
+        return self.weight**2
+
+    def validation_step(self, step: Step) -> None:
+        self.seen["val"] += sum(map(len, step.micro_batches))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.4])
+def test_lightning_runs_over_all_pairs(tokenizer: str, folder: Path, val_fraction: float) -> None:
+    data, module = HHRLHF(tokenizer, str(folder), val_fraction=val_fraction), Count()
+    Trainer(max_epochs=1, accelerator="cpu", **QUIET).fit(module, datamodule=data)
+    sizes = {name: len(pairs) for name, pairs in data.pairs.items()}
+    assert module.seen["train"] == sizes["train"]
+    assert (module.seen["val"] > 0) == ("val" in sizes) == (val_fraction > 0)
+
+
+def test_accumulated_batches_share_the_pairs_of_a_step(tokenizer: str, folder: Path) -> None:
+    data, module = HHRLHF(tokenizer, str(folder), batch_size=10, val_fraction=0.0), Count()
+    trainer = Trainer(max_epochs=1, accelerator="cpu", accumulate_grad_batches=2, **QUIET)
+    trainer.fit(module, datamodule=data)
+    assert (trainer.global_step, module.seen["train"]) == (50 / 10, 50)
 
 
 def test_no_pair_left_is_said(tokenizer: str, tmp_path: Path) -> None:
