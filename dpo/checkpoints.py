@@ -5,8 +5,10 @@ losses.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -27,6 +29,7 @@ class AtomicIO(CheckpointIO):
         with complete(path) as temporary:
             torch.save(checkpoint, temporary)
             digest = _sha256(temporary)
+            _beside(path).unlink(missing_ok=True)  # killed from here on: a checkpoint without a hash, not a wrong one
         with complete(_beside(path)) as temporary:
             temporary.write_text(digest + "\n")
 
@@ -34,22 +37,37 @@ class AtomicIO(CheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            ValueError: It is not a local file, or its bytes are not those that were written.
+            ValueError: It is not a local file, its bytes are not those that were written, or it holds more than
+                tensors and plain values.
         """
-        if "://" in str(path) or not Path(path).is_file():
-            raise ValueError(f"--ckpt_path: expected a checkpoint file on this machine, got {path}.")
-        digest = _beside(Path(path))
-        if digest.exists() and digest.read_text().strip() != _sha256(Path(path)):
+        path = local_file(path)
+        digest = _beside(path)
+        if digest.exists() and digest.read_text().strip() != _sha256(path):
             raise ValueError(
-                f"{path} was changed or cut after it was written: its SHA-256 is not that of {digest.name}."
+                f"{path} was changed or cut after it was written: its SHA-256 is not that of {digest.name}. "
+                "Go on from another checkpoint."
             )
-        loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        try:
+            loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{path} is not a checkpoint of tensors and plain values: {error}") from error
         return loaded
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint and its hash."""
         Path(path).unlink(missing_ok=True)
         _beside(Path(path)).unlink(missing_ok=True)
+
+
+def local_file(path: str | Path) -> Path:
+    """The path of a checkpoint that is there.
+
+    Raises:
+        ValueError: It is not a file on this machine.
+    """
+    if "://" in str(path) or not Path(path).is_file():
+        raise ValueError(f"--ckpt_path: expected last, best or a checkpoint file on this machine, got {path}.")
+    return Path(path)
 
 
 def _beside(path: Path) -> Path:
@@ -62,30 +80,42 @@ def _sha256(path: Path) -> str:
 
 
 class LastAndBest(Checkpoint):
-    """Saves last.ckpt after every validation, epoch and at the end, best.ckpt at the lowest validation loss."""
+    """Saves last.ckpt after every validation, every epoch and at the end, best.ckpt at the lowest validation loss."""
 
     def __init__(self, run: Run) -> None:
         """Save into the folder of a run."""
         self.run = run
-        self.best: float | None = None
-        self.saved = -1
+        self.best = math.inf
+        self.saved = -1  # the step of the newest last.ckpt
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save both."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         loss = trainer.callback_metrics["val/loss"].item()
-        better = self.best is None or loss < self.best
-        self.best = loss if self.best is None else min(loss, self.best)
-        for name in ["best", "last"] if better else ["last"]:
-            trainer.save_checkpoint(self.run.checkpoints / f"{name}.ckpt")
-        self.saved = trainer.global_step
+        if loss < self.best:
+            self.best = loss
+            trainer.save_checkpoint(self.run.checkpoints / "best.ckpt", weights_only=False)
+        self._save_last(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """When training is to stop, save before the validation that Lightning then runs."""
+        if trainer.should_stop:
+            self._save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save, unless validation did."""
+        if self.saved != trainer.global_step:
+            self._save_last(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last state, unless it was saved at this step."""
+        """Save, unless this step was saved."""
         if self.saved != trainer.global_step:
-            trainer.save_checkpoint(self.run.checkpoints / "last.ckpt")
-            self.saved = trainer.global_step
+            self._save_last(trainer)
+
+    def _save_last(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.run.checkpoints / "last.ckpt", weights_only=False)
+        self.saved = trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
         """The best loss so far."""

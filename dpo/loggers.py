@@ -90,4 +90,6 @@ def wandb_logger(run: Run) -> WandbLogger:
         rank_zero_info(
             f"Weights & Biases is offline; to upload the curves later: wandb sync {run.folder / 'wandb'}/offline-run-*"
         )
-    return WandbLogger(name=run.folder.name, project="dpo", save_dir=run.folder, mode=mode)
+    logger = WandbLogger(name=run.folder.name, project="dpo", save_dir=run.folder, mode=mode)
+    logger._wandb_init.pop("anonymous")  # Lightning passes it on, and wandb remarks that it does nothing
+    return logger

@@ -40,6 +40,11 @@ class Run:
         return self.folder / "samples.jsonl"
 
     @property
+    def predictions(self) -> Path:
+        """Log-probabilities and rewards of every pair that was predicted."""
+        return self.folder / "predictions.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Lightning checkpoints: last.ckpt, best.ckpt."""
         return self.folder / "checkpoints"
@@ -68,6 +73,7 @@ class Run:
 
     def update_results(self, values: dict[str, float]) -> None:
         """Set values in results.json, leaving the others."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         before = json.loads(self.results.read_text()) if self.results.exists() else {}
         with complete(self.results) as temporary:
             temporary.write_text(json.dumps({**before, **values}, indent=2) + "\n")
