@@ -1,0 +1,257 @@
+// The chat: one prompt, two models answering side by side, over several turns. Holds the buttons of the view and what
+// happens on them; `turn.js` draws, `store.js` keeps.
+
+import { chat } from "./api.js";
+import { $, download, h, notice, say, short } from "./dom.js";
+import { DEFAULTS, SIDES, messages, newTurn, open, keeps, preferences, remove, save, state, transcript } from "./store.js";
+import { TurnView } from "./turn.js";
+import { score } from "./why.js";
+
+const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
+
+let views = []; // one for each turn of the open conversation
+let running = []; // abort controllers of the streams
+
+function keep() {
+  if (!save()) notice("The browser keeps no more history for this page: export what you need.");
+  const { rows, skipped } = preferences();
+  const left = skipped ? `, ${skipped} cannot be written in this format` : "";
+  $("export-count").textContent = `${rows.length} ${rows.length === 1 ? "pair" : "pairs"} marked${left}`;
+  $("export-pairs").disabled = !rows.length;
+  $("history-summary").textContent = `Conversations${state.conversations.length ? ` (${state.conversations.length})` : ""}`;
+}
+
+function frame() {
+  const busy = running.length > 0;
+  $("stop").hidden = !busy;
+  $("send").hidden = busy;
+  $("welcome").hidden = state.current.turns.length > 0;
+  $("clear").disabled = $("export-conversation").disabled = !state.current.turns.length;
+  for (const [index, view] of views.entries()) view.refresh({ busy, last: index === views.length - 1 });
+}
+
+/** Draw the open conversation anew. */
+function draw() {
+  const { turns } = state.current;
+  views = turns.map((turn, index) => makeView(turn, index));
+  $("turns").replaceChildren(...views.map((view) => view.node));
+  keep();
+  frame();
+  for (const index of turns.keys()) reward(index);
+}
+
+function makeView(turn, index) {
+  return new TurnView(turn, index, {
+    again: () => again(index),
+    retry: (side) => stream(index, [side]),
+    edit: (prompt) => edit(index, prompt),
+    prefer: (side) => {
+      turn.preferred = turn.preferred === side ? null : side;
+      keep();
+      frame();
+      if (turn.preferred) say(`The ${side}'s answer is marked as better.`);
+    },
+    why: () => actions.why(index),
+  });
+}
+
+const actions = { why: () => {} };
+
+function reward(index) {
+  const { turns } = state.current;
+  const view = views[index];
+  if (SIDES.some((side) => turns[index].answers[side].state === "streaming")) return;
+  score(turns, index).then((scored) => view.reward(scored), (error) => view.reward(null, error.message));
+}
+
+const seconds = (since) => (performance.now() - since) / 1000;
+
+async function answer(index, side, signal) {
+  const { turns } = state.current;
+  const turn = turns[index];
+  const view = views[index];
+  const mine = (turn.answers[side] = { text: "", state: "streaming" });
+  const began = performance.now();
+  view.begin(side);
+  try {
+    const body = { model: side, messages: messages(turns, index), ...turn.settings };
+    for await (const chunk of chat(body, signal)) {
+      const choice = chunk.choices?.[0];
+      const piece = choice?.delta?.content ?? "";
+      const added = mine.text ? piece : piece.trimStart();
+      if (added && !mine.text) mine.first = seconds(began);
+      mine.text += added;
+      if (added) view.append(side, added);
+      if (choice?.finish_reason) mine.reason = choice.finish_reason;
+      if (chunk.usage) mine.tokens = chunk.usage.completion_tokens;
+    }
+    mine.state = "done";
+  } catch (error) {
+    mine.state = error.name === "AbortError" ? "stopped" : "failed";
+    if (mine.state === "failed") mine.error = error.message;
+  }
+  mine.seconds = seconds(began);
+  keep();
+  frame();
+}
+
+async function stream(index, sides = SIDES) {
+  const controller = new AbortController();
+  running.push(controller);
+  const conversation = state.current;
+  const turn = conversation.turns[index];
+  turn.preferred = null;
+  const answers = sides.map((side) => answer(index, side, controller.signal));
+  frame();
+  await Promise.all(answers);
+  running = running.filter((one) => one !== controller);
+  frame();
+  if (state.current !== conversation) return;
+  const told = { done: "finished", stopped: "stopped", failed: "failed" };
+  say(sides.map((side) => `${side} ${told[turn.answers[side].state]}`).join(", "));
+  reward(index);
+}
+
+function stop() {
+  for (const controller of running) controller.abort();
+}
+
+function settings() {
+  const given = { ...state.settings };
+  given.seed ??= crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
+  return given;
+}
+
+function ask(prompt) {
+  const { turns } = state.current;
+  const before = turns.at(-1);
+  if (before) before.kept = keeps(before);
+  turns.push(newTurn(prompt.toWellFormed?.() ?? prompt, settings()));
+  const index = turns.length - 1;
+  views.push(makeView(turns[index], index));
+  $("turns").append(views[index].node);
+  stream(index);
+  views[index].node.scrollIntoView({ block: "start", behavior: "smooth" });
+  keep();
+}
+
+function again(index) {
+  const turn = state.current.turns[index];
+  turn.settings = settings();
+  stream(index);
+}
+
+/** Ask a turn with other words; what followed it no longer follows, and can be brought back. */
+function edit(index, prompt) {
+  stop();
+  const { turns } = state.current;
+  const removed = turns.splice(index);
+  if (turns.length) turns.at(-1).kept = null;
+  draw();
+  ask(prompt);
+  if (removed.length > 1)
+    notice(`${removed.length - 1} later ${removed.length === 2 ? "turn" : "turns"} removed.`, "Undo", () => {
+      stop();
+      turns.splice(index, turns.length, ...removed);
+      if (index) turns[index - 1].kept = keeps(turns[index - 1]);
+      draw();
+    });
+}
+
+function clear() {
+  stop();
+  const gone = state.current;
+  const marked = gone.turns.filter((turn) => turn.preferred).length;
+  const undo = remove(gone);
+  draw();
+  const also = marked ? ` with ${marked} marked ${marked === 1 ? "pair" : "pairs"}` : "";
+  notice(`Conversation removed${also}.`, "Undo", () => (undo(), draw()));
+  $("prompt").focus();
+}
+
+function go(conversation) {
+  stop();
+  save();
+  open(conversation);
+  draw();
+  $("prompt").focus();
+}
+
+function drawHistory() {
+  const rows = state.conversations.map((one) =>
+    h("li", {},
+      h("button", { class: "row", "aria-current": one === state.current ? "true" : null,
+        click: () => (($("history").parentElement.open = false), go(one)) },
+        h("strong", { dir: "auto" }, short(one.turns[0].prompt, 48)),
+        h("span", { class: "quiet" }, `${one.turns.length} ${one.turns.length === 1 ? "turn" : "turns"}`)),
+    ));
+  const empty = h("p", { class: "quiet" }, "Nothing yet. What you ask is kept here, in this browser only.");
+  $("history").replaceChildren(rows.length ? h("ul", {}, rows) : empty);
+}
+
+function describe() {
+  const { temperature, top_p, max_tokens, seed } = state.settings;
+  $("settings-text").textContent =
+    `temperature ${temperature} · top-p ${top_p} · at most ${max_tokens} tokens · seed ${seed ?? "new every time"}`;
+}
+
+function startSettings() {
+  for (const name of NUMBERS) {
+    $(name).value = state.settings[name] ?? "";
+    $(name).addEventListener("change", () => {
+      if (!$(name).reportValidity()) return;
+      state.settings[name] = $(name).value === "" ? DEFAULTS[name] : $(name).valueAsNumber;
+      describe();
+      keep();
+    });
+  }
+  describe();
+}
+
+function submit(event) {
+  event.preventDefault();
+  const wrong = NUMBERS.find((name) => !$(name).checkValidity());
+  if (wrong) {
+    $("settings").open = true;
+    $(wrong).reportValidity();
+    return;
+  }
+  const prompt = $("prompt").value;
+  if (running.length || !prompt.trim()) return;
+  $("prompt").value = "";
+  ask(prompt);
+}
+
+function keys(event) {
+  if (event.key === "Escape" && running.length) stop();
+  const typing = event.target === $("prompt");
+  if (typing && event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    $("composer").requestSubmit();
+  }
+}
+
+/** Offer prompts to begin with. */
+export function showExamples(prompts) {
+  const item = (prompt) => h("li", {}, h("button", { dir: "auto", click: () => ask(prompt) }, short(prompt, 120)));
+  $("examples").replaceChildren(...prompts.map(item));
+}
+
+/** Prepare the view; `run` gives the name of the run, `why(index)` shows a turn's explanation. */
+export function startChat(run, why) {
+  actions.why = why;
+  startSettings();
+  $("composer").addEventListener("submit", submit);
+  $("chat").addEventListener("keydown", keys);
+  $("stop").addEventListener("click", stop);
+  $("new").addEventListener("click", () => go());
+  $("clear").addEventListener("click", clear);
+  $("history").parentElement.addEventListener("toggle", drawHistory);
+  $("export-pairs").addEventListener("click", () => {
+    const lines = preferences().rows.map((row) => `${JSON.stringify(row)}\n`);
+    download("preferences.jsonl", "application/jsonl", lines.join(""));
+  });
+  $("export-conversation").addEventListener("click", () =>
+    download("conversation.json", "application/json", transcript(run())));
+  draw();
+}

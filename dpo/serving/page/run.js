@@ -1,0 +1,123 @@
+// The run that is served: its table of results, its curves, its values and its configuration. Takes what /v1/run says.
+
+import { brief, chart } from "./chart.js";
+import { $, copy, h, harmless, visible } from "./dom.js";
+
+const STAGES = { train: "training", val: "validation" };
+const SIDES = { chosen: "up", rejected: "down" };
+
+// Measures by name, in the order in which they are shown; others follow under their own names.
+const TITLES = {
+  loss: "Loss",
+  "rewards/accuracies": "Reward accuracy",
+  "rewards/margins": "Reward margin",
+  rewards: "Rewards",
+  logps: "Log-probabilities of the answers (nats)",
+  displaced: "Pairs whose chosen answer lost probability",
+  entropy: "Entropy (nats a token)",
+  token_accuracy: "Token accuracy",
+  grad_norm: "Gradient norm",
+  learning_rate: "Learning rate",
+  tokens_per_second: "Tokens a second",
+};
+const FIRST = 5; // of TITLES: charts that are seen at once
+
+const MEANINGS = {
+  loss: "mean loss a pair; log 2 = 0.693 is where DPO begins",
+  "rewards/chosen": "β (log π − log π_ref) of the preferred answers",
+  "rewards/rejected": "the same of the others",
+  "rewards/margins": "chosen reward − rejected reward",
+  "rewards/accuracies": "share of pairs whose chosen reward is higher",
+  "logps/chosen": "log-probability of a preferred answer, nats",
+  "logps/rejected": "the same of the others",
+  "logits/chosen": "mean logit over the preferred answers",
+  "logits/rejected": "the same of the others",
+  entropy: "of the next token, nats",
+  token_accuracy: "share of chosen tokens that were the likeliest",
+  "nll/chosen": "−log-probability a token of the preferred answers, nats",
+  "length/chosen": "tokens of a preferred answer",
+  "length/rejected": "the same of the others",
+  displaced: "share of pairs whose chosen answer is less likely than under the reference",
+};
+
+const scroll = (label, ...children) =>
+  h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, ...children);
+
+const section = (title, ...children) => h("section", { class: "part" }, h("h3", {}, title), ...children);
+const nothing = (text) => h("p", { class: "quiet" }, text);
+
+function cell(value) {
+  const text = String(value);
+  const isNumber = text.trim() !== "" && Number.isFinite(Number(text));
+  return h("td", {}, isNumber ? brief(Number(text)) : harmless(text));
+}
+
+function results({ header = [], rows = [] } = {}) {
+  if (!rows.length) return section("Results", nothing("This run has no table of results."));
+  const head = header.map((name) => h("th", { scope: "col" }, harmless(name)));
+  return section("Results", scroll("Table of results", h("table", {}, h("thead", {}, h("tr", {}, head)),
+    h("tbody", {}, rows.map((row) => h("tr", {}, row.map(cell)))))));
+}
+
+/** Columns of metrics.csv by the chart they belong to: "train/rewards/chosen" -> rewards, chosen, train. */
+function groups(metrics) {
+  const found = new Map();
+  const columns = [...new Set(metrics.flatMap(Object.keys))].filter((name) => name !== "step");
+  for (const column of columns) {
+    const points = metrics.filter((row) => Number.isFinite(row[column])).map((row) => [row.step, row[column]]);
+    if (!points.length) continue;
+    const parts = column.split("/");
+    const stage = STAGES[parts[0]] ? parts.shift() : "train";
+    const side = SIDES[parts.at(-1)] ? parts.pop() : null;
+    const measure = parts.join("/");
+    const colour = side ? SIDES[side] : stage === "val" ? "up" : "plain";
+    const name = side ? `${side}, ${STAGES[stage]}` : STAGES[stage];
+    found.set(measure, [...(found.get(measure) ?? []), { name, points, colour, stage }]);
+  }
+  return found;
+}
+
+function curves(metrics) {
+  const found = groups(metrics);
+  if (!found.size) return section("Curves", nothing("This run has no curves."));
+  const known = Object.keys(TITLES).filter((name) => found.has(name));
+  const others = [...found.keys()].filter((name) => !TITLES[name]);
+  const draw = (names) => h("div", { class: "charts" }, names.map((name) => chart(TITLES[name] ?? name, found.get(name))));
+  const first = known.filter((name) => Object.keys(TITLES).indexOf(name) < FIRST);
+  const rest = [...known.filter((name) => !first.includes(name)), ...others];
+  return section("Curves", draw(first.length ? first : rest),
+    first.length > 0 && rest.length > 0 && h("details", {}, h("summary", {}, `${rest.length} more`), draw(rest)));
+}
+
+function values(all) {
+  const rows = Object.entries(all).map(([name, value]) =>
+    h("tr", {}, h("th", { scope: "row" }, harmless(name)),
+      h("td", {}, typeof value === "number" ? brief(value) : harmless(String(value))),
+      h("td", { class: "quiet left" }, MEANINGS[name.replace(/^(train|val|test)\//, "")] ?? "")));
+  if (!rows.length) return section("Values", nothing("This run has no final values."));
+  return section("Values", scroll("Final values", h("table", { class: "values" }, h("tbody", {}, rows))));
+}
+
+function configuration(text) {
+  if (!text.trim()) return section("Configuration", nothing("This run has no configuration."));
+  return section("Configuration", h("details", {}, h("summary", {}, `${text.trim().split("\n").length} lines of YAML`),
+    h("button", { class: "plain", click: () => copy(text) }, "Copy"),
+    scroll("Configuration", h("pre", {}, visible(text)))));
+}
+
+/** Draw the run; null where nothing was trained. */
+export function showRun(run) {
+  const { results: table, metrics = [], values: finals = {}, config = "" } = run ?? {};
+  const empty = !table?.rows?.length && !metrics.length && !Object.keys(finals ?? {}).length && !config;
+  const intro = h("div", { class: "intro" }, h("h2", {}, run?.name ? harmless(run.name) : "The run"));
+  if (empty) {
+    const text = "These models were served without the run that made them, so there are no results to show here.";
+    return $("run").replaceChildren(intro, h("div", { class: "empty" }, h("h3", {}, "No run"), h("p", {}, text)));
+  }
+  $("run").replaceChildren(intro, results(table), curves(metrics), values(finals ?? {}), configuration(config ?? ""));
+}
+
+/** Say that the run could not be read. */
+export function showRunProblem(message, again) {
+  $("run").replaceChildren(h("p", { class: "problem" }, message, " ", h("button", { class: "plain", click: again }, "Try again")));
+}

@@ -1,0 +1,142 @@
+// Conversations, kept in this browser, and the files made of them. Knows the text format of preference data; knows
+// nothing of elements or of the server.
+
+export const SIDES = ["policy", "reference"];
+export const DEFAULTS = { temperature: 0.7, top_p: 0.95, max_tokens: 128, seed: null };
+
+const NAME = "dpo.conversations";
+const MOST = 100; // conversations; the oldest go first
+const MARKER = /\n\n(Human|Assistant):/;
+
+const fresh = () => ({ id: crypto.randomUUID?.() ?? String(Math.random()), turns: [] });
+const isAnswer = (answer) => typeof answer?.text === "string" && typeof answer.state === "string";
+const isTurn = (turn) => typeof turn?.prompt === "string" && SIDES.every((side) => isAnswer(turn.answers?.[side]));
+const isConversation = (one) => typeof one?.id === "string" && Array.isArray(one.turns) && one.turns.every(isTurn);
+
+function load() {
+  try {
+    const found = JSON.parse(localStorage.getItem(NAME) ?? "null");
+    if (!Array.isArray(found?.conversations)) return [];
+    return found.conversations.filter(isConversation);
+  } catch {
+    return [];
+  }
+}
+
+function loadSettings() {
+  try {
+    return { ...DEFAULTS, ...JSON.parse(localStorage.getItem(`${NAME}.settings`) ?? "{}") };
+  } catch {
+    return { ...DEFAULTS };
+  }
+}
+
+export const state = { conversations: load(), current: null, settings: loadSettings() };
+state.current = state.conversations[0] ?? fresh();
+
+// What was being written when the page was closed will not go on.
+for (const { turns } of state.conversations)
+  for (const { answers } of turns)
+    for (const side of SIDES) if (answers[side].state === "streaming") answers[side].state = "stopped";
+
+/** Keep everything; false where the browser refuses (storage full or switched off). */
+export function save() {
+  const { current } = state;
+  const others = state.conversations.filter((one) => one.id !== current.id);
+  state.conversations = [...(current.turns.length ? [current] : []), ...others].slice(0, MOST);
+  try {
+    localStorage.setItem(NAME, JSON.stringify({ conversations: state.conversations }));
+    localStorage.setItem(`${NAME}.settings`, JSON.stringify(state.settings));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** Open a conversation, or begin a new one. */
+export function open(conversation = fresh()) {
+  state.current = conversation;
+}
+
+/** Take a conversation out; what is returned puts it back. */
+export function remove(conversation) {
+  const index = state.conversations.indexOf(conversation);
+  const wasOpen = state.current === conversation;
+  state.conversations = state.conversations.filter((one) => one !== conversation);
+  if (wasOpen) open();
+  save();
+  return () => {
+    state.conversations.splice(Math.max(index, 0), 0, conversation);
+    if (wasOpen) open(conversation);
+    save();
+  };
+}
+
+export const newTurn = (prompt, settings) => ({
+  prompt,
+  settings,
+  preferred: null, // the side marked as better
+  kept: null, // the side whose answer the next turn was asked after
+  answers: Object.fromEntries(SIDES.map((side) => [side, { text: "", state: "streaming" }])),
+});
+
+/** The side whose answer the conversation goes on with: the better one, else the policy's; null if both are empty. */
+export function keeps(turn) {
+  if (turn.kept) return turn.kept;
+  const order = turn.preferred ? [turn.preferred, ...SIDES] : SIDES;
+  return order.find((side) => turn.answers[side].text.trim()) ?? null;
+}
+
+/** What both models are shown before the turn at `index`: the common conversation, and its prompt. */
+export function messages(turns, index) {
+  const before = turns.slice(0, index).filter(keeps);
+  const said = before.flatMap((turn) => [
+    { role: "user", content: turn.prompt },
+    { role: "assistant", content: turn.answers[keeps(turn)].text },
+  ]);
+  return [...said, { role: "user", content: turns[index].prompt }];
+}
+
+/** Why a turn cannot become a preference pair, in words; null if it can. */
+export function unfit(turn) {
+  const [a, b] = SIDES.map((side) => turn.answers[side]);
+  if (a.state === "streaming" || b.state === "streaming") return "Both answers have to be finished first.";
+  if (!a.text.trim() || !b.text.trim()) return "One answer is empty.";
+  if (a.text === b.text) return "Both answers are the same.";
+  return null;
+}
+
+const spoken = { user: "Human", assistant: "Assistant" };
+const dialogue = (said) => said.map(({ role, content }) => `\n\n${spoken[role]}: ${content}`).join("");
+
+/** Rows {chosen, rejected} of all marked turns, and how many marked turns cannot be written in that format. */
+export function preferences() {
+  const rows = [];
+  let skipped = 0;
+  for (const { turns } of [state.current, ...state.conversations.filter((one) => one !== state.current)])
+    for (const [index, turn] of turns.entries()) {
+      if (!turn.preferred) continue;
+      const said = messages(turns, index);
+      const side = (name) => turn.answers[name].text;
+      const rejected = SIDES.find((name) => name !== turn.preferred);
+      const texts = [...said.map(({ content }) => content), side("policy"), side("reference")];
+      if (unfit(turn) || texts.some((text) => MARKER.test(text))) skipped += 1;
+      else {
+        const prompt = dialogue(said) + "\n\nAssistant: ";
+        rows.push({ chosen: prompt + side(turn.preferred), rejected: prompt + side(rejected) });
+      }
+    }
+  return { rows, skipped };
+}
+
+/** The open conversation as a JSON document. */
+export function transcript(run) {
+  const turns = state.current.turns.map((turn, index) => ({
+    messages: messages(state.current.turns, index),
+    answers: turn.answers,
+    preferred: turn.preferred,
+    continued_with: keeps(turn),
+    settings: turn.settings,
+  }));
+  return JSON.stringify({ run, exported: new Date().toISOString(), turns }, null, 2);
+}

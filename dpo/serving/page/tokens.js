@@ -1,0 +1,150 @@
+// One scored answer -> its reward, and its tokens coloured by log-ratio with the numbers on hover, on focus and as
+// text. Takes what /v1/score gives for an answer; knows nothing of conversations or of the server.
+
+import { $, h, harmless, number, visible } from "./dom.js";
+
+const FULL = 3; // nats at which a colour is at its strongest
+const MOVERS = 3; // tokens named as raised or lowered most
+
+const ratio = (token) => token.policy - token.reference;
+const percent = (logprob) => {
+  const value = 100 * Math.exp(logprob);
+  return value >= 0.1 ? `${value.toFixed(1)} %` : value > 0 ? "< 0.1 %" : "0 %";
+};
+
+function label(token, last) {
+  if (token.text === "") return last ? "end" : "·";
+  return token.text.replaceAll("\n", "↵\n");
+}
+
+function hideTip() {
+  $("tip").hidden = true;
+}
+
+function showTip(node, token, last) {
+  const tip = $("tip");
+  const row = (name, value, side) =>
+    h("tr", {}, h("th", { scope: "row", class: side }, name), h("td", {}, value), h("td", {}, side && percent(token[side])));
+  tip.replaceChildren(
+    h("table", {},
+      row("policy", number(token.policy, 3), "policy"),
+      row("reference", number(token.reference, 3), "reference"),
+      row("log-ratio", number(ratio(token), 3, true)),
+    ),
+    token.text === "" && last ? h("p", {}, "the end of the answer") : "",
+  );
+  tip.hidden = false;
+  const at = node.getClientRects()[0];
+  const left = Math.min(Math.max(8, at.left), window.innerWidth - tip.offsetWidth - 8);
+  const above = at.top - tip.offsetHeight - 6;
+  tip.style.left = `${left}px`;
+  tip.style.top = `${above > 0 ? above : at.bottom + 6}px`;
+}
+
+function colour(node, value) {
+  const strength = Math.min(Math.abs(value) / FULL, 1);
+  node.style.setProperty("--strength", `${(6 + 64 * strength).toFixed(1)}%`);
+  node.classList.add(value >= 0 ? "up" : "down");
+}
+
+/** The tokens in reading order: one stop for the Tab key, arrow keys inside. */
+function strip(answer, name) {
+  const nodes = answer.tokens.map((token, index) => {
+    const last = index === answer.tokens.length - 1;
+    const show = () => showTip(node, token, last);
+    const node = h(
+      "span",
+      {
+        role: "listitem",
+        class: token.text === "" ? "token mark" : "token",
+        tabindex: index === 0 ? 0 : -1,
+        "aria-describedby": "tip",
+        mouseenter: show,
+        focus: show,
+        mouseleave: hideTip,
+        blur: hideTip,
+      },
+      visible(label(token, last)),
+      h("span", { class: "sr-only" }, ` log-ratio ${number(ratio(token), 2, true)} `),
+    );
+    node.dataset.policy = token.policy;
+    node.dataset.reference = token.reference;
+    colour(node, ratio(token));
+    return node;
+  });
+  const move = (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity }[event.key];
+    if (event.key === "Escape") hideTip();
+    const at = nodes.indexOf(document.activeElement);
+    if (step === undefined || at < 0) return;
+    event.preventDefault();
+    const next = nodes[Math.min(Math.max(at + step, 0), nodes.length - 1)];
+    nodes[at].tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+  };
+  return h(
+    "div",
+    { class: "tokens", role: "list", dir: "auto", "aria-label": `Tokens of ${name}; arrow keys move`, keydown: move },
+    nodes,
+  );
+}
+
+function movers(answer) {
+  const last = answer.tokens.at(-1);
+  const sorted = answer.tokens.filter((token) => Math.abs(ratio(token)) >= 0.005).sort((a, b) => ratio(b) - ratio(a));
+  const list = (tokens) =>
+    tokens.map((token) => {
+      const chip = h("span", { class: "chip" }, harmless(label(token, token === last).trim()) || "␣", " ",
+        h("b", {}, number(ratio(token), 2, true)));
+      colour(chip, ratio(token));
+      return chip;
+    });
+  const up = sorted.filter((token) => ratio(token) > 0).slice(0, MOVERS);
+  const down = sorted.filter((token) => ratio(token) < 0).slice(-MOVERS).reverse();
+  const line = (name, tokens) =>
+    h("div", {}, h("dt", {}, name), h("dd", {}, tokens.length ? list(tokens) : h("span", { class: "quiet" }, "none")));
+  return h("dl", { class: "movers" }, line("Raised most", up), line("Lowered most", down));
+}
+
+function numbers(answer) {
+  const head = ["token", "policy", "reference", "log-ratio"].map((name) => h("th", { scope: "col" }, name));
+  const rows = answer.tokens.map((token, index) =>
+    h("tr", {},
+      h("th", { scope: "row" }, visible(label(token, index === answer.tokens.length - 1))),
+      [number(token.policy, 3), number(token.reference, 3), number(ratio(token), 3, true)].map((v) => h("td", {}, v)),
+    ),
+  );
+  return h("details", {},
+    h("summary", {}, "All numbers (nats)"),
+    h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Log-probabilities of every token" },
+      h("table", { class: "numbers" }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows))),
+  );
+}
+
+/** "reward +0.17", and where it comes from. */
+export function reward(answer, beta) {
+  const { policy, reference } = answer.logprob;
+  const sum = `${Number(beta.toPrecision(4))} × (${number(policy)} − (${number(reference)}))`;
+  return h("p", { class: "reward" },
+    h("span", { class: "quiet" }, "reward "),
+    h("strong", {}, number(answer.reward, 2, true)),
+    h("span", { class: "quiet small" }, ` = ${sum}, ${answer.length} tokens`),
+  );
+}
+
+/** Everything there is to say about one answer; `name` is what it is called, as in "the policy's answer". */
+export const explain = (answer, beta, name) => [reward(answer, beta), strip(answer, name), movers(answer), numbers(answer)];
+
+/** The meaning of the colours. */
+export function legend() {
+  const steps = [-3, -2, -1, 0, 1, 2, 3].map((value) => {
+    const step = h("span", { class: "token" }, number(value, 0, true));
+    colour(step, value);
+    return step;
+  });
+  return [h("span", { class: "small" }, "less likely than before"), h("span", { class: "scale" }, steps),
+    h("span", { class: "small" }, "more likely (nats)")];
+}
+
+document.addEventListener("scroll", hideTip, { passive: true });

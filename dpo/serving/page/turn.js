@@ -1,0 +1,147 @@
+// Draws one turn: the prompt, and the answers of policy and reference beside each other. Takes a turn of the store and
+// what to do on its buttons; asks nobody.
+
+import { copy, h, number, visible } from "./dom.js";
+import { SIDES, keeps, unfit } from "./store.js";
+
+const TITLES = { policy: "Policy", reference: "Reference" };
+
+/** What is worth knowing about an answer, in a few words. */
+function facts(answer, settings) {
+  const some = [];
+  if (answer.tokens != null) some.push(`${answer.tokens} tokens`);
+  if (answer.seconds != null && answer.state === "done") some.push(`${answer.seconds.toFixed(1)} s`);
+  if (answer.reason === "length") some.push(`cut at ${settings.max_tokens} tokens`);
+  if (answer.state === "stopped") some.push("stopped");
+  return some.join(" · ");
+}
+
+class AnswerView {
+  constructor(turn, side, index, on) {
+    Object.assign(this, { turn, side });
+    const title = `answer-${index}-${side}`;
+    this.text = h("p", { class: "text", dir: "auto" });
+    this.problem = h("p", { class: "problem", hidden: true });
+    this.kept = h("span", { class: "tag", hidden: true }, "goes on from here");
+    this.facts = h("span", { class: "quiet small facts" });
+    this.rewarded = h("button", { class: "plain reward", click: on.why, hidden: true });
+    this.better = h("button", { class: "better", "aria-pressed": "false", click: () => on.prefer(side) });
+    this.copy = h("button", { class: "plain", click: () => copy(this.answer.text) }, "Copy");
+    this.retry = h("button", { class: "plain", hidden: true, click: () => on.retry(side) }, "Try again");
+    this.node = h("article", { class: `answer ${side}`, "aria-labelledby": title },
+      h("header", {}, h("h3", { id: title }, TITLES[side]), this.kept),
+      this.text,
+      this.problem,
+      h("footer", {},
+        h("p", { class: "line" }, this.rewarded, this.facts),
+        h("div", { class: "actions" }, this.better, this.copy, this.retry)),
+    );
+    this.text.append(...visible(this.answer.text));
+  }
+
+  get answer() {
+    return this.turn.answers[this.side];
+  }
+
+  begin() {
+    this.text.replaceChildren();
+    this.rewarded.hidden = true;
+  }
+
+  append(piece) {
+    this.text.append(...visible(piece));
+  }
+
+  reward(scored, problem) {
+    const reward = scored?.[this.side]?.reward;
+    this.rewarded.hidden = reward == null && !problem;
+    this.rewarded.classList.toggle("quiet", reward == null);
+    this.rewarded.title = problem ?? "Why: token by token";
+    const value = h("strong", {}, number(reward, 2, true));
+    this.rewarded.replaceChildren(...(reward == null ? ["no reward"] : ["reward ", value, " – why?"]));
+  }
+
+  refresh({ busy, last }) {
+    const { answer, turn, side } = this;
+    const streaming = answer.state === "streaming";
+    this.node.setAttribute("aria-busy", String(streaming));
+    this.node.classList.toggle("writing", streaming);
+    this.facts.textContent = facts(answer, turn.settings);
+    this.problem.hidden = answer.state !== "failed" && (streaming || answer.text.trim() !== "");
+    this.problem.textContent = answer.state === "failed" ? answer.error : "The model ended at once: an empty answer.";
+    this.retry.hidden = answer.state !== "failed" || !last || busy;
+    this.copy.hidden = !answer.text || streaming;
+    const chosen = turn.preferred === side;
+    const reason = unfit(turn);
+    this.better.hidden = streaming;
+    this.better.disabled = reason !== null && !chosen;
+    this.better.title = reason ?? (chosen ? "Press again to take it back" : "Kept as a preference pair for the export");
+    this.better.textContent = chosen ? "✓ Better" : "This one is better";
+    this.better.setAttribute("aria-pressed", String(chosen));
+    this.better.setAttribute("aria-label", `The ${side}'s answer is better`);
+    this.kept.hidden = busy && last ? true : keeps(turn) !== side;
+    this.kept.textContent = last ? "goes on from here" : "went on from here";
+    this.node.classList.toggle("kept", !this.kept.hidden);
+  }
+}
+
+export class TurnView {
+  constructor(turn, index, on) {
+    Object.assign(this, { turn, on });
+    this.sides = Object.fromEntries(SIDES.map((side) => [side, new AnswerView(turn, side, index, on)]));
+    this.again = h("button", { class: "plain", click: on.again }, "Ask again");
+    this.editButton = h("button", { class: "plain", click: () => this.edit() }, "Edit");
+    this.said = h("div", { class: "said", dir: "auto" }, visible(turn.prompt));
+    this.prompt = h("div", { class: "prompt" }, this.said,
+      h("div", { class: "actions" }, this.editButton, this.again,
+        h("button", { class: "plain", click: () => copy(turn.prompt) }, "Copy"),
+        h("span", { class: "quiet small facts" }, `seed ${turn.settings?.seed ?? "–"}`)));
+    const columns = h("div", { class: "columns" }, SIDES.map((side) => this.sides[side].node));
+    this.node = h("li", { class: "turn" }, this.prompt, columns);
+  }
+
+  begin(side) {
+    this.sides[side].begin();
+    this.prompt.querySelector(".facts").textContent = `seed ${this.turn.settings.seed}`;
+  }
+
+  append(side, piece) {
+    const follow = window.innerHeight + window.scrollY >= document.body.scrollHeight - 80;
+    this.sides[side].append(piece);
+    if (follow) window.scrollTo(0, document.body.scrollHeight);
+  }
+
+  reward(scored, problem) {
+    for (const side of SIDES) this.sides[side].reward(scored, this.turn.answers[side].text.trim() ? problem : undefined);
+  }
+
+  refresh(state) {
+    this.again.hidden = !state.last || state.busy;
+    this.editButton.hidden = state.busy;
+    for (const side of SIDES) this.sides[side].refresh(state);
+  }
+
+  /** The prompt becomes a field; what is asked anew replaces this turn and those after it. */
+  edit() {
+    const field = h("textarea", { rows: 2, dir: "auto", "aria-label": "Edit the message" });
+    field.value = this.turn.prompt;
+    const back = () => {
+      form.replaceWith(this.prompt);
+      this.editButton.focus();
+    };
+    const send = (event) => {
+      event.preventDefault();
+      if (field.value.trim()) this.on.edit(field.value);
+    };
+    const keys = (event) => {
+      if (event.key === "Escape") back();
+      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+    };
+    const form = h("form", { class: "prompt", submit: send }, field,
+      h("div", { class: "actions" }, h("button", { class: "primary" }, "Ask"),
+        h("button", { type: "button", click: back }, "Cancel")));
+    field.addEventListener("keydown", keys);
+    this.prompt.replaceWith(form);
+    field.focus();
+  }
+}

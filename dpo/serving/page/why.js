@@ -1,0 +1,69 @@
+// The view that takes every answer of the open conversation apart, and the scores that the chat shows too. Takes
+// turns; asks the server for their scores once.
+
+import { post } from "./api.js";
+import { $, h, short, visible } from "./dom.js";
+import { SIDES, messages, state } from "./store.js";
+import { explain, legend } from "./tokens.js";
+
+const scores = new WeakMap(); // turn -> { key, promise of { beta, policy, reference } }
+
+/** What the server says about both answers of a turn; an empty answer has no score. */
+export function score(turns, index) {
+  const turn = turns[index];
+  const said = messages(turns, index);
+  const sides = SIDES.filter((side) => turn.answers[side].text.trim());
+  const answers = sides.map((side) => turn.answers[side].text);
+  const key = JSON.stringify([said, sides, answers]);
+  if (scores.get(turn)?.key !== key) {
+    const asked = sides.length ? post("/v1/score", { messages: said, answers, tokens: true }) : { answers: [] };
+    const promise = Promise.resolve(asked).then((got) => ({
+      beta: got.beta,
+      ...Object.fromEntries(sides.map((side, at) => [side, got.answers[at]])),
+    }));
+    promise.catch(() => scores.delete(turn)); // asked again when it is looked at again
+    scores.set(turn, { key, promise });
+  }
+  return scores.get(turn).promise;
+}
+
+const titles = { policy: "Policy", reference: "Reference" };
+
+function column(side, turn, scored) {
+  const body = scored?.[side]
+    ? explain(scored[side], scored.beta, `the ${side}'s answer`)
+    : h("p", { class: "quiet" }, turn.answers[side].text.trim() ? "Scoring …" : "This answer is empty.");
+  return h("article", { class: `answer ${side}` }, h("header", {}, h("h4", {}, titles[side])), body);
+}
+
+function block(turns, index) {
+  const turn = turns[index];
+  const columns = h("div", { class: "columns" });
+  const fill = (scored) => columns.replaceChildren(...SIDES.map((side) => column(side, turn, scored)));
+  const fail = (error) =>
+    columns.replaceChildren(
+      h("p", { class: "problem" }, error.message, " ", h("button", { class: "plain", click: ask }, "Try again")),
+    );
+  const ask = () => {
+    fill(null);
+    score(turns, index).then(fill, fail);
+  };
+  if (SIDES.some((side) => turn.answers[side].state === "streaming"))
+    columns.replaceChildren(h("p", { class: "quiet" }, "Still being answered …"));
+  else ask();
+  return h("section", { class: "turn", "aria-label": short(turn.prompt) },
+    h("h3", { class: "said", dir: "auto" }, visible(turn.prompt)), columns);
+}
+
+/** Draw the open conversation. */
+export function showWhy() {
+  const { turns } = state.current;
+  $("why-empty").hidden = turns.length > 0;
+  $("why-turns").replaceChildren(...turns.map((_, index) => block(turns, index)));
+}
+
+/** Prepare the view; `toChat` goes to the chat. */
+export function startWhy(toChat) {
+  $("legend").replaceChildren(...legend());
+  $("why-chat").addEventListener("click", toChat);
+}
