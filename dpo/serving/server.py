@@ -1,0 +1,106 @@
+"""Start and stop: reads the models, binds the port, ends in time.
+
+Takes the words of the command line (`serve.py` is the only caller). Knows nothing of requests.
+"""
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import uvicorn
+
+from dpo.models import Loader, end_ids
+from dpo.serving.app import Service, build
+from dpo.serving.engine import Engine, choose_device
+from dpo.serving.guard import LOOPBACK, Guard, TimedProtocol
+from dpo.serving.models import MOST_CONTEXT, find, read
+from dpo.serving.scorer import Scorer
+from dpo.serving.text import UNCUT, Text
+from dpo.sharing import vocabulary
+from dpo.tokens import Encoder
+
+STREAMS_END, ALL_ENDS = 5, 8  # seconds after the signal
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `serve.py` was told; its --help describes them."""
+
+    model: str | None = None
+    reference: str | None = None
+    demo: bool = False
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str = "auto"
+    dtype: str = "float32"
+    max_concurrency: int = 64
+    max_context: int | None = None
+
+
+def load(options: Options) -> Service:
+    """Read both models and put them to work.
+
+    Raises:
+        ValueError: Something is missing or does not fit together.
+    """
+    origin = find(options.model, options.reference, options.demo)
+    device, dtype = choose_device(options.device), getattr(torch, options.dtype)
+    models = {name: read(getattr(origin, name), device, dtype) for name in ("policy", "reference")}
+    sizes = {name: vocabulary(model) for name, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"policy and reference must share a vocabulary; their sizes are {sizes}.")
+    known = min(model.config.get_text_config().max_position_embeddings for model in models.values())
+    context = min(known, options.max_context or MOST_CONTEXT)
+    encoder = Encoder(Loader().tokenizer(origin.policy), UNCUT, origin.format, end_ids(origin.policy))
+    scorer = Scorer(models)
+    engines = {name: Engine(model, options.max_concurrency, context) for name, model in models.items()}
+    return Service(origin, engines, scorer, Text(encoder, context), options.max_concurrency)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which says where it is and lets streams end before it goes."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, link: str) -> None:
+        super().__init__(config)
+        self.service, self.link = service, link
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets)
+        if self.started:
+            print(f"Serving {self.service.origin.policy}\nagainst {self.service.origin.reference}\nat {self.link}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for what is being said, but not for ever."""
+        self.service.stop_soon(STREAMS_END)
+        await super().shutdown(sockets)
+
+
+def serve(options: Options) -> None:
+    """Serve until a signal.
+
+    Raises:
+        ValueError: It cannot start so.
+    """
+    key, local = os.environ.pop("DPO_API_KEY", "") or None, options.host in ("localhost", "127.0.0.1", "::1")
+    if not local and key is None:
+        raise ValueError(f"--host {options.host} is reachable from other machines: set a key in DPO_API_KEY first.")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    service = load(options)
+    guard = Guard(build(service), key, LOOPBACK if local else None, service.metrics)
+    config = uvicorn.Config(
+        guard,
+        options.host,
+        options.port,
+        http=TimedProtocol,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=ALL_ENDS,
+    )
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    Server(config, service, f"http://{host}:{options.port}").run()
