@@ -13,15 +13,17 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.attention import plain
 from dpo.data import HHRLHF
-from dpo.module import DPO, is_logged
 from dpo.run import Run, jsonl
 from dpo.sampler import Step
+from dpo.training import Stage, is_logged
 
 SHOWN = {
     "loss": "train/loss",
@@ -34,6 +36,10 @@ SHOWN = {
 
 class Bar(RichProgressBar):
     """Lightning's bar with what matters in preference training."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Without the number of epochs, which is -1 where steps are counted."""
+        return f"Epoch {current_epoch + 1}"
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Loss, reward accuracy, margin and tokens per second of the last logged step, and the last validation loss."""
@@ -123,47 +129,63 @@ class Samples(L.Callback):
             max_new_tokens: Longest answer.
         """
         self.run, self.data, self.prompts, self.max_new_tokens = run, data, prompts, max_new_tokens
-        self.reference_answers: dict[str, str] = {}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sample, show, store."""
-        assert isinstance(pl_module, DPO)
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        assert isinstance(pl_module, Stage)
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        rows = self._sample(trainer.global_step, pl_module)
+        rows = self._sample(trainer.global_step, pl_module.models())
         show(rows)
         jsonl(self.run.samples, rows)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_text("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows])
 
-    def _sample(self, step: int, module: DPO) -> list[dict[str, Any]]:
-        """Answers of both models; those of a frozen reference are made once."""
+    def _sample(self, step: int, models: dict[str, PreTrainedModel]) -> list[dict[str, Any]]:
+        """The answers of every model."""
         pairs, tokenizer = self.data.pairs["val"], self.data.encoder.tokenizer
         rows = []
         for index in range(0, len(pairs), -(-len(pairs) // self.prompts)):
             prompt = list(pairs[index].prompt)
-            models = {"policy": module.policy, "reference": module.reference.model}
-            answers = {name: answer(model, tokenizer, prompt, self.max_new_tokens) for name, model in models.items()}
-            rows.append(
-                {
-                    "step": step,
-                    "id": pairs[index].id,
-                    "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-                    **answers,
-                }
-            )
+            answers = {role: answer(model, tokenizer, prompt, self.max_new_tokens) for role, model in models.items()}
+            text = tokenizer.decode(prompt, skip_special_tokens=True)
+            rows.append({"step": step, "id": pairs[index].id, "prompt": text, **answers})
         return rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print prompts with both answers beside each other."""
+    """Print prompts with the answers of every model beside each other."""
     table = Table(title=f"Held-out prompts after {rows[0]['step']} steps", show_lines=True)
-    for column in ("prompt", "reference", "policy"):
+    columns = [name for name in rows[0] if name not in ("step", "id")]
+    for column in columns:
         table.add_column(column, ratio=1)
     for row in rows:
-        table.add_row(*(row[column].strip() for column in ("prompt", "reference", "policy")))
-    Console().print(table, markup=False)
+        table.add_row(*(Text(row[column].strip()) for column in columns))
+    Console().print(table)
+
+
+class Predictions(L.Callback):
+    """Writes what `predict` finds of every pair to predictions.jsonl."""
+
+    def __init__(self, run: Run) -> None:
+        """Write into the folder of a run."""
+        self.run = run
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin anew."""
+        if trainer.is_global_zero:
+            self.run.folder.mkdir(parents=True, exist_ok=True)
+            self.run.predictions.unlink(missing_ok=True)
+        trainer.strategy.barrier()
+
+    def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        """Add the pairs of a step; every device adds its own."""
+        jsonl(self.run.predictions, outputs)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say where they are."""
+        rank_zero_info(f"Predictions: {self.run.predictions}")
 
 
 class Stop(L.Callback):
@@ -173,9 +195,10 @@ class Stop(L.Callback):
         """Nothing has been asked yet."""
         self.asked = 0
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over both signals; the second Ctrl-C ends the process at once."""
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over both signals from Lightning, which gives them back when it tears down; the second ends at once."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
@@ -189,11 +212,6 @@ class Stop(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Stop all devices when one was asked."""
         trainer.should_stop |= trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the signals back."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
     @property
     def exit_code(self) -> int:

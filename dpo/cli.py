@@ -4,7 +4,6 @@ Takes the words of the command line; gives a run folder. `train.py` is its only 
 """
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,24 +13,36 @@ from typing import Any
 
 import lightning as L
 import torch
+import transformers
+import wandb
+from jsonargparse.typing import restricted_string_type
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from dpo import report
-from dpo.callbacks import Bar, Rates, Samples, Stop
-from dpo.checkpoints import AtomicIO, LastAndBest
+from dpo.callbacks import Bar, Predictions, Rates, Samples, Stop
+from dpo.checkpoints import AtomicIO, LastAndBest, local_file
 from dpo.data import HHRLHF
 from dpo.export import export
+from dpo.finite import NonFinite
 from dpo.loggers import MetricsCSV, wandb_logger
 from dpo.module import DPO
-from dpo.preflight import Preflight
+from dpo.preflight import Preflight, PreflightError
 from dpo.run import Run
+from dpo.schedules import Warmup
+from dpo.sft import SFT
+from dpo.training import Stage
 
 NOISE = {  # what Lightning says about things that are as they should be here
     "policy and reference are in eval mode by design (dropout off)": "Found .* module.s. in eval mode",
     "collating a step takes far less time than training on it": "The .* does not have many workers",
     "torch and Lightning": ".*treespec, LeafSpec.*",
 }
+SHORT_NAMES = (DPO, SFT, HHRLHF, Warmup)  # imported here, so the command line knows them by their last name
+NAMED = ("last", "best")  # checkpoints of a run that need no path
+Name = restricted_string_type("Name", r"^(?!latest$)\w[\w.+-]*$", docstring="A folder name other than latest.")
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-6, "weight_decay": 0.0}}
 TRAINER = {
@@ -52,31 +63,35 @@ class CLI(LightningCLI):
         """Add the name of the run and what follows from other options."""
         parser.add_argument(
             "--name",
-            type=str | None,
+            type=Name | None,
             default=None,
             help="Name of the run: its folder is runs/<name>. Default: date and seed.",
         )
-        parser.link_arguments("model.policy", "data.init_args.tokenizer")
-        parser.add_optimizer_args((torch.optim.Optimizer,), link_to="model.optimizer")
-        parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.lr_scheduler")
-        parser.set_defaults({"data": {"class_path": "dpo.data.HHRLHF"}, "optimizer": ADAMW})
+        parser.link_arguments("model.init_args.policy", "data.init_args.tokenizer")
+        parser.link_arguments("model", "data.init_args.answers", lambda model: model.answers, apply_on="instantiate")
+        parser.add_optimizer_args((torch.optim.Optimizer,), link_to="model.init_args.optimizer")
+        parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.init_args.lr_scheduler")
+        parser.set_defaults(
+            {"model": {"class_path": "dpo.module.DPO"}, "data": {"class_path": "dpo.data.HHRLHF"}, "optimizer": ADAMW}
+        )
 
     def before_instantiate_classes(self) -> None:
-        """Find the folder of the run before anything is read or written."""
+        """Find the folder of the run and the checkpoint before anything is read or written."""
         config = self.config[self.subcommand]
-        root = Path(config.trainer.default_root_dir)
-        name = (
-            config.name
-            or os.environ.get("DPO_RUN_NAME")
-            or f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed_everything}"
-        )
-        os.environ["DPO_RUN_NAME"] = name  # processes that Lightning starts join this run
-        self.run = Run(root / name)
-        checkpoint = config.get("ckpt_path")
-        if checkpoint in ("last", "best"):
-            checkpoint = config.ckpt_path = str(self.run.checkpoints / f"{checkpoint}.ckpt")
-        inside = checkpoint and self.run.checkpoints.resolve() in Path(checkpoint).resolve().parents
-        rank_zero_only(self.run.create)(resume=bool(inside) or self.subcommand != "fit")
+        root, checkpoint = Path(config.trainer.default_root_dir), config.ckpt_path
+        given = config.name or (checkpoint and owner(root, checkpoint))
+        config.name = given or f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed_everything}"
+        sys.argv += ["--name", config.name]  # processes that Lightning starts run this command line again
+        self.run = Run(root / config.name)
+        if checkpoint in NAMED:
+            checkpoint = self.run.checkpoints / f"{checkpoint}.ckpt"
+        if checkpoint:
+            config.ckpt_path = str(local_file(checkpoint))
+        if self.subcommand == "fit":
+            rank_zero_only(self.run.create)(resume=bool(checkpoint) and owner(root, checkpoint) == config.name)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: options come from the command line and configurations, never out of a checkpoint."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Give the trainer what every run has, in front of what the user adds."""
@@ -85,18 +100,29 @@ class CLI(LightningCLI):
             Preflight(self.datamodule),
             Rates(),
             Samples(self.run, self.datamodule),
-            LastAndBest(self.run),
+            Predictions(self.run),
             self.stop,
-            Bar(),
+            LastAndBest(self.run),
         ]
-        config = self.config[self.subcommand]
-        if config.trainer.logger is None:
-            kwargs["logger"] = [MetricsCSV(self.run.metrics), wandb_logger(self.run)]
+        theirs = self.config_init[self.subcommand].trainer
+        if theirs.enable_progress_bar is not False:
+            ours.append(Bar())
         trainer = super().instantiate_trainer(
-            callbacks=ours, plugins=[AtomicIO()], use_distributed_sampler=False, **kwargs
+            callbacks=ours + as_list(theirs.callbacks),
+            plugins=[AtomicIO(), *as_list(theirs.plugins)],
+            logger=self._loggers(theirs.logger),
+            use_distributed_sampler=False,
+            **kwargs,
         )
         self._save_config()
         return trainer
+
+    def _loggers(self, chosen: Logger | list[Logger] | bool | None) -> list[Logger]:
+        """Metrics.csv of a fit and what the user chose; Weights & Biases where nothing was chosen."""
+        if self.subcommand != "fit":
+            return []
+        default = chosen is None or chosen is True
+        return [MetricsCSV(self.run.metrics), *([wandb_logger(self.run)] if default else as_list(chosen))]
 
     @rank_zero_only
     def _save_config(self) -> None:
@@ -139,6 +165,17 @@ class CLI(LightningCLI):
         self._finish("test")
 
 
+def owner(root: Path, checkpoint: str | Path) -> str | None:
+    """Name of the run below `root` that a checkpoint is of; the newest run for `last` and `best`."""
+    folder = (root / "latest" if checkpoint in NAMED else Path(checkpoint).parents[1]).resolve()
+    return folder.name if folder.parent == root.resolve() and folder.is_dir() else None
+
+
+def as_list(value: Any) -> list[Any]:
+    """What an option holds that takes nothing, one thing or several."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run a command line; with neither configuration nor model nor data named, the quickstart.
 
@@ -154,17 +191,25 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
+    transformers.logging.disable_progress_bar()  # of loading and saving, beside ours
     sys.argv[1:] = words  # not as `args`: processes that Lightning starts read them here
     try:
         cli = CLI(
-            DPO,
+            Stage,
             HHRLHF,
+            subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,
             trainer_defaults=TRAINER,
             seed_everything_default=0,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, PreflightError, NonFinite, MisconfigurationException) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except (KeyboardInterrupt, SystemExit) as end:  # Lightning exits with 1 after a Ctrl-C
+        if isinstance(end.__context__ or end, KeyboardInterrupt):
+            return 130
+        raise
+    finally:
+        wandb.finish()
     return cli.stop.exit_code

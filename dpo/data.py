@@ -35,19 +35,28 @@ OnBadRow = Literal["error", "skip"]
 
 
 class PairDataset:
-    """Some rows of a store as examples, memory-mapped: only row numbers and costs are in memory.
+    """Some rows of a store as examples, memory-mapped: only row numbers and lengths are in memory.
 
     Args:
         table: Rows as `dpo.store` writes them.
         rows: Which of them, in this order.
         split: For the ids: ``subset/split:line``.
+        answers: Which sides of a pair an example holds.
+
+    Attributes:
+        costs: Tokens of each example, prompt and answers.
+        scored: Tokens of its answers.
     """
 
-    def __init__(self, table: Dataset, rows: NDArray[np.int64], split: str) -> None:
-        self.table, self.rows, self.split = table, rows, split
-        sides = (table.data.table[side] for side in ("prompt", "chosen", "rejected"))
-        lengths = sum(pc.list_value_length(side).to_numpy().astype(np.int64) for side in sides)
-        self.costs = array("q", np.asarray(lengths)[rows].tobytes())  # tokens of prompt + chosen + rejected
+    def __init__(self, table: Dataset, rows: NDArray[np.int64], split: str, answers: Sequence[str]) -> None:
+        self.table, self.rows, self.split, self.answers = table, rows, split, answers
+        prompt, *sides = (
+            pc.list_value_length(table.data.table[side]).to_numpy().astype(np.int64)[rows]
+            for side in ("prompt", *answers)
+        )
+        scored = np.sum(sides, axis=0, dtype=np.int64)
+        self.scored = array("q", scored.tobytes())
+        self.costs = array("q", (prompt + scored).tobytes())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,7 +64,7 @@ class PairDataset:
     def __getitem__(self, index: int) -> Example:
         row = self.table[int(self.rows[index])]
         name = f"{row['subset']}/{self.split}:{row['line']}"
-        return Example(name, row["prompt"], (row["chosen"], row["rejected"]))
+        return Example(name, row["prompt"], tuple(row[side] for side in self.answers))
 
 
 class HHRLHF(LightningDataModule):
@@ -80,6 +89,7 @@ class HHRLHF(LightningDataModule):
             so where there is one.
         on_bad_row: Stop at an unreadable row (``error``), or leave it out and count it (``skip``).
         seed: Of the order of the training pairs.
+        answers: Sides of a pair that the stage of training wants, in this order.
 
     Raises:
         ValueError: An option has no such value; later, while reading, a row, file, subset or tokenizer cannot
@@ -100,6 +110,7 @@ class HHRLHF(LightningDataModule):
         format: Format = "auto",
         on_bad_row: OnBadRow = "error",
         seed: int = 0,
+        answers: Sequence[str] = ("chosen", "rejected"),
     ) -> None:
         super().__init__()
         unique = subsets is None or len(set(subsets)) == len(subsets) > 0
@@ -115,7 +126,7 @@ class HHRLHF(LightningDataModule):
         self.path, self.subsets, self.limit, self.skip_bad = path, subsets, limit, on_bad_row == "skip"
         self.max_length, self.format, self.val_fraction = max_length, format, val_fraction
         self.batch_size, self.max_tokens, self.shuffle, self.seed = batch_size, max_tokens, shuffle, seed
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name, self.answers = tokenizer, answers
         self.audits: dict[str, Audit] = {}
         self.pairs: dict[str, PairDataset] = {}
 
@@ -164,7 +175,7 @@ class HHRLHF(LightningDataModule):
             held_out = opening < self.val_fraction if split == "train" else np.zeros_like(kept)
             for name, wanted in ((split, kept & ~held_out), ("val", kept & held_out)):
                 if wanted.any():
-                    self.pairs[name] = PairDataset(table, np.flatnonzero(wanted), split)
+                    self.pairs[name] = PairDataset(table, np.flatnonzero(wanted), split, self.answers)
 
     def train_dataloader(self) -> StepLoader:
         """Steps over the training pairs."""

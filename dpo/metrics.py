@@ -4,6 +4,9 @@ Takes the scores of a batch under policy and reference and the losses of its pai
 definitions are those the field knows from TRL; every mean is over all pairs (or scored tokens) since the last reset.
 """
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +16,7 @@ from dpo.batch import Batch
 from dpo.logps import TokenScores, sum_answers
 from dpo.losses import PairLogps
 
+Derived = tuple[str, Callable[[Tensor], Tensor]]
 NAMES = (
     "loss",
     "rewards/chosen",
@@ -73,17 +77,18 @@ def sums_and_counts(
 
 
 class Means(Metric):
-    """The means of `NAMES`, as one vector of sums and one of counts that add up over batches and devices."""
+    """Named means, as one vector of sums and one of counts that add up over batches and devices."""
 
     full_state_update = False
     sums: Tensor
     counts: Tensor
 
-    def __init__(self) -> None:
-        """Start from nothing."""
+    def __init__(self, names: tuple[str, ...] = NAMES, derived: Mapping[str, Derived] = MappingProxyType({})) -> None:
+        """Start from nothing; `derived` makes further values of the means: name -> (name of a mean, function)."""
         super().__init__()
-        self.add_state("sums", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+        self.names, self.derived = names, derived
+        self.add_state("sums", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sums: Tensor, counts: Tensor) -> None:
         """Add one batch."""
@@ -92,4 +97,5 @@ class Means(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Name -> mean."""
-        return dict(zip(NAMES, (self.sums / self.counts).unbind(), strict=True))
+        means = dict(zip(self.names, (self.sums / self.counts).unbind(), strict=True))
+        return means | {name: function(means[source]) for name, (source, function) in self.derived.items()}

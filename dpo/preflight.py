@@ -18,6 +18,7 @@ from dpo.logps import score
 from dpo.module import DPO
 from dpo.reference import Copy
 from dpo.sharing import difference
+from dpo.training import Stage
 
 PAIRS = 4
 # Of the largest hidden state.
@@ -42,18 +43,19 @@ class Preflight(L.Callback):
         Raises:
             PreflightError: The first that failed.
         """
-        assert isinstance(pl_module, DPO)
+        assert isinstance(pl_module, Stage)
         if not pl_module.preflight:
             return
         pairs = self.data.pairs["train"]
         examples = [pairs[row] for row in range(min(PAIRS, len(pairs)))]
         batch = collate(examples).to(pl_module.device)
-        passed = list(_endings(examples, self.data.encoder.end_ids))
+        passed = list(_answers(examples, self.data.encoder.end_ids))
+        passed += _context(pl_module, self.data.max_length)
         passed += _frozen(pl_module, trainer.optimizers[0])
         with trainer.precision_plugin.forward_context():
             passed += _repeatable(pl_module, batch)
             passed += _shared(pl_module, batch)
-            if isinstance(pl_module.reference_choice, Copy) and not trainer.ckpt_path:
+            if isinstance(pl_module, DPO) and isinstance(pl_module.reference_choice, Copy) and not trainer.ckpt_path:
                 passed += _start(pl_module, batch)
         rank_zero_info("Preflight: " + "; ".join(passed) + ".")
 
@@ -65,31 +67,32 @@ def _require(holds: bool, what: str, expected: object, got: object, do: str) -> 
         )
 
 
-def _endings(examples: list[Example], ends: tuple[int, ...]) -> Iterator[str]:
+def _answers(examples: list[Example], ends: tuple[int, ...]) -> Iterator[str]:
     for example in examples:
-        for answer in example.answers:
-            found = [token for token in answer[:-1] if token in ends]
-            _require(
-                not found,
-                f"the answers of {example.id}",
-                "no end of sequence before the last token",
-                found,
-                "Look at this row.",
-            )
-        distinct = list(example.answers[0]) != list(example.answers[1])
-        _require(
-            distinct,
-            f"the answers of {example.id}",
-            "different token ids",
-            "the same",
-            "Raise --data.max_length.",
-        )
+        what = f"the answers of {example.id}"
+        early = [token for answer in example.answers for token in answer[:-1] if token in ends]
+        _require(not early, what, "no end of sequence before the last token", early, "Look at this row.")
+        distinct = len({tuple(answer) for answer in example.answers}) == len(example.answers)
+        _require(distinct, what, "different token ids", "the same", "Raise --data.max_length.")
     yield "every answer ends once"
 
 
-def _frozen(module: DPO, optimizer: torch.optim.Optimizer) -> Iterator[str]:
+def _context(module: Stage, max_length: int) -> Iterator[str]:
+    longest = module.policy.config.to_dict().get("max_position_embeddings") or max_length
+    _require(
+        max_length <= longest,
+        "--data.max_length",
+        f"at most the {longest} positions that the policy was made for",
+        max_length,
+        "Lower it.",
+    )
+    yield f"{max_length} tokens fit the policy"
+
+
+def _frozen(module: Stage, optimizer: torch.optim.Optimizer) -> Iterator[str]:
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    inside = [name for name, p in module.reference.named_parameters() if p.requires_grad or id(p) in trained]
+    others = [model for role, model in module.models().items() if role != "policy"]
+    inside = [name for model in others for name, p in model.named_parameters() if p.requires_grad or id(p) in trained]
     _require(
         not inside,
         "the reference",
@@ -100,10 +103,10 @@ def _frozen(module: DPO, optimizer: torch.optim.Optimizer) -> Iterator[str]:
     moving = [p for p in module.policy.parameters() if p.requires_grad and id(p) in trained]
     _require(bool(moving), "the policy", "parameters that the optimizer trains", "none", "Unfreeze it.")
     rate = optimizer.param_groups[0]["lr"]
-    yield f"reference frozen, {sum(p.numel() for p in moving):,} parameters train at learning rate {rate:g}"
+    yield f"{sum(p.numel() for p in moving):,} parameters train at learning rate {rate:g}, all others are frozen"
 
 
-def _repeatable(module: DPO, batch: Batch) -> Iterator[str]:
+def _repeatable(module: Stage, batch: Batch) -> Iterator[str]:
     first, second = (score(module.policy, batch).logps for _ in range(2))
     same = torch.equal(first, second)
     _require(
@@ -116,7 +119,7 @@ def _repeatable(module: DPO, batch: Batch) -> Iterator[str]:
     yield "two passes agree to the bit"
 
 
-def _shared(module: DPO, batch: Batch) -> Iterator[str]:
+def _shared(module: Stage, batch: Batch) -> Iterator[str]:
     if module.policy.config._attn_implementation != NAME:
         return
     found = difference(module.policy, batch)

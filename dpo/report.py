@@ -21,57 +21,60 @@ METRICS = (
     "logps/rejected",
     "logits/chosen",
     "logits/rejected",
+    "perplexity",  # of a supervised stage
 )
-HEADER = ("step", "training loss", "validation loss", *METRICS)
+Rows = list[tuple[str, ...]]  # the first is the header
 
 
-def results(metrics: Path) -> list[tuple[str, ...]]:
-    """One row per validation: step, training loss, validation loss, then the validation's `METRICS`.
+def results(metrics: Path) -> Rows:
+    """A header and one row per validation: step, training loss, validation loss, then those `METRICS` that there are.
 
     The training loss is that of the last logged step before. Without validations, the logged training steps.
     """
-    table, loss = [], ""
     rows = read_metrics(metrics)
     stage = "val" if any(row.get("val/loss") for row in rows) else "train"
+    names = [name for name in METRICS if any(row.get(f"{stage}/{name}") for row in rows)]
+    table: Rows = [("step", "training loss", "validation loss", *names)]
+    loss = ""
     for row in rows:
         loss = row.get("train/loss") or loss
-        if row.get(f"{stage}/loss"):
+        if row[f"{stage}/loss"]:
             validation = row["val/loss"] if stage == "val" else ""
-            table.append((row["step"], loss, validation, *(row[f"{stage}/{name}"] for name in METRICS)))
+            table.append((row["step"], loss, validation, *(row[f"{stage}/{name}"] for name in names)))
     return table
 
 
-def write(run: Run) -> list[tuple[str, ...]]:
+def write(run: Run) -> Rows:
     """Write results.csv and results.md into a run, from its metrics.csv."""
     rows = results(run.metrics)
     with complete(run.folder / "results.csv") as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([HEADER, *rows])
+        csv.writer(file).writerows(rows)
     with complete(run.folder / "results.md") as temporary:
         temporary.write_text(markdown(rows))
     return rows
 
 
-def markdown(rows: list[tuple[str, ...]]) -> str:
+def markdown(rows: Rows) -> str:
     """The table in Markdown, numbers to four digits."""
-    lines = [HEADER, ["---:"] * len(HEADER), *([row[0], *map(_short, row[1:])] for row in rows)]
+    header, *values = rows
+    lines = [header, ["---:"] * len(header), *map(_short, values)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def show(rows: list[tuple[str, ...]], title: str) -> None:
+def show(rows: Rows, title: str) -> None:
     """Print the newest rows; on a narrow terminal a step is a column."""
     console = Console()
-    table = Table(title=title)
-    short = [(row[0], *map(_short, row[1:])) for row in rows[-20:]]
+    header, *values = rows
+    short = [header, *map(_short, values[-20:])]
     if console.width < 140:
-        header, *short = zip(HEADER, *short[-4:], strict=True)
-    else:
-        header = HEADER
-    for name in header:
+        short = list(zip(header, *short[1:][-4:], strict=True))
+    table = Table(title=title)
+    for name in short[0]:
         table.add_column(name, justify="right")
-    for line in short:
+    for line in short[1:]:
         table.add_row(*line)
     console.print(table)
 
 
-def _short(value: str) -> str:
-    return f"{float(value):.4f}" if value else ""
+def _short(row: tuple[str, ...]) -> tuple[str, ...]:
+    return row[0], *(f"{float(value):.4f}" if value else "" for value in row[1:])

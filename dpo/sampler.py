@@ -21,11 +21,15 @@ Shares = list[list[list[int]]]
 
 @runtime_checkable
 class Pairs(Protocol):
-    """A map-style data set of examples with their cost in tokens."""
+    """A map-style data set of examples with their lengths in tokens."""
 
     @property
     def costs(self) -> Sequence[int]:
         """Tokens of every example (prompt and answers)."""
+
+    @property
+    def scored(self) -> Sequence[int]:
+        """Tokens of the answers of every example."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -40,11 +44,13 @@ class Step:
 
     Attributes:
         micro_batches: One forward and backward pass each.
-        pairs: Pairs of the whole optimizer step, over all devices and accumulated batches.
+        pairs: Examples of the whole optimizer step, over all devices and accumulated batches.
+        scored: Their scored tokens.
     """
 
     micro_batches: tuple[Batch, ...]
     pairs: int
+    scored: int
 
     def to(self, device: torch.device | str, **_: object) -> "Step":
         """The same on another device."""
@@ -106,8 +112,8 @@ class Plan:
         return packs
 
 
-class StepSampler(Sampler[tuple[list[list[int]], int]]):
-    """For every Lightning batch of an epoch: the micro-batches of one device and the pairs of their optimizer step."""
+class StepSampler(Sampler[tuple[list[list[int]], list[int]]]):
+    """For every Lightning batch of an epoch: the micro-batches of one device, and all rows of the optimizer step."""
 
     def __init__(self, costs: Sequence[int], plan: Plan) -> None:
         """Plan epochs over rows with these costs."""
@@ -124,27 +130,31 @@ class StepSampler(Sampler[tuple[list[list[int]], int]]):
         parts = self.plan.world_size * self.plan.accumulate
         return (full + (rest >= parts)) * self.plan.accumulate
 
-    def __iter__(self) -> Iterator[tuple[list[list[int]], int]]:
+    def __iter__(self) -> Iterator[tuple[list[list[int]], list[int]]]:
         """From `start` (where a resumed epoch goes on) to the end of the epoch."""
         order, plan = self.plan.order(len(self.costs), self.epoch), self.plan
         first, self.start = self.start, 0
         for batch in range(first, len(self)):
             step, window = divmod(batch, plan.accumulate)
             rows = order[step * plan.batch_size : (step + 1) * plan.batch_size].tolist()
-            yield plan.shares(rows, self.costs)[window * plan.world_size + plan.rank], len(rows)
+            yield plan.shares(rows, self.costs)[window * plan.world_size + plan.rank], rows
 
 
 class _Steps(torch.utils.data.Dataset[Step]):
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
 
-    def __getitem__(self, item: tuple[list[list[int]], int]) -> Step:
-        micro_batches, pairs = item
-        return Step(tuple(collate([self.pairs[row] for row in rows]) for rows in micro_batches), pairs)
+    def __getitem__(self, item: tuple[list[list[int]], list[int]]) -> Step:
+        micro_batches, step = item
+        batches = tuple(collate([self.pairs[row] for row in rows]) for rows in micro_batches)
+        return Step(batches, len(step), sum(self.pairs.scored[row] for row in step))
 
 
-class StepLoader(DataLoader[Step]):
-    """Steps of one device. Its state is its position in the epoch, so a resumed run goes on with the next step."""
+class StepLoader:
+    """Steps of one device. Its state is its position in the epoch, so a resumed run goes on with the next step.
+
+    No `DataLoader` itself: of those Lightning makes new ones, with samplers of its own.
+    """
 
     def __init__(self, pairs: Pairs, plan: Plan, num_workers: int = 0) -> None:
         """Load pairs according to a plan; `num_workers` processes collate ahead.
@@ -158,14 +168,19 @@ class StepLoader(DataLoader[Step]):
                 f"{plan.world_size} * {plan.accumulate}, got {plan.batch_size}: raise --data.batch_size "
                 "(it counts pairs per optimizer step over all devices)."
             )
-        self.steps = StepSampler(pairs.costs, plan)
+        self.sampler = StepSampler(pairs.costs, plan)  # Lightning tells it the epoch
+        self.loader = DataLoader(_Steps(pairs), batch_size=None, sampler=self.sampler, num_workers=num_workers)
+        self.batch_sampler = None  # Lightning asks for one
         self.position = 0
-        super().__init__(_Steps(pairs), batch_size=None, sampler=self.steps, num_workers=num_workers)
 
-    def __iter__(self) -> Iterator[Step]:  # type: ignore[override]
+    def __len__(self) -> int:
+        """Lightning batches per epoch."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Step]:
         """Count what is handed out."""
-        self.position = self.steps.start
-        for step in super().__iter__():
+        self.position = self.sampler.start
+        for step in self.loader:
             self.position += 1
             yield step
 
@@ -175,4 +190,4 @@ class StepLoader(DataLoader[Step]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on behind that position in the next epoch that is iterated."""
-        self.steps.start = state["position"]
+        self.sampler.start = state["position"]

@@ -30,7 +30,9 @@ ORDER = (
     "metrics",
     "schedules",
     "finite",
+    "training",
     "module",
+    "sft",
     "preflight",
     # a run and what it leaves
     "run",

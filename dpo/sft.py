@@ -1,0 +1,46 @@
+"""The supervised stage before preferences: the policy learns to give the chosen answers.
+
+Takes `Step`s of examples with one answer each; the same scorer, batches and loop as preference training. Knows no
+reference and no loss but the log-likelihood.
+"""
+
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo.batch import Batch
+from dpo.logps import score, sum_answers
+from dpo.metrics import Means
+from dpo.sampler import Step
+from dpo.training import Stage
+
+
+class SFT(Stage):
+    """Supervised fine-tuning on the chosen answers; the loss of a step is its mean over tokens, in nats."""
+
+    answers = ("chosen",)
+    derived = MappingProxyType({"perplexity": ("loss", torch.exp)})
+    metrics = ("loss", "token_accuracy", "entropy", "length/chosen")
+
+    def models(self) -> dict[str, PreTrainedModel]:
+        """The policy alone."""
+        return {"policy": self.policy}
+
+    def total(self, step: Step) -> int:
+        """The answer tokens of the optimizer step: every token weighs the same."""
+        return step.scored
+
+    def losses(self, batch: Batch, means: Means) -> Tensor:
+        """-log p(answer), nats, of every example; logged per token."""
+        scores = score(self.policy, batch)
+        losses = -sum_answers(scores.logps, batch)
+        tokens, examples = (
+            torch.full((), n, dtype=torch.float64, device=losses.device) for n in (len(batch.targets), len(batch))
+        )
+        sums = [losses.detach(), scores.hits, scores.entropy]
+        means.update(
+            torch.stack([*(x.double().sum() for x in sums), tokens]), torch.stack([tokens, tokens, tokens, examples])
+        )
+        return losses

@@ -1,0 +1,194 @@
+"""What every stage of training shares: a policy, one optimizer step over micro-batches, means logged at steps.
+
+Takes `Step`s, gives gradients and metrics. A stage (`dpo.module.DPO`, `dpo.sft.SFT`) says what the examples of a
+micro-batch cost and by what their sum is divided. Knows nothing of text or files.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo.batch import Batch
+from dpo.finite import Watch
+from dpo.metrics import Derived, Means
+from dpo.models import Loader, adapt_layers
+from dpo.sampler import Step
+from dpo.sharing import share_if_exact
+
+
+class Stage(L.LightningModule, ABC):
+    """A stage of training a policy.
+
+    Attributes:
+        answers: What an example of this stage holds: sides of a pair, in this order.
+        metrics: Names of what `losses` adds to the means.
+        derived: What is logged besides, as a function of a mean.
+        policy: The model that is trained; there from `configure_model` on.
+    """
+
+    answers: tuple[str, ...]
+    metrics: tuple[str, ...]
+    derived: Mapping[str, Derived] = MappingProxyType({})
+    policy: PreTrainedModel
+
+    def __init__(
+        self,
+        policy: str = "quickstart",
+        sharing: bool = True,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        preflight: bool = True,
+        trust_remote_code: bool = False,
+        pickled_weights: bool = False,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        """Choose what is trained, and how; models are read when the trainer sets up.
+
+        Args:
+            policy: Folder or hub id of the causal language model to train; `quickstart` is the one in the package.
+            sharing: Compute every prompt once for all its answers, where that is exact for the model.
+            gradient_checkpointing: Keep only the inputs of every layer and compute the rest again in the backward pass.
+            compile: Compile every layer with torch.compile.
+            preflight: Check before the first step what must hold before it.
+            trust_remote_code: Run Python code that comes with a model. Only for models that you trust.
+            pickled_weights: Also read weights that are not safetensors. Only for models that you trust.
+            optimizer: Makes the optimizer of the parameters it is given.
+            lr_scheduler: Makes the learning rate schedule of an optimizer; it advances every optimizer step.
+        """
+        super().__init__()
+        self.loader = Loader(trust_remote_code, pickled_weights)
+        self.policy_path, self.sharing, self.preflight = policy, sharing, preflight
+        self.gradient_checkpointing, self.compiled = gradient_checkpointing, compile
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.train_means, self.val_means, self.test_means = (Means(self.metrics, self.derived) for _ in range(3))
+        self.watch = Watch()
+        self.grad_norm = torch.zeros(())
+
+    @abstractmethod
+    def losses(self, batch: Batch, means: Means) -> Tensor:
+        """The loss of every example of a micro-batch; everything else about it goes into the means."""
+
+    @abstractmethod
+    def total(self, step: Step) -> int:
+        """By what the sum of the losses of a whole optimizer step is divided."""
+
+    @abstractmethod
+    def models(self) -> dict[str, PreTrainedModel]:
+        """Every model there is, by its role."""
+
+    def configure_model(self) -> None:
+        """Read the policy, once."""
+        if "policy" not in self._modules:
+            self.policy = self.loader.model(self.policy_path)
+            self.prepare_models()
+            adapt_layers(self.policy, self.compiled, self.gradient_checkpointing)
+
+    def prepare_models(self) -> None:
+        """Let every model share prompts where that is exact."""
+        for role, model in self.models().items():
+            reason = share_if_exact(model) if self.sharing else "--model.sharing is false"
+            if reason:
+                rank_zero_info(f"The {role} runs every answer as a sequence of its own: {reason}.")
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer of the parameters that train, and its schedule."""
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    def training_step(self, step: Step, batch_idx: int) -> Tensor:
+        """The sum of the losses over the total of the optimizer step, so that no way of cutting it changes it.
+
+        Devices average their gradients and Lightning divides by the accumulated batches: both are multiplied away.
+        The backward pass of every micro-batch but the last is run here, so that one graph is alive at a time.
+        """
+        scale = self.trainer.world_size / self.total(step)
+        *others, last = step.micro_batches
+        for batch in others:
+            self.trainer.strategy.backward(self._watched(batch).sum() * scale, None)
+        return self._watched(last).sum() * scale * self.trainer.accumulate_grad_batches
+
+    def _watched(self, batch: Batch) -> Tensor:
+        losses = self.losses(batch, self.train_means)
+        self.watch.add(batch.ids, losses)
+        return losses
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop before a number that is not finite can reach the weights.
+
+        Raises:
+            NonFinite: With the ids of the examples of this step that it came from.
+        """
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        scaled = self.trainer.scaler is not None  # float16: the scaler skips a step whose gradient overflows
+        self.watch.check(self.trainer.global_step + 1, torch.zeros(()) if scaled else self.grad_norm)
+
+    def on_train_start(self) -> None:
+        """Begin with no gradients."""
+        self.zero_grad()
+
+    def optimizer_zero_grad(self, *_: object) -> None:
+        """Nothing: Lightning calls this after `training_step`, which has already left gradients behind."""
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Step, then clear the gradients."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
+    def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
+        """Log the means since the last logged step."""
+        if is_logged(self.trainer, batch_idx):
+            rates = {
+                "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+                "grad_norm": self.grad_norm.item(),
+            }
+            self.report("train", self.train_means, rates)
+
+    def report(self, stage: str, means: Means, more: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Log means under the names of a stage, at the number of optimizer steps taken, and start them anew."""
+        measured = {name: value.item() for name, value in means.compute().items()}
+        values = {f"{stage}/{name}": value for name, value in {**measured, **more}.items()}
+        means.reset()
+        self.log_dict(values, logger=False, sync_dist=True)
+        for logger in self.loggers if not self.trainer.sanity_checking else ():
+            logger.log_metrics(values, step=self.trainer.global_step)
+
+    def validation_step(self, step: Step, batch_idx: int) -> None:
+        """Evaluate examples; no graph is kept."""
+        for batch in step.micro_batches:
+            self.losses(batch, self.val_means)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the whole validation split."""
+        self.report("val", self.val_means)
+
+    def test_step(self, step: Step, batch_idx: int) -> None:
+        """Evaluate examples; no graph is kept."""
+        for batch in step.micro_batches:
+            self.losses(batch, self.test_means)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over the whole test split."""
+        self.report("test", self.test_means)
+
+
+def is_logged(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether an optimizer step that is to be logged has just ended with this batch."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets but does not declare it
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step % every == 0
