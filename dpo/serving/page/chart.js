@@ -70,7 +70,7 @@ class Chart {
     if (!width) return;
     const values = this.series.flatMap(({ points }) => points.map(([, value]) => value));
     const marks = ticks(...range(values), 4);
-    const left = 12 + 6.6 * Math.max(...marks.map((mark) => brief(mark).length));
+    const left = 12 + 6.6 * Math.max(4, ...marks.map((mark) => brief(mark).length));
     const [from, to] = range(this.steps);
     const x = (this.x = scale(from, to, left, width - MARGIN.right));
     const y = (this.y = scale(marks[0], marks.at(-1), HEIGHT - MARGIN.bottom, MARGIN.top));
@@ -78,9 +78,10 @@ class Chart {
       svg("path", { class: "grid", d: `M${left},${y(mark)}H${width - MARGIN.right}` }),
       svg("text", { x: left - 6, y: y(mark) + 4, "text-anchor": "end" }, brief(mark)),
     ]);
-    const columns = ticks(from, to, Math.max(2, Math.min(6, width / 90))).filter((step) => step >= from && step <= to);
+    const columns = ticks(from, to, Math.max(2, Math.min(6, width / 90))).filter((step) => step >= from && step <= to && x(step) > left + 12);
     const foot = columns.map((step) =>
       svg("text", { x: x(step), y: HEIGHT - 8, "text-anchor": x(step) > width - 30 ? "end" : "middle" }, brief(step)));
+    foot.push(svg("text", { x: left - 6, y: HEIGHT - 8, "text-anchor": "end" }, "step"));
     this.cursor = svg("g", { class: "cursor" });
     const lines = this.series.map(({ points, colour, stage }) =>
       svg("g", { class: `line ${colour} ${stage}` },

@@ -192,7 +192,7 @@ function drawHistory() {
 function describe() {
   const { temperature, top_p, max_tokens, seed } = state.settings;
   $("settings-text").textContent =
-    `temperature ${temperature} · top-p ${top_p} · at most ${max_tokens} tokens · seed ${seed ?? "new every time"}`;
+    `temperature ${temperature} · top-p ${top_p} · ${max_tokens} tokens · ${seed === null ? "new seed" : `seed ${seed}`}`;
 }
 
 function startSettings() {

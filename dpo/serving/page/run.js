@@ -20,23 +20,23 @@ const TITLES = {
   learning_rate: "Learning rate",
   tokens_per_second: "Tokens a second",
 };
-const FIRST = 5; // of TITLES: charts that are seen at once
+const FIRST = 4; // of TITLES: charts that are seen at once
 
 const MEANINGS = {
   loss: "mean loss a pair; log 2 = 0.693 is where DPO begins",
-  "rewards/chosen": "β (log π − log π_ref) of the preferred answers",
-  "rewards/rejected": "the same of the others",
+  "rewards/chosen": "β (log π − log π_ref) of the chosen answers",
+  "rewards/rejected": "β (log π − log π_ref) of the rejected answers",
   "rewards/margins": "chosen reward − rejected reward",
   "rewards/accuracies": "share of pairs whose chosen reward is higher",
-  "logps/chosen": "log-probability of a preferred answer, nats",
-  "logps/rejected": "the same of the others",
-  "logits/chosen": "mean logit over the preferred answers",
-  "logits/rejected": "the same of the others",
-  entropy: "of the next token, nats",
+  "logps/chosen": "log-probability of a chosen answer, nats",
+  "logps/rejected": "log-probability of a rejected answer, nats",
+  "logits/chosen": "mean logit over the chosen answers",
+  "logits/rejected": "mean logit over the rejected answers",
+  entropy: "entropy of the next token, nats",
   token_accuracy: "share of chosen tokens that were the likeliest",
-  "nll/chosen": "−log-probability a token of the preferred answers, nats",
-  "length/chosen": "tokens of a preferred answer",
-  "length/rejected": "the same of the others",
+  "nll/chosen": "−log-probability a token of the chosen answers, nats",
+  "length/chosen": "tokens of a chosen answer",
+  "length/rejected": "tokens of a rejected answer",
   displaced: "share of pairs whose chosen answer is less likely than under the reference",
 };
 

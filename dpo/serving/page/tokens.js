@@ -4,6 +4,7 @@
 import { $, h, harmless, number, visible } from "./dom.js";
 
 const FULL = 3; // nats at which a colour is at its strongest
+const NEUTRAL = 0.05; // nats below which a token has no colour
 const MOVERS = 3; // tokens named as raised or lowered most
 
 const ratio = (token) => token.policy - token.reference;
@@ -14,7 +15,7 @@ const percent = (logprob) => {
 
 function label(token, last) {
   if (token.text === "") return last ? "end" : "·";
-  return token.text.replaceAll("\n", "↵\n");
+  return token.text.replaceAll("\n", "↵");
 }
 
 function hideTip() {
@@ -44,7 +45,7 @@ function showTip(node, token, last) {
 function colour(node, value) {
   const strength = Math.min(Math.abs(value) / FULL, 1);
   node.style.setProperty("--strength", `${(6 + 64 * strength).toFixed(1)}%`);
-  node.classList.add(value >= 0 ? "up" : "down");
+  if (Math.abs(value) >= NEUTRAL) node.classList.add(value > 0 ? "up" : "down");
 }
 
 /** The tokens in reading order: one stop for the Tab key, arrow keys inside. */
@@ -72,6 +73,7 @@ function strip(answer, name) {
     colour(node, ratio(token));
     return node;
   });
+  const lines = nodes.flatMap((node, index) => (answer.tokens[index].text.includes("\n") ? [node, "\n"] : [node]));
   const move = (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity }[event.key];
     if (event.key === "Escape") hideTip();
@@ -86,13 +88,13 @@ function strip(answer, name) {
   return h(
     "div",
     { class: "tokens", role: "list", dir: "auto", "aria-label": `Tokens of ${name}; arrow keys move`, keydown: move },
-    nodes,
+    lines,
   );
 }
 
 function movers(answer) {
   const last = answer.tokens.at(-1);
-  const sorted = answer.tokens.filter((token) => Math.abs(ratio(token)) >= 0.005).sort((a, b) => ratio(b) - ratio(a));
+  const sorted = answer.tokens.filter((token) => Math.abs(ratio(token)) >= NEUTRAL).sort((a, b) => ratio(b) - ratio(a));
   const list = (tokens) =>
     tokens.map((token) => {
       const chip = h("span", { class: "chip" }, harmless(label(token, token === last).trim()) || "␣", " ",

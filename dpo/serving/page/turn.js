@@ -4,6 +4,7 @@
 import { copy, h, number, visible } from "./dom.js";
 import { SIDES, keeps, unfit } from "./store.js";
 
+const HEADER = 96; // pixels at the upper edge that the page's header takes at most
 const TITLES = { policy: "Policy", reference: "Reference" };
 
 /** What is worth knowing about an answer, in a few words. */
@@ -22,7 +23,7 @@ class AnswerView {
     const title = `answer-${index}-${side}`;
     this.text = h("p", { class: "text", dir: "auto" });
     this.problem = h("p", { class: "problem", hidden: true });
-    this.kept = h("span", { class: "tag", hidden: true }, "goes on from here");
+    this.kept = h("span", { class: "tag", hidden: true }, "continues here");
     this.facts = h("span", { class: "quiet small facts" });
     this.rewarded = h("button", { class: "plain reward", click: on.why, hidden: true });
     this.better = h("button", { class: "better", "aria-pressed": "false", click: () => on.prefer(side) });
@@ -33,8 +34,8 @@ class AnswerView {
       this.text,
       this.problem,
       h("footer", {},
-        h("p", { class: "line" }, this.rewarded, this.facts),
-        h("div", { class: "actions" }, this.better, this.copy, this.retry)),
+        h("div", { class: "actions" }, this.better, this.copy, this.retry),
+        h("p", { class: "line" }, this.facts, this.rewarded)),
     );
     this.text.append(...visible(this.answer.text));
   }
@@ -67,6 +68,7 @@ class AnswerView {
     this.node.setAttribute("aria-busy", String(streaming));
     this.node.classList.toggle("writing", streaming);
     this.facts.textContent = facts(answer, turn.settings);
+    this.text.hidden = !streaming && !answer.text;
     this.problem.hidden = answer.state !== "failed" && (streaming || answer.text.trim() !== "");
     this.problem.textContent = answer.state === "failed" ? answer.error : "The model ended at once: an empty answer.";
     this.retry.hidden = answer.state !== "failed" || !last || busy;
@@ -80,7 +82,7 @@ class AnswerView {
     this.better.setAttribute("aria-pressed", String(chosen));
     this.better.setAttribute("aria-label", `The ${side}'s answer is better`);
     this.kept.hidden = busy && last ? true : keeps(turn) !== side;
-    this.kept.textContent = last ? "goes on from here" : "went on from here";
+    this.kept.textContent = last ? "continues here" : "continued here";
     this.node.classList.toggle("kept", !this.kept.hidden);
   }
 }
@@ -105,10 +107,15 @@ export class TurnView {
     this.prompt.querySelector(".facts").textContent = `seed ${this.turn.settings.seed}`;
   }
 
+  /** Text grows: the page follows it down, but where the answers stand in one column not past the prompt. */
   append(side, piece) {
-    const follow = window.innerHeight + window.scrollY >= document.body.scrollHeight - 80;
+    const left = () => document.body.scrollHeight - window.innerHeight - window.scrollY;
+    const follow = left() < 80;
     this.sides[side].append(piece);
-    if (follow) window.scrollTo(0, document.body.scrollHeight);
+    if (!follow) return;
+    const [first, second] = SIDES.map((name) => this.sides[name].node.getBoundingClientRect().top);
+    const most = first === second ? Infinity : this.node.getBoundingClientRect().top - HEADER;
+    window.scrollBy(0, Math.max(0, Math.min(left(), most)));
   }
 
   reward(scored, problem) {
