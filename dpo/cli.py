@@ -30,7 +30,7 @@ from dpo.finite import NonFinite
 from dpo.loggers import MetricsCSV, wandb_logger
 from dpo.module import DPO
 from dpo.preflight import Preflight, PreflightError
-from dpo.run import Run
+from dpo.run import Run, jsonl
 from dpo.schedules import Warmup
 from dpo.sft import SFT
 from dpo.training import Stage
@@ -41,6 +41,7 @@ NOISE = {  # what Lightning says about things that are as they should be here
     "torch and Lightning": ".*treespec, LeafSpec.*",
 }
 SHORT_NAMES = (DPO, SFT, HHRLHF, Warmup)  # imported here, so the command line knows them by their last name
+HELD_OUT = 50  # validation pairs that are stored as text, for whoever serves the run
 NAMED = ("last", "best")  # checkpoints of a run that need no path
 Name = restricted_string_type("Name", r"^(?!latest$)\w[\w.+-]*$", docstring="A folder name other than latest.")
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -152,8 +153,10 @@ class CLI(LightningCLI):
             self.datamodule.tokenizer,
             base=self.model.policy_path,
             data=self.datamodule.path,
-            loss=self.model.loss,
+            story=self.model.story,
         )
+        self.run.held_out.unlink(missing_ok=True)
+        jsonl(self.run.held_out, self.datamodule.texts("val", HELD_OUT))
         print(f"Checkpoints: {self.run.checkpoints}\nHugging Face folder: {folder}")
 
     def after_validate(self) -> None:

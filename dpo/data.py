@@ -8,7 +8,8 @@ import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -62,6 +63,8 @@ class PairDataset:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         row = self.table[int(self.rows[index])]
         name = f"{row['subset']}/{self.split}:{row['line']}"
         return Example(name, row["prompt"], tuple(row[side] for side in self.answers))
@@ -194,13 +197,24 @@ class HHRLHF(LightningDataModule):
         """Steps over the test pairs, in order."""
         return self._loader("test")
 
+    def texts(self, name: str, most: int) -> list[dict[str, str]]:
+        """The first examples of a split as text: the prompt, and every answer under the name of its side."""
+        pairs = self.pairs.get(name, ())
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        return [
+            {"prompt": decode(pair.prompt), **dict(zip(self.answers, map(decode, pair.answers), strict=True))}
+            for pair in islice(pairs, most)
+        ]
+
     def _loader(self, name: str, shuffle: bool = False, accumulate: int = 1) -> StepLoader:
         if name not in self.pairs:
             raise ValueError(
                 f"No pair is left for {name!r} of {self.path}: see the table of what was read; "
                 "more rows (--data.limit, --data.subsets) or another --data.val_fraction may help."
             )
-        plan = Plan(self.batch_size, self.max_tokens, shuffle, self.seed, accumulate=accumulate)
+        plan = Plan(
+            self.batch_size, self.max_tokens, shuffle, self.seed, accumulate=accumulate, keep_rest=name != "train"
+        )
         if self.trainer:
             plan = replace(plan, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
         return StepLoader(self.pairs[name], plan)

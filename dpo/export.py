@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import __version__, report
-from dpo.losses import PreferenceLoss
+from dpo.models import locate
 from dpo.run import Run, complete
 
 
@@ -22,7 +22,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     base: str,
     data: str,
-    loss: PreferenceLoss,
+    story: str,
 ) -> Path:
     """Write `export/` of a run.
 
@@ -32,21 +32,21 @@ def export(
         tokenizer: What it was trained with.
         base: The model it started from.
         data: What it was trained on.
-        loss: What it was trained with.
+        story: How it was trained, in words.
     """
     with complete(run.export) as folder:
         policy.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "train_config.yaml").write_bytes(run.config.read_bytes())
-        (folder / "README.md").write_text(str(card(run, base, data, loss)), encoding="utf-8")
+        (folder / "README.md").write_text(str(card(run, base, data, story)), encoding="utf-8")
         for file in folder.iterdir():
             os.chmod(file, 0o644)
     return run.export
 
 
-def card(run: Run, base: str, data: str, loss: PreferenceLoss) -> ModelCard:
+def card(run: Run, base: str, data: str, story: str) -> ModelCard:
     """The model card: what it is, how it was made, what was measured."""
-    local = Path(base).is_dir()
+    local = Path(locate(base)).is_dir()
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -62,8 +62,8 @@ def card(run: Run, base: str, data: str, loss: PreferenceLoss) -> ModelCard:
 
 # {run.folder.name}
 
-`{started}` trained on preferences ({Path(data).name}) with the loss `{loss}` by dpo-lightning {__version__},
-against a frozen reference. `train_config.yaml` is the whole configuration.
+`{started}` {story}, on {Path(data).name}, by dpo-lightning {__version__}.
+`train_config.yaml` is the whole configuration.
 
 Last measured on the validation and test pairs of this run (nats; rewards: beta times the log-ratio to the reference):
 

@@ -47,6 +47,11 @@ class DPO(Stage):
         self.loss = loss
         self.strict_loading = False  # the reference is not in checkpoints; load_state_dict checks the rest
 
+    @property
+    def story(self) -> str:
+        """For the model card."""
+        return f"trained on preferences with the loss `{self.loss}` against a reference ({self.reference.origin})"
+
     def prepare_models(self) -> None:
         """Make the reference of the policy as it is before it has learned anything."""
         self.reference = self.reference_choice.build(self.policy, self.loader)

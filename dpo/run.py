@@ -45,6 +45,11 @@ class Run:
         return self.folder / "predictions.jsonl"
 
     @property
+    def held_out(self) -> Path:
+        """Some validation pairs as text."""
+        return self.folder / "held_out.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Lightning checkpoints: last.ckpt, best.ckpt."""
         return self.folder / "checkpoints"

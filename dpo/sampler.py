@@ -69,6 +69,8 @@ class Plan:
         rank: Of this device.
         world_size: Number of devices.
         accumulate: Lightning batches per optimizer step.
+        keep_rest: Keep a last step with fewer pairs than devices, where some have nothing to do (evaluation); training
+            leaves it out.
     """
 
     batch_size: int
@@ -78,6 +80,7 @@ class Plan:
     rank: int = 0
     world_size: int = 1
     accumulate: int = 1
+    keep_rest: bool = False
 
     def order(self, rows: int, epoch: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """The order of the rows in an epoch."""
@@ -128,7 +131,7 @@ class StepSampler(Sampler[tuple[list[list[int]], list[int]]]):
         """Lightning batches per epoch."""
         full, rest = divmod(len(self.costs), self.plan.batch_size)
         parts = self.plan.world_size * self.plan.accumulate
-        return (full + (rest >= parts)) * self.plan.accumulate
+        return (full + (rest >= (1 if self.plan.keep_rest else parts))) * self.plan.accumulate
 
     def __iter__(self) -> Iterator[tuple[list[list[int]], list[int]]]:
         """From `start` (where a resumed epoch goes on) to the end of the epoch."""

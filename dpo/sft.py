@@ -24,6 +24,11 @@ class SFT(Stage):
     derived = MappingProxyType({"perplexity": ("loss", torch.exp)})
     metrics = ("loss", "token_accuracy", "entropy", "length/chosen")
 
+    @property
+    def story(self) -> str:
+        """For the model card."""
+        return "fine-tuned on the chosen answers"
+
     def models(self) -> dict[str, PreTrainedModel]:
         """The policy alone."""
         return {"policy": self.policy}

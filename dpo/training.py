@@ -73,6 +73,11 @@ class Stage(L.LightningModule, ABC):
         self.watch = Watch()
         self.grad_norm = torch.zeros(())
 
+    @property
+    @abstractmethod
+    def story(self) -> str:
+        """How the policy is trained, as a predicate: "fine-tuned on ..."."""
+
     @abstractmethod
     def losses(self, batch: Batch, means: Means) -> Tensor:
         """The loss of every example of a micro-batch; everything else about it goes into the means."""
