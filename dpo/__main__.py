@@ -1,22 +1,22 @@
 """`python -m dpo <verb>`: the home of everything that is neither training nor serving.
 
-A verb is a function that takes the words behind it; the first line of its docstring is its help. It raises
-ValueError or OSError for what its user can put right: the program ends with that message and exit code 1.
+A verb is a module with a `main` that takes the words behind the verb. It raises ValueError or OSError for what its user
+can put right: the program ends with that message and exit code 1.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
-from dpo import hub
-
-VERBS: dict[str, Callable[[Sequence[str]], None]] = {
-    "push": hub.main,
+VERBS = {  # verb: its module, imported only when it is asked for, and what it does
+    "push": ("dpo.hub", "Upload a run's export to the Hugging Face hub."),
+    "quickstart": ("dpo.rebuild", "Make the shipped quickstart policy again from nothing."),
 }
 
 
 def usage() -> str:
     """One line for each verb."""
-    lines = [f"  {name:<10} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    lines = [f"  {name:<10} {help}" for name, (_, help) in VERBS.items()]
     return "\n".join(["usage: python -m dpo <verb> ... (each verb has --help)", "", *lines])
 
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         print(usage(), file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     try:
-        VERBS[arguments[0]](arguments[1:])
+        import_module(VERBS[arguments[0]][0]).main(arguments[1:])
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -43,6 +43,7 @@ ORDER = (
     "export",
     "hub",
     "cli",
+    "rebuild",
     "serving",
 )
 # These import from all.
