@@ -58,10 +58,13 @@ async function call(path, options = {}, signal) {
   throw await explained(response);
 }
 
+// Half a surrogate pair is no character, and no text that a server could read.
+const readable = (_, value) => (typeof value === "string" && value.toWellFormed?.()) || value;
+
 const json = (body) => ({
   method: "POST",
   headers: { "Content-Type": "application/json" },
-  body: JSON.stringify(body),
+  body: JSON.stringify(body, readable),
 });
 
 export const get = async (path) => (await call(path)).json();

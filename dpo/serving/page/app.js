@@ -2,13 +2,17 @@
 
 import { connect, get } from "./api.js";
 import { showExamples, startChat } from "./chat.js";
-import { $, h, harmless } from "./dom.js";
+import { $, h } from "./dom.js";
 import { showPairs, startJudge } from "./judge.js";
 import { showRun, showRunProblem } from "./run.js";
 import { showWhy, startWhy } from "./why.js";
 
 const VIEWS = ["chat", "why", "judge", "run"];
-const EXAMPLES = ["What is the capital of Italy?", "I would like to make tea. What do I do?", "What is five plus three?"];
+const EXAMPLES = [
+  "What is the capital of Italy?",
+  "I would like to make tea. What do I do?",
+  "What is five plus three?",
+];
 const MOST_EXAMPLES = 4;
 
 let run = null;
@@ -93,7 +97,6 @@ async function loadRun() {
     }
   }
   const pairs = run?.held_out ?? [];
-  $("run-name").textContent = harmless(run?.name ?? "");
   showRun(run);
   showPairs(pairs);
   showExamples(openings(pairs));

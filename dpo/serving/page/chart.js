@@ -54,7 +54,8 @@ class Chart {
     });
     const legend = h("div", { class: "chart-legend small" },
       series.map((one) => h("span", {}, swatch(one), one.name)));
-    this.node = h("figure", { class: "card chart" }, h("figcaption", {}, h("h4", {}, title)), legend, this.plot, this.readout);
+    const caption = h("figcaption", {}, h("h4", {}, title));
+    this.node = h("figure", { class: "card chart" }, caption, legend, this.plot, this.readout);
     new ResizeObserver(() => this.draw()).observe(this.plot);
     this.select(null);
   }
@@ -78,7 +79,8 @@ class Chart {
       svg("path", { class: "grid", d: `M${left},${y(mark)}H${width - MARGIN.right}` }),
       svg("text", { x: left - 6, y: y(mark) + 4, "text-anchor": "end" }, brief(mark)),
     ]);
-    const columns = ticks(from, to, Math.max(2, Math.min(6, width / 90))).filter((step) => step >= from && step <= to && x(step) > left + 12);
+    const fits = (step) => step >= from && step <= to && x(step) > left + 12;
+    const columns = ticks(from, to, Math.max(2, Math.min(6, width / 90))).filter(fits);
     const foot = columns.map((step) =>
       svg("text", { x: x(step), y: HEIGHT - 8, "text-anchor": x(step) > width - 30 ? "end" : "middle" }, brief(step)));
     foot.push(svg("text", { x: left - 6, y: HEIGHT - 8, "text-anchor": "end" }, "step"));
@@ -112,10 +114,9 @@ class Chart {
     const here = this.series.filter(({ at }) => at.has(step));
     const said = here.map(({ name, at }) => `${name} ${brief(at.get(step))}`);
     this.readout.textContent = step === null ? " " : `step ${step}: ${said.join(" · ")}`;
-    this.cursor?.replaceChildren(
-      ...(step === null ? [] : [svg("path", { d: `M${this.x(step)},${MARGIN.top}V${HEIGHT - MARGIN.bottom}` })]),
-      ...here.map(({ at, colour }) => svg("circle", { class: colour, cx: this.x(step), cy: this.y(at.get(step)), r: 4 })),
-    );
+    const line = () => svg("path", { d: `M${this.x(step)},${MARGIN.top}V${HEIGHT - MARGIN.bottom}` });
+    const dot = ({ at, colour }) => svg("circle", { class: colour, cx: this.x(step), cy: this.y(at.get(step)), r: 4 });
+    this.cursor?.replaceChildren(...(step === null ? [] : [line()]), ...here.map(dot));
   }
 }
 

@@ -3,11 +3,10 @@
 
 import { chat } from "./api.js";
 import { $, download, h, notice, say, short } from "./dom.js";
-import { DEFAULTS, SIDES, messages, newTurn, open, keeps, preferences, remove, save, state, transcript } from "./store.js";
+import { SIDES, messages, newTurn, open, keeps, preferences, remove, save, state, transcript } from "./store.js";
+import { drawn, settingsHold, startSettings } from "./settings.js";
 import { TurnView } from "./turn.js";
 import { score } from "./why.js";
-
-const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 
 let views = []; // one for each turn of the open conversation
 let running = []; // abort controllers of the streams
@@ -18,7 +17,8 @@ function keep() {
   const left = skipped ? `, ${skipped} cannot be written in this format` : "";
   $("export-count").textContent = `${rows.length} ${rows.length === 1 ? "pair" : "pairs"} marked${left}`;
   $("export-pairs").disabled = !rows.length;
-  $("history-summary").textContent = `Conversations${state.conversations.length ? ` (${state.conversations.length})` : ""}`;
+  const kept = state.conversations.length;
+  $("history-summary").textContent = kept ? `Conversations (${kept})` : "Conversations";
 }
 
 function frame() {
@@ -66,6 +66,17 @@ function reward(index) {
 
 const seconds = (since) => (performance.now() - since) / 1000;
 
+/** Add a chunk of the stream to an answer; the text that is new. */
+function take(answer, chunk) {
+  const choice = chunk.choices?.[0];
+  const piece = choice?.delta?.content ?? "";
+  const added = answer.text ? piece : piece.trimStart();
+  answer.text += added;
+  answer.reason = choice?.finish_reason ?? answer.reason;
+  answer.tokens = chunk.usage?.completion_tokens ?? answer.tokens;
+  return added;
+}
+
 async function answer(index, side, signal) {
   const { turns } = state.current;
   const turn = turns[index];
@@ -76,14 +87,8 @@ async function answer(index, side, signal) {
   try {
     const body = { model: side, messages: messages(turns, index), ...turn.settings };
     for await (const chunk of chat(body, signal)) {
-      const choice = chunk.choices?.[0];
-      const piece = choice?.delta?.content ?? "";
-      const added = mine.text ? piece : piece.trimStart();
-      if (added && !mine.text) mine.first = seconds(began);
-      mine.text += added;
+      const added = take(mine, chunk);
       if (added) view.append(side, added);
-      if (choice?.finish_reason) mine.reason = choice.finish_reason;
-      if (chunk.usage) mine.tokens = chunk.usage.completion_tokens;
     }
     mine.state = "done";
   } catch (error) {
@@ -116,17 +121,11 @@ function stop() {
   for (const controller of running) controller.abort();
 }
 
-function settings() {
-  const given = { ...state.settings };
-  given.seed ??= crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
-  return given;
-}
-
 function ask(prompt) {
   const { turns } = state.current;
   const before = turns.at(-1);
   if (before) before.kept = keeps(before);
-  turns.push(newTurn(prompt.toWellFormed?.() ?? prompt, settings()));
+  turns.push(newTurn(prompt.toWellFormed?.() ?? prompt, drawn()));
   const index = turns.length - 1;
   views.push(makeView(turns[index], index));
   $("turns").append(views[index].node);
@@ -137,7 +136,7 @@ function ask(prompt) {
 
 function again(index) {
   const turn = state.current.turns[index];
-  turn.settings = settings();
+  turn.settings = drawn();
   stream(index);
 }
 
@@ -189,33 +188,9 @@ function drawHistory() {
   $("history").replaceChildren(rows.length ? h("ul", {}, rows) : empty);
 }
 
-function describe() {
-  const { temperature, top_p, max_tokens, seed } = state.settings;
-  $("settings-text").textContent =
-    `temperature ${temperature} · top-p ${top_p} · ${max_tokens} tokens · ${seed === null ? "new seed" : `seed ${seed}`}`;
-}
-
-function startSettings() {
-  for (const name of NUMBERS) {
-    $(name).value = state.settings[name] ?? "";
-    $(name).addEventListener("change", () => {
-      if (!$(name).reportValidity()) return;
-      state.settings[name] = $(name).value === "" ? DEFAULTS[name] : $(name).valueAsNumber;
-      describe();
-      keep();
-    });
-  }
-  describe();
-}
-
 function submit(event) {
   event.preventDefault();
-  const wrong = NUMBERS.find((name) => !$(name).checkValidity());
-  if (wrong) {
-    $("settings").open = true;
-    $(wrong).reportValidity();
-    return;
-  }
+  if (!settingsHold()) return;
   const prompt = $("prompt").value;
   if (running.length || !prompt.trim()) return;
   $("prompt").value = "";
@@ -240,7 +215,7 @@ export function showExamples(prompts) {
 /** Prepare the view; `run` gives the name of the run, `why(index)` shows a turn's explanation. */
 export function startChat(run, why) {
   actions.why = why;
-  startSettings();
+  startSettings(keep);
   $("composer").addEventListener("submit", submit);
   $("chat").addEventListener("keydown", keys);
   $("stop").addEventListener("click", stop);

@@ -48,6 +48,8 @@ const withoutSpace = (text) => text.replace(/^ /, "");
 
 function request() {
   const now = fields();
+  const same = now.chosen.trim() === now.rejected.trim();
+  if (same) throw new Error("Both answers are the same: there is nothing to prefer.");
   const held = picked();
   const prompt = held ? { prompt: held.pair.prompt } : { messages: messages(now.prompt) };
   return { ...prompt, chosen: withoutSpace(now.chosen), rejected: withoutSpace(now.rejected) };
@@ -65,13 +67,14 @@ function verdict({ margin, probability, chosen, rejected }, beta, held) {
   const bar = h("div", { class: "split", role: "img", "aria-label": `A ${a} percent, B ${100 - a} percent` },
     h("span", { class: "a" }, "A"), h("span", { class: "b" }, "B"));
   bar.style.setProperty("--a", `${100 * probability}%`);
-  const sum = `margin ${number(margin, 2, true)} = ${number(chosen.reward, 2, true)} − (${number(rejected.reward, 2, true)})`;
+  const [all, one, other] = [margin, chosen.reward, rejected.reward].map((value) => number(value, 2, true));
+  const sum = h("p", { class: "quiet small" }, `margin ${all} = ${one} − (${other})`);
   const column = (name, answer) =>
     h("article", { class: "answer" }, h("header", {}, h("h3", {}, `Answer ${name}`),
       name === winner && margin !== 0 && h("span", { class: "tag" }, "preferred")),
       explain(answer, beta, `answer ${name}`));
   return [
-    h("div", { class: "card verdict" }, h("p", { class: "big" }, words), bar, h("p", { class: "quiet small" }, sum), agreement),
+    h("div", { class: "card verdict" }, h("p", { class: "big" }, words), bar, sum, agreement),
     h("div", { class: "columns" }, column("A", chosen), column("B", rejected)),
   ];
 }

@@ -52,7 +52,7 @@ function cell(value) {
   return h("td", {}, isNumber ? brief(Number(text)) : harmless(text));
 }
 
-function results({ header = [], rows = [] } = {}) {
+function results({ header, rows }) {
   if (!rows.length) return section("Results", nothing("This run has no table of results."));
   const head = header.map((name) => h("th", { scope: "col" }, harmless(name)));
   return section("Results", scroll("Table of results", h("table", {}, h("thead", {}, h("tr", {}, head)),
@@ -82,7 +82,8 @@ function curves(metrics) {
   if (!found.size) return section("Curves", nothing("This run has no curves."));
   const known = Object.keys(TITLES).filter((name) => found.has(name));
   const others = [...found.keys()].filter((name) => !TITLES[name]);
-  const draw = (names) => h("div", { class: "charts" }, names.map((name) => chart(TITLES[name] ?? name, found.get(name))));
+  const one = (name) => chart(TITLES[name] ?? harmless(name), found.get(name));
+  const draw = (names) => h("div", { class: "charts" }, names.map(one));
   const first = known.filter((name) => Object.keys(TITLES).indexOf(name) < FIRST);
   const rest = [...known.filter((name) => !first.includes(name)), ...others];
   return section("Curves", draw(first.length ? first : rest),
@@ -105,19 +106,22 @@ function configuration(text) {
     scroll("Configuration", h("pre", {}, visible(text)))));
 }
 
+const NOTHING = { name: "", results: { rows: [] }, metrics: [], values: {}, config: "" };
+
 /** Draw the run; null where nothing was trained. */
 export function showRun(run) {
-  const { results: table, metrics = [], values: finals = {}, config = "" } = run ?? {};
-  const empty = !table?.rows?.length && !metrics.length && !Object.keys(finals ?? {}).length && !config;
-  const intro = h("div", { class: "intro" }, h("h2", {}, run?.name ? harmless(run.name) : "The run"));
-  if (empty) {
-    const text = "These models were served without the run that made them, so there are no results to show here.";
-    return $("run").replaceChildren(intro, h("div", { class: "empty" }, h("h3", {}, "No run"), h("p", {}, text)));
-  }
-  $("run").replaceChildren(intro, results(table), curves(metrics), values(finals ?? {}), configuration(config ?? ""));
+  const { name, results: table, metrics, values: finals, config } = { ...NOTHING, ...run };
+  const empty = !table.rows.length && !metrics.length && !Object.keys(finals).length && !config;
+  $("run-name").textContent = empty ? "" : harmless(name);
+  const intro = h("div", { class: "intro" }, h("h2", {}, empty ? "The run" : harmless(name)));
+  const text = "These models were served without the run that made them, so there are no results to show here.";
+  const none = () => [h("div", { class: "empty" }, h("h3", {}, "No run"), h("p", {}, text))];
+  const all = () => [results(table), curves(metrics), values(finals), configuration(config)];
+  $("run").replaceChildren(intro, ...(empty ? none() : all()));
 }
 
 /** Say that the run could not be read. */
 export function showRunProblem(message, again) {
-  $("run").replaceChildren(h("p", { class: "problem" }, message, " ", h("button", { class: "plain", click: again }, "Try again")));
+  const button = h("button", { class: "plain", click: again }, "Try again");
+  $("run").replaceChildren(h("p", { class: "problem" }, message, " ", button));
 }

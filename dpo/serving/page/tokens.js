@@ -24,8 +24,9 @@ function hideTip() {
 
 function showTip(node, token, last) {
   const tip = $("tip");
+  const cells = (...values) => values.map((value) => h("td", {}, value));
   const row = (name, value, side) =>
-    h("tr", {}, h("th", { scope: "row", class: side }, name), h("td", {}, value), h("td", {}, side && percent(token[side])));
+    h("tr", {}, h("th", { scope: "row", class: side }, name), cells(value, side && percent(token[side])));
   tip.replaceChildren(
     h("table", {},
       row("policy", number(token.policy, 3), "policy"),
@@ -125,7 +126,7 @@ function numbers(answer) {
 }
 
 /** "reward +0.17", and where it comes from. */
-export function reward(answer, beta) {
+function reward(answer, beta) {
   const { policy, reference } = answer.logprob;
   const sum = `${Number(beta.toPrecision(4))} × (${number(policy)} − (${number(reference)}))`;
   return h("p", { class: "reward" },
@@ -136,7 +137,9 @@ export function reward(answer, beta) {
 }
 
 /** Everything there is to say about one answer; `name` is what it is called, as in "the policy's answer". */
-export const explain = (answer, beta, name) => [reward(answer, beta), strip(answer, name), movers(answer), numbers(answer)];
+export function explain(answer, beta, name) {
+  return [reward(answer, beta), strip(answer, name), movers(answer), numbers(answer)];
+}
 
 /** The meaning of the colours. */
 export function legend() {

@@ -5,6 +5,7 @@ import { copy, h, number, visible } from "./dom.js";
 import { SIDES, keeps, unfit } from "./store.js";
 
 const HEADER = 96; // pixels at the upper edge that the page's header takes at most
+const EMPTY = { done: "The model ended at once: an empty answer.", stopped: "Stopped before the first word." };
 const TITLES = { policy: "Policy", reference: "Reference" };
 
 /** What is worth knowing about an answer, in a few words. */
@@ -26,7 +27,7 @@ class AnswerView {
     this.kept = h("span", { class: "tag", hidden: true }, "continues here");
     this.facts = h("span", { class: "quiet small facts" });
     this.rewarded = h("button", { class: "plain reward", click: on.why, hidden: true });
-    this.better = h("button", { class: "better", "aria-pressed": "false", click: () => on.prefer(side) });
+    this.better = h("button", { class: "better", "aria-describedby": title, click: () => on.prefer(side) });
     this.copy = h("button", { class: "plain", click: () => copy(this.answer.text) }, "Copy");
     this.retry = h("button", { class: "plain", hidden: true, click: () => on.retry(side) }, "Try again");
     this.node = h("article", { class: `answer ${side}`, "aria-labelledby": title },
@@ -63,25 +64,33 @@ class AnswerView {
   }
 
   refresh({ busy, last }) {
-    const { answer, turn, side } = this;
+    const { answer } = this;
     const streaming = answer.state === "streaming";
+    const failed = answer.state === "failed";
     this.node.setAttribute("aria-busy", String(streaming));
     this.node.classList.toggle("writing", streaming);
-    this.facts.textContent = facts(answer, turn.settings);
+    this.facts.textContent = facts(answer, this.turn.settings);
     this.text.hidden = !streaming && !answer.text;
-    this.problem.hidden = answer.state !== "failed" && (streaming || answer.text.trim() !== "");
-    this.problem.textContent = answer.state === "failed" ? answer.error : "The model ended at once: an empty answer.";
-    this.retry.hidden = answer.state !== "failed" || !last || busy;
+    this.problem.hidden = !failed && (streaming || answer.text.trim() !== "");
+    this.problem.textContent = failed ? answer.error : EMPTY[answer.state];
+    this.retry.hidden = !failed || !last || busy;
     this.copy.hidden = !answer.text || streaming;
-    const chosen = turn.preferred === side;
-    const reason = unfit(turn);
     this.better.hidden = streaming;
+    this.refreshBetter();
+    this.refreshKept(last, busy);
+  }
+
+  refreshBetter() {
+    const chosen = this.turn.preferred === this.side;
+    const reason = unfit(this.turn);
     this.better.disabled = reason !== null && !chosen;
     this.better.title = reason ?? (chosen ? "Press again to take it back" : "Kept as a preference pair for the export");
     this.better.textContent = chosen ? "✓ Better" : "This one is better";
     this.better.setAttribute("aria-pressed", String(chosen));
-    this.better.setAttribute("aria-label", `The ${side}'s answer is better`);
-    this.kept.hidden = busy && last ? true : keeps(turn) !== side;
+  }
+
+  refreshKept(last, busy) {
+    this.kept.hidden = (busy && last) || keeps(this.turn) !== this.side;
     this.kept.textContent = last ? "continues here" : "continued here";
     this.node.classList.toggle("kept", !this.kept.hidden);
   }
@@ -119,7 +128,8 @@ export class TurnView {
   }
 
   reward(scored, problem) {
-    for (const side of SIDES) this.sides[side].reward(scored, this.turn.answers[side].text.trim() ? problem : undefined);
+    const written = (side) => this.turn.answers[side].text.trim() !== "";
+    for (const side of SIDES) this.sides[side].reward(scored, written(side) ? problem : undefined);
   }
 
   refresh(state) {
