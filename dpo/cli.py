@@ -203,6 +203,7 @@ def main(arguments: Sequence[str]) -> int:
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,
+            load_from_checkpoint_support=False,
             trainer_defaults=TRAINER,
             seed_everything_default=0,
         )

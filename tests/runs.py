@@ -1,0 +1,111 @@
+"""Small runs through the real command line: a random policy, generated pairs, a folder of runs."""
+
+import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import AutoTokenizer
+
+from dpo import quickstart
+from dpo.cli import main
+from dpo.run import Run
+from tests.conftest import _SCRATCH, make_tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+Rows = tuple[tuple[str, str], ...]
+
+
+@cache
+def policy(family: str = "llama", seed: int = 0, **config: object) -> Path:
+    """A folder with a tiny random model and the quickstart's tokenizer."""
+    words = AutoTokenizer.from_pretrained(quickstart.POLICY)
+    name = "-".join([family, str(seed), *(f"{key}={value}" for key, value in config.items())])
+    folder = _SCRATCH / "models" / name
+    words.save_pretrained(folder)
+    make_tiny_model(family, vocab_size=len(words), seed=seed, **config).save_pretrained(folder)
+    return folder
+
+
+@cache
+def pairs(train: int = 24, test: int = 6) -> Path:
+    """A folder of generated dialogues; with the default `val_fraction` about a tenth of train is held out."""
+    folder = _SCRATCH / "data" / f"{train}-{test}"
+    write(folder, tuple(quickstart.rows(1, train)), tuple(quickstart.rows(2, test)))
+    return folder
+
+
+def write(folder: Path, train: Rows, test: Rows) -> None:
+    """Write (chosen, rejected) dialogues in the layout of hh-rlhf."""
+    (folder / "pairs").mkdir(parents=True)
+    for split, rows in (("train", train), ("test", test)):
+        with gzip.open(folder / "pairs" / f"{split}.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"chosen": c, "rejected": r}) + "\n" for c, r in rows)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A folder for runs, and what every command line of a test begins with (what a test adds wins)."""
+
+    folder: Path
+
+    def words(self, verb: str, *more: str) -> list[str]:
+        """The command line."""
+        base: dict[str, Any] = {
+            "model.policy": policy(),
+            "data.path": pairs(),
+            "data.batch_size": 4,
+            "data.max_length": 128,
+            "trainer.default_root_dir": self.folder,
+            "trainer.accelerator": "cpu",
+            "trainer.enable_progress_bar": "false",
+            "trainer.enable_model_summary": "false",
+            "trainer.log_every_n_steps": 1,
+        }
+        return [verb, *(f"--{name}={value}" for name, value in base.items()), *more]
+
+    def main(self, verb: str, *more: str) -> int:
+        """Run it in this process; its exit code."""
+        with patch.object(sys, "argv", ["train.py"]):
+            return main(self.words(verb, *more))
+
+    def fit(self, name: str, *more: str) -> Run:
+        """Train well."""
+        assert self.main("fit", f"--name={name}", *more) == 0
+        return Run(self.folder / name)
+
+    def start(self, verb: str, *more: str, **environment: str | None) -> "subprocess.Popen[str]":
+        """Run it in a process of its own; a variable that is None is not there."""
+        changed = os.environ | environment
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *self.words(verb, *more)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={name: value for name, value in changed.items() if value is not None},
+            cwd=self.folder,
+        )
+
+
+def metrics(run: Run) -> list[dict[str, float]]:
+    """The rows of metrics.csv without their empty cells."""
+    with run.metrics.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def checkpoint(run: Run, name: str = "last") -> dict[str, Any]:
+    """A checkpoint as anything can read it."""
+    return torch.load(run.checkpoints / f"{name}.ckpt", weights_only=True)
+
+
+def weights(run: Run, name: str = "last") -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint."""
+    return checkpoint(run, name)["state_dict"]

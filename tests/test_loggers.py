@@ -1,0 +1,78 @@
+"""metrics.csv: one row per step, whatever comes in which order, and nothing lost; Weights & Biases offline."""
+
+import csv
+from pathlib import Path
+
+from dpo.loggers import MetricsCSV, read_metrics
+from tests.runs import Lab
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_values_of_one_step_share_a_row(tmp_path: Path) -> None:
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    log.log_metrics({"train/loss": 0.5}, step=1)
+    log.log_metrics({"train/time": 2.0}, step=1)
+    log.log_metrics({"train/loss": 0.25, "train/time": 3.0}, step=2)
+    log.log_metrics({"val/loss": 0.75}, step=2)
+    assert rows(log.path) == [
+        {"step": "1", "train/loss": "0.5", "train/time": "2.0", "val/loss": ""},
+        {"step": "2", "train/loss": "0.25", "train/time": "3.0", "val/loss": "0.75"},
+    ]
+
+
+def test_columns_keep_the_order_of_their_first_appearance(tmp_path: Path) -> None:
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    for step, name in enumerate(["b", "a", "c", "a"], start=1):
+        log.log_metrics({name: 1.0}, step=step)
+    assert log.path.read_text().splitlines()[0] == "step,b,a,c"
+
+
+def test_every_row_is_on_disk_at_once(tmp_path: Path) -> None:
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    for step in range(1, 5):
+        log.log_metrics({"train/loss": step / 8}, step=step)
+        assert [row["train/loss"] for row in rows(log.path)] == [str(n / 8) for n in range(1, step + 1)]
+
+
+def test_a_resumed_run_takes_back_the_steps_it_takes_again(tmp_path: Path) -> None:
+    before = MetricsCSV(tmp_path / "metrics.csv")
+    for step in range(1, 6):
+        before.log_metrics({"train/loss": float(step)}, step=step)
+    after = MetricsCSV(before.path)  # goes on from a checkpoint of step 3
+    after.log_metrics({"train/loss": 40.0, "val/loss": 4.5}, step=4)
+    assert [(row["step"], row["train/loss"], row["val/loss"]) for row in rows(before.path)] == [
+        *[(str(n), f"{n}.0", "") for n in (1, 2, 3)],
+        ("4", "40.0", "4.5"),
+    ]
+
+
+def test_a_run_that_begins_again_replaces_everything(tmp_path: Path) -> None:
+    before = MetricsCSV(tmp_path / "metrics.csv")
+    before.log_metrics({"train/loss": 9.0}, step=1)
+    MetricsCSV(before.path).log_metrics({"train/loss": 1.0}, step=1)
+    assert rows(before.path) == [{"step": "1", "train/loss": "1.0"}]
+
+
+def test_no_file_has_no_rows(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "metrics.csv") == []
+
+
+def test_without_a_key_weights_and_biases_is_offline_and_says_how_to_sync(tmp_path: Path) -> None:
+    """In a process of its own: wandb keeps its settings until the process ends."""
+    nobody = {"HOME": str(tmp_path / "home"), "NETRC": str(tmp_path / "home" / ".netrc")}  # is logged in there
+    process = Lab(tmp_path).start(
+        *("fit", "--name=one", "--trainer.max_steps=2", "--data.val_fraction=0"),
+        **{**nobody, "WANDB_MODE": None, "WANDB_SILENT": None},
+    )
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    folder = tmp_path / "one" / "wandb"
+    assert f"wandb sync {folder}/offline-run-*" in printed
+    (run,) = folder.glob("offline-run-*")
+    assert list(run.glob("*.wandb"))
+    for noise in ("warn", "deprecated", "tip", "Loading weights", "Writing model", "weights_only", "Traceback"):
+        assert noise not in printed.lower() and noise not in printed

@@ -1,0 +1,177 @@
+"""A run from its command line to its folder: what is left there, and that training is what it says."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo.run import Run, complete
+from tests.runs import Lab, metrics, policy, weights
+
+SIDES = [f"{what}/{side}" for what in ("rewards", "logps", "logits", "length") for side in ("chosen", "rejected")]
+PAIR_METRICS = {*SIDES, "loss", "rewards/margins", "rewards/accuracies", "displaced"}
+PAIR_METRICS |= {"entropy", "token_accuracy", "nll/chosen"}
+RATES = {"tokens_per_second", "time/step", "time/data", "learning_rate", "grad_norm"}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def run(lab: Lab) -> Run:
+    """Six steps of four pairs in two epochs, validated every second step."""
+    return lab.fit("one", "--trainer.max_steps=6", "--trainer.val_check_interval=2", "--optimizer.lr=1e-3")
+
+
+def test_everything_lies_in_one_folder(run: Run, lab: Lab) -> None:
+    assert {path.name for path in run.folder.iterdir()} == {
+        "config.yaml",
+        "metrics.csv",
+        "results.json",
+        "results.md",
+        "results.csv",
+        "samples.jsonl",
+        "held_out.jsonl",
+        "checkpoints",
+        "export",
+    }
+    assert {path.name for path in run.checkpoints.iterdir()} == {
+        f"{name}.ckpt{end}" for name in ("last", "best") for end in ("", ".sha256")
+    }
+    assert sorted(path.name for path in lab.folder.iterdir()) == ["latest", "one"]
+    assert (lab.folder / "latest").resolve() == run.folder
+
+
+def test_metrics_have_one_row_per_step(run: Run) -> None:
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        assert {f"train/{name}" for name in PAIR_METRICS | RATES} <= row.keys()
+        validated = row["step"] in (2, 4)
+        assert {name for name in row if name.startswith("val/")} == {f"val/{n}" for n in PAIR_METRICS if validated}
+
+
+def test_step_0_is_exactly_log_2_with_rewards_of_exactly_0(run: Run) -> None:
+    first = metrics(run)[0]  # measured before the weights moved for the first time
+    assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-7)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "displaced"):
+        assert first[f"train/{name}"] == 0.0
+
+
+def test_training_lowers_the_loss(run: Run) -> None:
+    rows = metrics(run)
+    assert rows[-1]["train/loss"] < 0.6 < rows[0]["train/loss"]
+    assert rows[-1]["train/rewards/accuracies"] > 0.5
+
+
+def test_results_are_the_last_validation(run: Run) -> None:
+    last = [row for row in metrics(run) if "val/loss" in row][-1]
+    assert json.loads(run.results.read_text()) == pytest.approx({f"val/{n}": last[f"val/{n}"] for n in PAIR_METRICS})
+
+
+def test_samples_show_both_models_at_every_validation(run: Run) -> None:
+    rows = [json.loads(line) for line in run.samples.read_text().splitlines()]
+    assert {row["step"] for row in rows} == {2, 4}
+    assert all(row.keys() == {"step", "id", "prompt", "policy", "reference"} for row in rows)
+    assert all(row["prompt"].rstrip().endswith("Assistant:") for row in rows)
+    assert len({row["reference"] for row in rows}) == len({row["id"] for row in rows}), "the reference stays"
+
+
+def test_the_reference_is_bit_identical_after_training(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dpo.cli
+
+    seen = {}
+    after_fit = dpo.cli.CLI.after_fit
+    monkeypatch.setattr(dpo.cli.CLI, "after_fit", lambda cli: (seen.update(cli=cli), after_fit(cli))[1])
+    lab.fit("frozen", "--trainer.max_steps=3", "--optimizer.lr=1e-2", "--data.val_fraction=0")
+    module = seen["cli"].model
+    before = AutoModelForCausalLM.from_pretrained(policy()).state_dict()
+    reference, trained = module.reference.model.state_dict(), module.policy.state_dict()
+    assert all(torch.equal(reference[name], before[name]) for name in before)
+    assert not any(torch.equal(trained[name], before[name]) for name in before)
+    assert not any(part.training for part in module.policy.modules()), "no dropout is ever on"
+
+
+ONE_STEP = [
+    *("--data.batch_size=8", "--data.shuffle=false", "--data.val_fraction=0", "--trainer.max_steps=1"),
+    *("--trainer.gradient_clip_val=0", "--optimizer=SGD", "--optimizer.lr=1.0"),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(lab: Lab) -> Run:
+    """One step of plain gradient descent on eight pairs at once."""
+    return lab.fit("whole", *ONE_STEP, "--data.max_tokens=null")
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        ("micro", "--data.max_tokens=150"),  # two or three pairs
+        ("single", "--data.max_tokens=1"),  # every pair by itself
+        ("2x4", "--trainer.accumulate_grad_batches=2"),
+        ("4x2", "--trainer.accumulate_grad_batches=4"),
+        ("8x1", "--trainer.accumulate_grad_batches=8"),
+        ("recomputed", "--model.gradient_checkpointing=true"),
+        ("separate", "--model.sharing=false"),
+    ],
+)
+def test_no_way_of_cutting_a_step_changes_it(lab: Lab, whole: Run, name: str, cut: str) -> None:
+    start = AutoModelForCausalLM.from_pretrained(policy()).state_dict()
+    other = lab.fit(name, *ONE_STEP, cut)
+    expected, found = weights(whole), weights(other)
+    for key, value in start.items():
+        step = expected[f"policy.{key}"] - value  # the gradient, as the learning rate is 1
+        assert step.abs().max() > 1e-4
+        torch.testing.assert_close(found[f"policy.{key}"] - value, step, rtol=1e-4, atol=1e-6)
+    for column in ("train/loss", "train/logps/chosen", "train/grad_norm", "train/entropy"):
+        assert metrics(other)[0][column] == pytest.approx(metrics(whole)[0][column], rel=1e-5)
+
+
+def test_without_validation_the_table_is_made_of_training_steps(lab: Lab, whole: Run) -> None:
+    assert not list(whole.checkpoints.glob("best*"))
+    header, row = (whole.folder / "results.csv").read_text().splitlines()
+    assert header.startswith("step,training loss,validation loss,rewards/chosen")
+    assert row.startswith("1,0.6931") and row.split(",")[2] == ""
+
+
+def test_a_run_is_not_overwritten(lab: Lab, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    assert lab.main("fit", "--name=one", "--trainer.max_steps=1") == 1
+    message = capsys.readouterr().err
+    assert f"the run {run.folder} exists" in message and "--ckpt_path" in message
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_name_is_made_of_date_and_seed(lab: Lab) -> None:
+    assert lab.main("fit", "--trainer.max_steps=1", "--data.val_fraction=0", "--seed_everything=7") == 0
+    assert (lab.folder / "latest").resolve().name.endswith("-seed7")
+
+
+def test_a_file_is_complete_or_absent(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    with complete(file) as temporary:
+        temporary.write_text("first")
+    with pytest.raises(KeyError), complete(file) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert file.read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for text in ("first", "second"):
+        with complete(folder) as temporary:
+            temporary.mkdir()
+            (temporary / "file").write_text(text)
+    with pytest.raises(KeyError), complete(folder) as temporary:
+        temporary.mkdir()
+        raise KeyError
+    assert (folder / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
