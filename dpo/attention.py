@@ -2,7 +2,7 @@
 
 Takes the queries, keys and values of one layer and the `Layout` of the row; gives what each sequence would have got
 alone. Knows no model: it is registered once with the attention and mask interfaces of `transformers`, and every model
-that goes through them can be told to use it (`share`).
+that goes through them can be told to use it (`dpo.sharing`).
 
 A mask function of `transformers` says for query and key *positions* who sees whom (causal, sliding window, chunks).
 Positions restart at every branch, so the very same function, evaluated on position ids inside a branch, is right for
@@ -10,17 +10,19 @@ the flat row too; plain causal attention needs no mask at all on the trunk.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import cast
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from dpo.batch import Group, Layout
+from dpo.batch import Layout
 
 NAME = "prefix_shared"
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -31,34 +33,43 @@ class NotShareable(ValueError):
     """The model asks its attention for something that branches cannot give."""
 
 
-def mask_function(*, mask_function: MaskFunction, use_vmap: bool = False, **_: object) -> MaskFunction | None:
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """Which positions see which; `window` where that is "the newest so many keys" and nothing else."""
+
+    sees: MaskFunction
+    window: int | None = None
+
+
+def mask_function(
+    *, mask_function: MaskFunction, local_size: int | None = None, use_vmap: bool = False, **_: object
+) -> Rule | None:
     """What `transformers` hands to the layers as mask: the rule itself, or None for plain causal attention."""
     if use_vmap:
         raise NotShareable("The model adds a mask of its own that is not a function of positions alone.")
-    return None if mask_function is CAUSAL else mask_function
+    if mask_function is CAUSAL:
+        return None
+    # Chunks also come with a size: their edge lies at its multiples, a window's moves along.
+    edge = torch.tensor([local_size or 0, (local_size or 0) + 1])
+    sliding = local_size and _visible(mask_function, edge[:1] * 2, edge).tolist() == [[False, True]]
+    return Rule(mask_function, local_size if sliding else None)
 
 
-def _visible(rule: MaskFunction, queries: Tensor, keys: Tensor) -> Bool[Tensor, "queries keys"]:
+def _visible(sees: MaskFunction, queries: Tensor, keys: Tensor) -> Bool[Tensor, "queries keys"]:
     zero = torch.zeros((), dtype=torch.long, device=queries.device)
-    return rule(zero, zero, queries[:, None], keys[None, :]).expand(len(queries), len(keys))
+    return sees(zero, zero, queries[:, None], keys[None, :]).expand(len(queries), len(keys))
 
 
-def _group_masks(group: Group, positions: Tensor, rule: MaskFunction | None) -> list[Tensor | None]:
-    """One mask for the trunk (None: plain causal) and one for every further branch."""
-    trunk = positions[group.trunk]
-    prompt = trunk[: group.prompt]
-    masks: list[Tensor | None] = [None if rule is None else _visible(rule, trunk, trunk)]
-    for branch in group.others():
-        own = positions[branch]
-        masks.append(_visible(rule or CAUSAL, own, torch.cat([prompt, own])))
+def _masks(layout: Layout, rule: Rule | None) -> list[Tensor | None]:
+    """One mask for every trunk (None: plain causal) and every further branch."""
+    sees, masks = rule.sees if rule else CAUSAL, list[Tensor | None]()
+    for group in layout.groups:
+        trunk = layout.positions[group.trunk]
+        masks.append(_visible(sees, trunk, trunk) if rule else None)
+        for branch in group.others():
+            own = layout.positions[branch]
+            masks.append(_visible(sees, own, torch.cat([trunk[: group.prompt], own])))
     return masks
-
-
-def _masks(layout: Layout, rule: MaskFunction | None) -> list[Tensor | None]:
-    """All masks of the row under one rule, made once and shared by the layers."""
-    if rule not in layout.masks:
-        layout.masks[rule] = [mask for group in layout.groups for mask in _group_masks(group, layout.positions, rule)]
-    return layout.masks[rule]
 
 
 def _explicit(
@@ -83,12 +94,89 @@ def _explicit(
     return weights[..., : value.shape[-2]] @ value
 
 
+def _by_segments(
+    layout: Layout, query: Tensor, key: Tensor, value: Tensor, rule: Rule | None, scale: float, **special: Any
+) -> Tensor:
+    """One attention call for every trunk and every branch."""
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if any(option is not None for option in special.values()):
+            return _explicit(q, k, v, mask, scale, **special)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+
+    # split, not slices: the gradient of a slice is as large as the whole row
+    queries = query.split([length for group in layout.groups for length in group.segments], dim=2)
+    keys, values = _branch_keys(layout, key), _branch_keys(layout, value)
+    masks = layout.once(rule, lambda: _masks(layout, rule))
+    parts = [attend(*inputs) for inputs in zip(queries, keys, values, masks, strict=True)]
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1)
+
+
+def _branch_keys(layout: Layout, x: Tensor) -> Iterator[Tensor]:
+    """Keys (or values) of every segment: of a trunk its own, of any further branch those of its prompt and its own."""
+    segments = iter(x.split([length for group in layout.groups for length in group.segments], dim=2))
+    prompts = x.split([n for group in layout.groups for n in (group.prompt, sum(group.branches))], dim=2)[::2]
+    for group, prompt in zip(layout.groups, prompts, strict=True):
+        yield next(segments)
+        for _ in group.branches[1:]:
+            yield torch.cat([prompt, next(segments)], dim=2)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """All segments of a row for one call of a variable-length kernel: where each begins, and which keys it has."""
+
+    query_starts: Tensor
+    key_starts: Tensor
+    keys: Tensor
+    longest_query: int
+    longest_key: int
+
+
+def _ragged(layout: Layout) -> Ragged:
+    device = layout.positions.device
+    queries = [length for group in layout.groups for length in group.segments]
+    rows = []
+    for group in layout.groups:
+        rows.append(list(range(group.trunk.start, group.trunk.stop)))
+        prompt = rows[-1][: group.prompt]
+        rows.extend(prompt + list(range(branch.start, branch.stop)) for branch in group.others())
+    starts = [[0, *accumulate(lengths)] for lengths in (queries, map(len, rows))]
+    query_starts, key_starts = (torch.tensor(each, dtype=torch.int32, device=device) for each in starts)
+    keys = torch.tensor([token for row in rows for token in row], device=device)
+    return Ragged(query_starts, key_starts, keys, max(queries), max(map(len, rows)))
+
+
+def _in_one_call(
+    layout: Layout, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
+) -> Float[Tensor, "1 tokens heads dim"]:
+    """All segments in one call; causal from the bottom right, so a branch sees its whole prompt."""
+    ragged: Ragged = layout.once(Ragged, lambda: _ragged(layout))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    attended = varlen_attn(
+        q.contiguous(),
+        k[ragged.keys],
+        v[ragged.keys],
+        ragged.query_starts,
+        ragged.key_starts,
+        ragged.longest_query,
+        ragged.longest_key,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return cast(Tensor, attended)[None]
+
+
 def attention(
     module: nn.Module,
     query: Float[Tensor, "1 heads tokens dim"],
     key: Float[Tensor, "1 groups tokens dim"],
     value: Float[Tensor, "1 groups tokens value"],
-    attention_mask: MaskFunction | None,
+    attention_mask: Rule | None,
     *,
     layout: Layout,
     scaling: float | None = None,
@@ -104,63 +192,13 @@ def attention(
     if not getattr(module, "is_causal", True):
         raise NotShareable(f"{type(module).__name__} is not causal.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if softcap is not None or s_aux is not None:
-            return _explicit(q, k, v, mask, scale, softcap, s_aux)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-
-    masks = iter(_masks(layout, attention_mask))
-    keys, values = _branch_keys(layout, key), _branch_keys(layout, value)
-    # split, not slices: the gradient of a slice is as large as the whole row
-    queries = query.split([length for group in layout.groups for length in group.segments], dim=2)
-    parts = [attend(*inputs) for inputs in zip(queries, keys, values, masks, strict=True)]
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
-
-
-def _branch_keys(layout: Layout, x: Tensor) -> Iterator[Tensor]:
-    """Keys (or values) of every segment: of a trunk its own, of any further branch those of its prompt and its own."""
-    segments = iter(x.split([length for group in layout.groups for length in group.segments], dim=2))
-    prompts = iter(x.split([n for g in layout.groups for n in (g.prompt, sum(g.branches))], dim=2)[::2])
-    for group, prompt in zip(layout.groups, prompts, strict=True):
-        yield next(segments)
-        for _ in group.branches[1:]:
-            yield torch.cat([prompt, next(segments)], dim=2)
+    kernel = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] == value.shape[-1]
+    expressible = softcap is None and s_aux is None and (attention_mask is None or attention_mask.window is not None)
+    if kernel and expressible:
+        window = attention_mask.window if attention_mask else None
+        return _in_one_call(layout, query, key, value, window, scale), None
+    return _by_segments(layout, query, key, value, attention_mask, scale, softcap=softcap, sinks=s_aux), None
 
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, mask_function)
-
-
-def share(model: PreTrainedModel) -> None:
-    """Make the model attend over flat rows from now on: every forward needs ``layout=``.
-
-    It stays so (and is not switched per call) because recomputation in the backward pass must find it as it was.
-
-    Raises:
-        NotShareable: The model does not go through the attention interface of `transformers`, or its rotary
-            frequencies depend on the longest position of the whole row.
-    """
-    if not model._can_set_attn_implementation():
-        raise NotShareable(f"{type(model).__name__} does not use the attention interface of transformers.")
-    scaling = str(model.config.to_dict().get("rope_parameters"))
-    if "'dynamic'" in scaling or "'longrope'" in scaling:
-        raise NotShareable("The rotary frequencies change with the length of the longest sequence in a row.")
-    model.set_attn_implementation(NAME)
-
-
-@contextmanager
-def plain(model: PreTrainedModel) -> Iterator[None]:
-    """Within: the model attends to ordinary rows, as for generation. Not for passes that keep a graph."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    flat = [config for config in configs.values() if config._attn_implementation == NAME]
-    for config in flat:
-        config._attn_implementation_internal = "sdpa" if model._supports_sdpa else "eager"
-    try:
-        yield
-    finally:
-        for config in flat:
-            config._attn_implementation_internal = NAME

@@ -8,13 +8,16 @@ can let each branch see its prompt and itself only. The last token of an answer 
 it: it is a target, never an input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,17 @@ class Layout:
 
     groups: tuple[Group, ...]
     positions: Int[Tensor, " tokens"]
-    masks: dict[object, list[Tensor | None]] = field(default_factory=dict, compare=False, repr=False)
+    made: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` gives, made when it is first asked for under this key: all layers share it."""
+        if key not in self.made:
+            self.made[key] = make()
+        made: T = self.made[key]
+        return made
 
     def to(self, device: torch.device | str) -> "Layout":
-        """The same on another device; masks are made again there when they are first needed."""
+        """The same on another device; what was made once is made again there."""
         return Layout(self.groups, self.positions.to(device, non_blocking=True))
 
 

@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo.attention import plain
 from dpo.data import HHRLHF
 from dpo.run import Run, jsonl
 from dpo.sampler import Step
+from dpo.sharing import plain
 from dpo.training import Stage, is_logged
 
 SHOWN = {
@@ -209,8 +209,12 @@ class Stop(L.Callback):
             flush=True,
         )
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Stop all devices when one was asked."""
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
+        """At the end of an optimizer step, stop all devices when one was asked."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
         trainer.should_stop |= trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False)
 
     @property

@@ -6,12 +6,14 @@ states differ from those of each sequence alone keeps to separate sequences.
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo.attention import NotShareable, plain, share
+from dpo.attention import NAME, NotShareable
 from dpo.batch import Batch, Example, collate
 from dpo.logps import hidden_states
 
@@ -36,6 +38,37 @@ def _probe(vocabulary: int) -> Batch:
             for answers in [tuple([draw.randrange(vocabulary) for _ in range(n + i)] for n in (9, 5))]
         ]
     )
+
+
+def share(model: PreTrainedModel) -> None:
+    """Make the model attend over flat rows from now on: every forward needs ``layout=``.
+
+    It stays so (and is not switched per call) because recomputation in the backward pass must find it as it was.
+
+    Raises:
+        NotShareable: The model does not go through the attention interface of `transformers`, or its rotary
+            frequencies depend on the longest position of the whole row.
+    """
+    if not model._can_set_attn_implementation():
+        raise NotShareable(f"{type(model).__name__} does not use the attention interface of transformers.")
+    scaling = str(model.config.to_dict().get("rope_parameters"))
+    if "'dynamic'" in scaling or "'longrope'" in scaling:
+        raise NotShareable("The rotary frequencies change with the length of the longest sequence in a row.")
+    model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def plain(model: PreTrainedModel) -> Iterator[None]:
+    """Within: the model attends to ordinary rows, as for generation. Not for passes that keep a graph."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    flat = [config for config in configs.values() if config._attn_implementation == NAME]
+    for config in flat:
+        config._attn_implementation_internal = "sdpa" if model._supports_sdpa else "eager"
+    try:
+        yield
+    finally:
+        for config in flat:
+            config._attn_implementation_internal = NAME
 
 
 @torch.no_grad()

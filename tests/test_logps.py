@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo import logps
-from dpo.attention import share
 from dpo.batch import Example, collate
 from dpo.logps import _TokenLogps, score, sum_answers
+from dpo.sharing import share
 from tests.test_sharing import SHARED, SIZES, build, random_batch
 
 

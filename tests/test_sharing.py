@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dpo.attention import NAME, NotShareable, plain, share
+from dpo.attention import NAME, NotShareable
 from dpo.batch import Batch, Example, collate
 from dpo.logps import score
 from dpo.models import adapt_layers
-from dpo.sharing import share_if_exact
+from dpo.sharing import plain, share, share_if_exact
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
