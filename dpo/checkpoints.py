@@ -80,13 +80,16 @@ def _sha256(path: Path) -> str:
 
 
 class LastAndBest(Checkpoint):
-    """Saves last.ckpt after every validation, every epoch and at the end, best.ckpt at the lowest validation loss."""
+    """Saves last.ckpt after every validation and epoch and at the end, best.ckpt at the lowest validation loss.
+
+    The end of an epoch, and of training, is its last batch: a checkpoint that is saved in the hooks after it counts an
+    epoch as done that `max_steps` or a stop has cut short.
+    """
 
     def __init__(self, run: Run) -> None:
         """Save into the folder of a run."""
         self.run = run
         self.best = math.inf
-        self.saved = -1  # the step of the newest last.ckpt
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save both."""
@@ -95,27 +98,16 @@ class LastAndBest(Checkpoint):
         loss = trainer.callback_metrics["val/loss"].item()
         if loss < self.best:
             self.best = loss
-            trainer.save_checkpoint(self.run.checkpoints / "best.ckpt", weights_only=False)
-        self._save_last(trainer)
+            self._save(trainer, "best")
+        self._save(trainer, "last")
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """When training is to stop, save before the validation that Lightning then runs."""
-        if trainer.should_stop:
-            self._save_last(trainer)
+        """After the last batch save, before the validation that may follow."""
+        if trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
+            self._save(trainer, "last")
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, unless validation did."""
-        if self.saved != trainer.global_step:
-            self._save_last(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, unless this step was saved."""
-        if self.saved != trainer.global_step:
-            self._save_last(trainer)
-
-    def _save_last(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.run.checkpoints / "last.ckpt", weights_only=False)
-        self.saved = trainer.global_step
+    def _save(self, trainer: L.Trainer, name: str) -> None:
+        trainer.save_checkpoint(self.run.checkpoints / f"{name}.ckpt", weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
         """The best loss so far."""

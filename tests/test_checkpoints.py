@@ -1,0 +1,235 @@
+"""Checkpoints: what is inside, what is refused, and a resumed run that does exactly what the uninterrupted one does."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from dpo.checkpoints import AtomicIO
+from dpo.run import Run
+from tests.runs import Lab, checkpoint, metrics, policy, weights
+
+RATE = "--optimizer.lr=1e-3"
+EPOCHS = ["--trainer.max_epochs=2", "--trainer.val_check_interval=2", RATE]  # of five steps each
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def whole(lab: Lab) -> Run:
+    """Two epochs without interruption."""
+    return lab.fit("whole", *EPOCHS)
+
+
+def test_the_reference_is_not_inside(lab: Lab, whole: Run) -> None:
+    saved = checkpoint(whole)
+    assert {name.split(".")[0] for name in saved["state_dict"]} == {"policy"}
+    policy_bytes = (policy() / "model.safetensors").stat().st_size
+    # the policy and AdamW's two moments of it; a reference would make four
+    assert 3 * policy_bytes < (whole.checkpoints / "last.ckpt").stat().st_size < 3.6 * policy_bytes
+
+
+def test_best_is_the_lowest_validation_loss(whole: Run) -> None:
+    losses = {row["step"]: row["val/loss"] for row in metrics(whole) if "val/loss" in row}
+    assert checkpoint(whole, "best")["global_step"] == min(losses, key=losses.__getitem__)
+    assert checkpoint(whole, "last")["global_step"] == 10
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 7])  # in an epoch, at a validation, at the end of an epoch, after it
+def test_a_resumed_run_does_what_an_uninterrupted_one_does(lab: Lab, whole: Run, stop: int) -> None:
+    resumed(lab, whole, stop, *EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def unvalidated(lab: Lab) -> Run:
+    return lab.fit("unvalidated", *EPOCHS, "--data.val_fraction=0")
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_run_without_validation_resumes_as_well(lab: Lab, unvalidated: Run, stop: int) -> None:
+    resumed(lab, unvalidated, stop, *EPOCHS, "--data.val_fraction=0")
+
+
+def resumed(lab: Lab, expected: Run, stop: int, *words: str) -> None:
+    """Stop and go on: everything is the same to the bit, but for what the clock says."""
+    name = f"{expected.folder.name}-{stop}"
+    run = lab.fit(name, *words, f"--trainer.max_steps={stop}")
+    assert checkpoint(run)["global_step"] == stop
+    lab.fit(name, *words, "--ckpt_path=last")
+    assert timeless(run) == timeless(expected)
+    found, wanted = weights(run), weights(expected)
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def timeless(run: Run) -> list[dict[str, float]]:
+    clocks = ("train/tokens_per_second", "train/time/step", "train/time/data")
+    return [{name: value for name, value in row.items() if name not in clocks} for row in metrics(run)]
+
+
+def words_on(way: str, run: Run) -> list[str]:
+    """Three ways to go on with a run without naming it."""
+    named = {"path": [f"--ckpt_path={run.checkpoints / 'last.ckpt'}"], "newest": ["--ckpt_path=last"]}
+    return named.get(way, [f"--config={run.config}", "--ckpt_path=last"])
+
+
+@pytest.mark.parametrize("way", ["path", "newest", "configuration"])
+def test_a_checkpoint_or_a_configuration_names_the_run_to_go_on_with(lab: Lab, way: str) -> None:
+    run = lab.fit(way, "--trainer.max_steps=1", "--data.val_fraction=0")
+    assert lab.main("fit", *words_on(way, run), "--trainer.max_steps=2", "--data.val_fraction=0") == 0
+    assert [row["step"] for row in metrics(run)] == [1, 2]
+
+
+def test_a_configuration_alone_is_enough_to_go_on(lab: Lab) -> None:
+    run = lab.fit("alone", "--trainer.max_steps=1", "--data.val_fraction=0")
+    with patch.object(Lab, "words", lambda self, *words: list(words)):
+        assert lab.main("fit", f"--config={run.config}", "--ckpt_path=last", "--trainer.max_steps=2") == 0
+    assert [row["step"] for row in metrics(run)] == [1, 2]
+
+
+def test_another_name_goes_on_from_a_checkpoint_and_leaves_its_run_alone(lab: Lab, whole: Run) -> None:
+    before = whole.metrics.read_text()
+    branch = lab.fit("branch", *EPOCHS, f"--ckpt_path={whole.checkpoints / 'last.ckpt'}", "--trainer.max_epochs=3")
+    assert [row["step"] for row in metrics(branch)] == [11, 12, 13, 14, 15]
+    assert whole.metrics.read_text() == before
+
+
+def test_best_goes_on_from_the_best(lab: Lab) -> None:
+    run = lab.fit("best", "--trainer.max_steps=4", "--trainer.val_check_interval=2", RATE)
+    best = checkpoint(run, "best")["global_step"]
+    assert lab.main("fit", "--name=best", "--ckpt_path=best", f"--trainer.max_steps={best + 1}", RATE) == 0
+    assert [row["step"] for row in metrics(run)] == list(range(1, best + 2))
+
+
+def refused(lab: Lab, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What is printed where a command line is refused; no run is left behind."""
+    before = sorted(lab.folder.iterdir())
+    capsys.readouterr()
+    assert lab.main("fit", *EPOCHS, *words) == 1
+    assert sorted(lab.folder.iterdir()) == before
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["http://localhost/x.ckpt", "s3://bucket/x.ckpt", "file:///x.ckpt", "nowhere.ckpt"])
+def test_only_files_of_this_machine_are_read(lab: Lab, capsys: pytest.CaptureFixture[str], path: str) -> None:
+    message = refused(lab, capsys, "--name=remote", f"--ckpt_path={path}")
+    assert f"--ckpt_path: expected last, best or a checkpoint file on this machine, got {path}." in message
+
+
+def test_last_of_a_run_without_checkpoints_is_refused(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "got " + str(lab.folder / "none") in refused(lab, capsys, "--name=none", "--ckpt_path=last")
+
+
+def copied(whole: Run, tmp_path: Path) -> Path:
+    for file in whole.checkpoints.glob("last*"):
+        shutil.copy(file, tmp_path)
+    return tmp_path / "last.ckpt"
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut"])
+def test_a_changed_checkpoint_is_noticed(
+    lab: Lab, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    path = copied(whole, tmp_path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if harm == "flipped" else content[:-100])
+    assert lab.main("fit", *EPOCHS, f"--name={harm}", f"--ckpt_path={path}") == 1
+    assert f"{path} was changed or cut after it was written" in capsys.readouterr().err
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return (Path.touch, (Path("executed"),))
+
+
+def test_no_code_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "x": Payload()}, "bad.ckpt")
+    with pytest.raises(ValueError, match=r"bad\.ckpt is not a checkpoint of tensors and plain values"):
+        AtomicIO().load_checkpoint("bad.ckpt")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.ckpt is not a checkpoint"):
+        AtomicIO().load_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_options_are_not_taken_from_a_checkpoint(lab: Lab, whole: Run, tmp_path: Path) -> None:
+    saved = checkpoint(whole)
+    saved["hyper_parameters"] = {"loss": {"class_path": "tests.nowhere.Loss"}, "_instantiator": "os.system"}
+    torch.save(saved, tmp_path / "foreign.ckpt")
+    lab.fit("foreign", *EPOCHS, f"--ckpt_path={tmp_path / 'foreign.ckpt'}", "--trainer.max_epochs=3")
+
+
+def test_another_reference_is_refused(lab: Lab, whole: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--name=other", f"--ckpt_path={whole.checkpoints / 'last.ckpt'}", f"--model.reference={policy(seed=1)}"]
+    assert lab.main("fit", *EPOCHS, *words) == 1
+    message = capsys.readouterr().err
+    assert f"trained against a reference with SHA-256 {checkpoint(whole)['reference_sha256'][:16]}" in message
+    assert "--model.reference" in message
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    lab: Lab, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = checkpoint(whole)
+    saved["state_dict"]["policy.model.more"] = saved["state_dict"].pop("policy.model.norm.weight")
+    torch.save(saved, tmp_path / "other.ckpt")
+    assert lab.main("fit", *EPOCHS, "--name=model", f"--ckpt_path={tmp_path / 'other.ckpt'}") == 1
+    message = capsys.readouterr().err
+    assert "weights missing ['policy.model.norm.weight'], left over ['policy.model.more']" in message
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, io = tmp_path / "x.ckpt", AtomicIO()
+    io.save_checkpoint({"step": 1}, path)
+
+    def full(state: object, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        io.save_checkpoint({"step": 2}, path)
+    assert io.load_checkpoint(path) == {"step": 1}
+    assert {file.name for file in tmp_path.iterdir()} == {"x.ckpt", "x.ckpt.sha256"}
+
+
+def test_a_kill_between_checkpoint_and_hash_leaves_a_checkpoint_that_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, io = tmp_path / "x.ckpt", AtomicIO()
+    io.save_checkpoint({"step": 1}, path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)  # the hash is written with it
+    with pytest.raises(KeyboardInterrupt):
+        io.save_checkpoint({"step": 2}, path)
+    assert io.load_checkpoint(path) == {"step": 2}
+
+
+def test_a_checkpoint_goes_with_its_hash(tmp_path: Path) -> None:
+    io = AtomicIO()
+    io.save_checkpoint({"step": 1}, tmp_path / "x.ckpt")
+    io.remove_checkpoint(tmp_path / "x.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_of_a_resumed_run_are_those_of_the_whole(lab: Lab, whole: Run) -> None:
+    results = json.loads(whole.results.read_text())
+    assert math.isfinite(results["val/loss"])
+    assert results["val/loss"] == pytest.approx([row for row in metrics(whole) if "val/loss" in row][-1]["val/loss"])
