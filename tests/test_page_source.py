@@ -17,7 +17,8 @@ FORBIDDEN = {
     "code of a string": r"\beval\b|\bFunction\s*\(|import\s*\(|set(Timeout|Interval)\s*\(\s*[\"'`]|javascript:",
     "inline handler": r"\son[a-z]+\s*=\s*[\"'`]|\.on[a-z]+\s*=[^=]|setAttribute\(\s*[\"'`]on",
     "inline style": r"<style|\sstyle\s*=\s*[\"']",
-    "address elsewhere": r"(?:[a-z]+:)?//[a-z0-9]|url\(|@import|sendBeacon|WebSocket|EventSource|RTCPeer|<(iframe|base|embed|object)\b",
+    "address elsewhere": r"(?:[a-z]+:)?//[a-z0-9]|url\(|@import|sendBeacon|WebSocket|EventSource|RTCPeer",
+    "frame": r"<(iframe|base|embed|object)\b",
     "cookie": r"document\s*\.\s*cookie",
     "character that is not seen": "[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]",
 }

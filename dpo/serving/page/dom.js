@@ -6,7 +6,8 @@ const SVG = "http://www.w3.org/2000/svg"; // a name, not an address: nothing is 
 // Controls, direction marks and overrides, invisible fillers, tags; not the joiners that emoji and Persian need.
 const HIDDEN = new RegExp(
   "[\\u0000-\\u0008\\u000b\\u000c\\u000e-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u115f\\u1160\\u17b4\\u17b5\\u180e" +
-    "\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\u3164\\ufeff\\uffa0\\ufff9-\\ufffb\\u{e0000}-\\u{e007f}]|\\p{Surrogate}",
+    "\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\u3164\\ufeff\\uffa0\\ufff9-\\ufffb" +
+    "\\u{e0000}-\\u{e007f}]|\\p{Surrogate}",
   "gu",
 );
 
