@@ -200,5 +200,6 @@ def attention(
     return _by_segments(layout, query, key, value, attention_mask, scale, softcap=softcap, sinks=s_aux), None
 
 
-AttentionInterface.register(NAME, attention)
+# The loops over segments would be compiled anew for every batch; without them the layer around is compiled once.
+AttentionInterface.register(NAME, torch.compiler.disable(attention))
 AttentionMaskInterface.register(NAME, mask_function)

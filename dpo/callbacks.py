@@ -50,48 +50,47 @@ class Bar(RichProgressBar):
 class Rates(L.Callback):
     """Logs tokens per second, seconds per step and the share of time spent waiting for data, validation left out."""
 
-    def __init__(self) -> None:
-        """Start the clock at the first batch."""
-        self.ended: float | None = None
+    def __init__(self, data: HHRLHF) -> None:
+        """Ask this data how long it kept the loop waiting."""
+        self.data = data
+        self.paused: float | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin."""
         self.restart()
 
     def restart(self) -> None:
         """Begin a new window."""
         self.tokens = self.batches = 0
-        self.waiting = self.working = 0.0
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Step, batch_idx: int
-    ) -> None:
-        """Since the last batch ended the loop waited for this one."""
-        self.started = time.perf_counter()
-        if self.ended is not None:
-            self.waiting += self.started - self.ended
+        self.waited, self.began = self.data.train_loader.waited, time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Step, batch_idx: int
     ) -> None:
         """Add the batch; at logged steps log and begin anew."""
-        self.ended = time.perf_counter()
-        self.working += self.ended - self.started
         self.tokens += sum(len(micro.tokens) for micro in batch.micro_batches) * trainer.world_size
         self.batches += 1
         if is_logged(trainer, batch_idx):
-            seconds = self.working + self.waiting
+            seconds = time.perf_counter() - self.began
             values = {
-                "tokens_per_second": self.tokens / seconds,
-                "time/step": seconds / self.batches * trainer.accumulate_grad_batches,
-                "time/data": self.waiting / seconds,
+                "train/tokens_per_second": self.tokens / seconds,
+                "train/time/step": seconds / self.batches * trainer.accumulate_grad_batches,
+                "train/time/data": (self.data.train_loader.waited - self.waited) / seconds,
             }
-            values = {f"train/{name}": value for name, value in values.items()}
             pl_module.log_dict(values, logger=False)
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
             self.restart()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The time until the next batch is not spent waiting for data."""
-        self.ended = None
+        """Stop the clock: what follows until the next batch is validation, samples and checkpoints."""
+        self.paused = time.perf_counter()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Go on."""
+        if self.paused is not None:
+            self.began += time.perf_counter() - self.paused
+            self.paused = None
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from dpo.training import Stage
 
 NOISE = {  # what Lightning says about things that are as they should be here
     "policy and reference are in eval mode by design (dropout off)": "Found .* module.s. in eval mode",
+    "the summary counts parameters": "Precision .* is not supported by the model summary",
     "collating a step takes far less time than training on it": "The .* does not have many workers",
     "torch and Lightning": ".*treespec, LeafSpec.*",
 }
@@ -58,6 +59,7 @@ class CLI(LightningCLI):
     """Lightning's command line around one `Run`."""
 
     run: Run
+    resume: bool
     stop: Stop
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -88,8 +90,9 @@ class CLI(LightningCLI):
             checkpoint = self.run.checkpoints / f"{checkpoint}.ckpt"
         if checkpoint:
             config.ckpt_path = str(local_file(checkpoint))
-        if self.subcommand == "fit":
-            rank_zero_only(self.run.create)(resume=bool(checkpoint) and owner(root, checkpoint) == config.name)
+        self.resume = bool(checkpoint) and owner(root, checkpoint) == config.name
+        if (config.trainer.max_epochs, config.trainer.max_steps, config.trainer.max_time) == (None, -1, None):
+            config.trainer.max_epochs = 1
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: options come from the command line and configurations, never out of a checkpoint."""
@@ -99,7 +102,7 @@ class CLI(LightningCLI):
         self.stop = Stop()
         ours = [
             Preflight(self.datamodule),
-            Rates(),
+            Rates(self.datamodule),
             Samples(self.run, self.datamodule),
             Predictions(self.run),
             self.stop,
@@ -115,7 +118,7 @@ class CLI(LightningCLI):
             use_distributed_sampler=False,
             **kwargs,
         )
-        self._save_config()
+        self._open_run()
         return trainer
 
     def _loggers(self, chosen: Logger | list[Logger] | bool | None) -> list[Logger]:
@@ -126,8 +129,9 @@ class CLI(LightningCLI):
         return [MetricsCSV(self.run.metrics), *([wandb_logger(self.run)] if default else as_list(chosen))]
 
     @rank_zero_only
-    def _save_config(self) -> None:
+    def _open_run(self) -> None:
         if self.subcommand == "fit":
+            self.run.create(self.resume)
             text = self._parser("fit").dump(self.config["fit"], skip_none=False)
             self.run.config.write_text(text)
         rank_zero_info(f"Run: {self.run.folder}")

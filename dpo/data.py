@@ -183,7 +183,8 @@ class HHRLHF(LightningDataModule):
     def train_dataloader(self) -> StepLoader:
         """Steps over the training pairs."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
-        return self._loader("train", shuffle=self.shuffle, accumulate=accumulate)
+        self.train_loader = self._loader("train", shuffle=self.shuffle, accumulate=accumulate)
+        return self.train_loader
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """Steps over the validation pairs, in order; without a validation split, none."""

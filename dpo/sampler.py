@@ -5,6 +5,7 @@ text, models or losses. An optimizer step is always the same `batch_size` pairs,
 windows, over devices, or into micro-batches of at most `max_tokens`.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -157,6 +158,9 @@ class StepLoader:
     """Steps of one device. Its state is its position in the epoch, so a resumed run goes on with the next step.
 
     No `DataLoader` itself: of those Lightning makes new ones, with samplers of its own.
+
+    Attributes:
+        waited: Seconds that whoever iterates has waited for steps.
     """
 
     def __init__(self, pairs: Pairs, plan: Plan, num_workers: int = 0) -> None:
@@ -175,17 +179,21 @@ class StepLoader:
         self.loader = DataLoader(_Steps(pairs), batch_size=None, sampler=self.sampler, num_workers=num_workers)
         self.batch_sampler = None  # Lightning asks for one
         self.position = 0
+        self.waited = 0.0
 
     def __len__(self) -> int:
         """Lightning batches per epoch."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Step]:
-        """Count what is handed out."""
+        """Count what is handed out, and the time it took to come."""
         self.position = self.sampler.start
+        asked = time.perf_counter()
         for step in self.loader:
+            self.waited += time.perf_counter() - asked
             self.position += 1
             yield step
+            asked = time.perf_counter()
 
     def state_dict(self) -> dict[str, int]:
         """Lightning batches of this epoch that were handed out."""
