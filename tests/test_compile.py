@@ -1,0 +1,41 @@
+"""Compiled layers: the same numbers, and few compilations however the lengths of batches vary."""
+
+import random
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from dpo.batch import Batch, Example, collate
+from dpo.logps import score
+from dpo.models import adapt_layers
+from dpo.sharing import share
+from tests.test_sharing import build
+
+
+def batch_of(pairs: int, seed: int) -> Batch:
+    draw = random.Random(seed)
+
+    def tokens() -> list[int]:
+        return [draw.randrange(3, 97) for _ in range(draw.randint(2, 30))]
+
+    return collate([Example(str(i), tokens(), (tokens(), tokens())) for i in range(pairs)])
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own inner workings
+@pytest.mark.slow  # torch's compiler takes half a minute on one core
+def test_one_compilation_serves_every_batch() -> None:
+    model = build("llama", {"num_hidden_layers": 2})
+    share(model)
+    batches = [batch_of(3 + i, i) for i in range(6)]
+    expected = [score(model, batch).logps for batch in batches]
+    adapt_layers(model, compiled=True, recomputed=False)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = []
+    for batch, wanted in zip(batches, expected, strict=True):
+        found = score(model, batch).logps
+        found.sum().backward()
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled[-1] == compiled[1] <= 8  # the pieces before and behind the attention, their lengths symbolic
