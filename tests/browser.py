@@ -52,8 +52,8 @@ VALUES = {"val/loss": 0.65, "val/rewards/margins": 0.375}
 BETA = 0.25
 
 
-def make_run(folder: Path) -> Path:
-    """A run whose policy is the shipped model, trained against that model with noise on its weights."""
+def make_run(folder: Path) -> tuple[Path, Path]:
+    """A run whose policy is the shipped model, trained against that model with noise on its weights: both folders."""
     shipped, export, reference = locate("quickstart"), folder / "export", folder / "reference"
     shutil.copytree(shipped, export)
     shutil.copytree(shipped, reference)
@@ -64,7 +64,8 @@ def make_run(folder: Path) -> Path:
             weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=noise)
     model.save_pretrained(reference)
     loss = {"class_path": "dpo.losses.DPO", "init_args": {"beta": BETA}}
-    config = yaml.safe_dump({"model": {"policy": str(reference), "loss": loss}})
+    model_config = {"class_path": "dpo.module.DPO", "init_args": {"policy": str(reference), "loss": loss}}
+    config = yaml.safe_dump({"model": model_config})
     (export / "train_config.yaml").write_text(config)
     (folder / "config.yaml").write_text(config)
     (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HELD_OUT))
@@ -75,7 +76,7 @@ def make_run(folder: Path) -> Path:
         table = csv.DictWriter(file, list(dict.fromkeys(name for row in STEPS for name in row)))
         table.writeheader()
         table.writerows(STEPS)
-    return export
+    return export, reference
 
 
 def _free_port() -> int:

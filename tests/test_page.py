@@ -1,7 +1,7 @@
 """The page in a real browser, before the real server: it chats, explains, judges, and stays harmless.
 
-A picture for the README: `DPO_PICTURE=docs/images/page.png pytest tests/test_page.py -k looks`; with
-`DPO_SCREENSHOTS=folder` the other pictures are kept too.
+With `DPO_SCREENSHOTS=folder` its pictures are kept. The README's, of the latest run, is made by
+`DPO_PICTURE=docs/images/page.png pytest tests/test_page.py -k picture`.
 """
 
 import json
@@ -45,7 +45,8 @@ POISON = (
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving("--model", str(make_run(tmp_path_factory.mktemp("italy")))) as address:
+    policy, reference = make_run(tmp_path_factory.mktemp("italy"))
+    with serving("--model", str(policy), "--reference", str(reference)) as address:
         yield address
 
 
@@ -256,6 +257,21 @@ def test_edit_ask_again_copy_clear_and_undo(watched: Watched) -> None:
     expect(page.locator(".said")).to_have_text("What comes after Monday?")
 
 
+def test_two_tabs_keep_each_others_conversations(watched: Watched) -> None:
+    watched.set(temperature=0, max_tokens=8)
+    other = watched.context.new_page()
+    other.goto(watched.address)
+    watched.ask(QUESTION)
+    other.fill("#prompt", "What comes after Monday?")
+    other.press("#prompt", "Enter")
+    expect(other.locator("button.reward")).to_have_count(2)
+    watched.ask("And of France?")
+    watched.page.reload()
+    expect(watched.page.locator("#history-summary")).to_have_text("Conversations (2)")
+    other.reload()
+    expect(other.locator("#history-summary")).to_have_text("Conversations (2)")
+
+
 def numbers(tokens: Any) -> list[tuple[float, float]]:
     pairs = tokens.evaluate_all("all => all.map((one) => [+one.dataset.policy, +one.dataset.reference])")
     return [tuple(one) for one in pairs]
@@ -274,7 +290,6 @@ def test_the_colours_are_those_of_the_scores(watched: Watched, address: str) -> 
     answers = [watched.said(side) for side in ("policy", "reference")]
     body = {"messages": [{"role": "user", "content": QUESTION}], "answers": answers, "tokens": True}
     score = post(address, "/v1/score", body)
-    assert score["beta"] == BETA
     for side, scored in zip(("policy", "reference"), score["answers"], strict=True):
         expect(watched.answer(side).locator("button.reward")).to_contain_text(shown(scored["reward"]))
     watched.answer("policy").locator("button.reward").click()
@@ -285,7 +300,7 @@ def test_the_colours_are_those_of_the_scores(watched: Watched, address: str) -> 
         for mine, theirs in zip(numbers(tokens), scored["tokens"], strict=True):
             assert mine == pytest.approx((theirs["policy"], theirs["reference"]), abs=1e-4)
         ratios = [token["policy"] - token["reference"] for token in scored["tokens"]]
-        assert math.fsum(ratios) * BETA == pytest.approx(scored["reward"], abs=1e-5)
+        assert math.fsum(ratios) * score["beta"] == pytest.approx(scored["reward"], abs=1e-5)
         texts = tokens.evaluate_all("all => all.map((one) => one.innerText)")
         largest = max(range(len(ratios)), key=lambda i: abs(ratios[i]))
         assert f"log-ratio {shown(ratios[largest])}" in texts[largest]  # for screen readers
@@ -510,7 +525,19 @@ def test_looks(browser: Any, address: str, tmp_path: Path, name: str, scheme: st
         assert page.evaluate(NAMELESS) == []
         picture = page.screenshot(path=folder / f"{name}-{view}.png")
         assert len(picture) > 10_000
-        if (name, view) == ("light", "why") and (place := os.environ.get("DPO_PICTURE")):
-            Path(place).parent.mkdir(parents=True, exist_ok=True)
-            Path(place).write_bytes(picture)
     watched.close()
+
+
+def test_picture_for_the_readme(browser: Any) -> None:
+    place = os.environ.get("DPO_PICTURE")
+    if place is None:
+        pytest.skip("DPO_PICTURE does not say where the picture goes")
+    with serving() as address:  # runs/latest
+        watched = Watched(browser, address, viewport={"width": 1120, "height": 640}, device_scale_factor=2)
+        watched.set(temperature=0)
+        watched.page.locator("#examples button").first.click()
+        watched.finish()
+        watched.show("why")
+        expect(watched.page.locator("#why .tokens .token").last).to_be_visible()
+        watched.page.screenshot(path=place)
+        watched.close()

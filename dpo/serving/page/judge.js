@@ -2,7 +2,7 @@
 // /v1/compare; the pairs come from the run.
 
 import { post } from "./api.js";
-import { $, h, number, short } from "./dom.js";
+import { $, h, number, say, short } from "./dom.js";
 import { explain } from "./tokens.js";
 
 const TURN = /\n\n(Human|Assistant):/;
@@ -79,6 +79,8 @@ function verdict({ margin, probability, chosen, rejected }, beta, held) {
   ];
 }
 
+const problem = ({ message }) => h("p", { class: "problem", role: "alert" }, message);
+
 async function judge(event) {
   event?.preventDefault();
   asking?.abort();
@@ -89,8 +91,9 @@ async function judge(event) {
   try {
     const got = await post("/v1/compare", { pairs: [request()], tokens: true }, mine.signal);
     $("verdict").replaceChildren(...verdict(got.pairs[0], got.beta, held));
+    say($("verdict").querySelector(".big").textContent);
   } catch (error) {
-    if (error.name !== "AbortError") $("verdict").replaceChildren(h("p", { class: "problem" }, error.message));
+    if (error.name !== "AbortError") $("verdict").replaceChildren(problem(error));
   } finally {
     if (asking === mine) $("judge-go").disabled = false;
   }

@@ -54,7 +54,8 @@ function cell(value) {
 
 function results({ header, rows }) {
   if (!rows.length) return section("Results", nothing("This run has no table of results."));
-  const head = header.map((name) => h("th", { scope: "col" }, harmless(name)));
+  const broken = (name) => harmless(name).split(/(?<=\/)/).flatMap((part) => [part, h("wbr")]);
+  const head = header.map((name) => h("th", { scope: "col" }, broken(name)));
   return section("Results", scroll("Table of results", h("table", {}, h("thead", {}, h("tr", {}, head)),
     h("tbody", {}, rows.map((row) => h("tr", {}, row.map(cell)))))));
 }
@@ -86,8 +87,9 @@ function curves(metrics) {
   const draw = (names) => h("div", { class: "charts" }, names.map(one));
   const first = known.filter((name) => Object.keys(TITLES).indexOf(name) < FIRST);
   const rest = [...known.filter((name) => !first.includes(name)), ...others];
-  return section("Curves", draw(first.length ? first : rest),
-    first.length > 0 && rest.length > 0 && h("details", {}, h("summary", {}, `${rest.length} more`), draw(rest)));
+  if (!first.length || !rest.length) return section("Curves", draw([...first, ...rest]));
+  const more = h("details", {}, h("summary", {}, `${rest.length} more curves`), draw(rest));
+  return section("Curves", draw(first), more);
 }
 
 function values(all) {

@@ -13,11 +13,18 @@ const isAnswer = (answer) => typeof answer?.text === "string" && typeof answer.s
 const isTurn = (turn) => typeof turn?.prompt === "string" && SIDES.every((side) => isAnswer(turn.answers?.[side]));
 const isConversation = (one) => typeof one?.id === "string" && Array.isArray(one.turns) && one.turns.every(isTurn);
 
+/** What was being written when the page was closed will not go on. */
+function rested(conversation) {
+  for (const { answers } of conversation.turns)
+    for (const side of SIDES) if (answers[side].state === "streaming") answers[side].state = "stopped";
+  return conversation;
+}
+
 function load() {
   try {
     const found = JSON.parse(localStorage.getItem(NAME) ?? "null");
     if (!Array.isArray(found?.conversations)) return [];
-    return found.conversations.filter(isConversation);
+    return found.conversations.filter(isConversation).map(rested);
   } catch {
     return [];
   }
@@ -34,16 +41,15 @@ function loadSettings() {
 export const state = { conversations: load(), current: null, settings: loadSettings() };
 state.current = state.conversations[0] ?? fresh();
 
-// What was being written when the page was closed will not go on.
-for (const { turns } of state.conversations)
-  for (const { answers } of turns)
-    for (const side of SIDES) if (answers[side].state === "streaming") answers[side].state = "stopped";
+const removed = new Set(); // ids of conversations that were taken out here
 
-/** Keep everything; false where the browser refuses (storage full or switched off). */
+/** Keep everything, and what other tabs have kept since; false where the browser refuses: storage full or off. */
 export function save() {
   const { current } = state;
   const others = state.conversations.filter((one) => one.id !== current.id);
-  state.conversations = [...(current.turns.length ? [current] : []), ...others].slice(0, MOST);
+  const known = new Set([current.id, ...others.map(({ id }) => id), ...removed]);
+  const foreign = load().filter(({ id }) => !known.has(id));
+  state.conversations = [...(current.turns.length ? [current] : []), ...others, ...foreign].slice(0, MOST);
   try {
     localStorage.setItem(NAME, JSON.stringify({ conversations: state.conversations }));
     localStorage.setItem(`${NAME}.settings`, JSON.stringify(state.settings));
@@ -63,9 +69,11 @@ export function remove(conversation) {
   const index = state.conversations.indexOf(conversation);
   const wasOpen = state.current === conversation;
   state.conversations = state.conversations.filter((one) => one !== conversation);
+  removed.add(conversation.id);
   if (wasOpen) open();
   save();
   return () => {
+    removed.delete(conversation.id);
     state.conversations.splice(Math.max(index, 0), 0, conversation);
     if (wasOpen) open(conversation);
     save();

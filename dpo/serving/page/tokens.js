@@ -49,6 +49,19 @@ function colour(node, value) {
   if (Math.abs(value) >= NEUTRAL) node.classList.add(value > 0 ? "up" : "down");
 }
 
+/** Tokens that make one word stay together; after a token that breaks the line, the line breaks. */
+function words(tokens, nodes) {
+  const parts = [];
+  for (const [index, { text }] of tokens.entries()) {
+    const broken = index > 0 && tokens[index - 1].text.includes("\n");
+    if (broken) parts.push("\n");
+    const begins = index === 0 || broken || text === "" || /^\s/.test(text);
+    if (begins) parts.push(h("span", { role: "none", class: "word" }));
+    parts.at(-1).append(nodes[index]);
+  }
+  return parts;
+}
+
 /** The tokens in reading order: one stop for the Tab key, arrow keys inside. */
 function strip(answer, name) {
   const nodes = answer.tokens.map((token, index) => {
@@ -74,7 +87,6 @@ function strip(answer, name) {
     colour(node, ratio(token));
     return node;
   });
-  const lines = nodes.flatMap((node, index) => (answer.tokens[index].text.includes("\n") ? [node, "\n"] : [node]));
   const move = (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity }[event.key];
     if (event.key === "Escape") hideTip();
@@ -89,11 +101,13 @@ function strip(answer, name) {
   return h(
     "div",
     { class: "tokens", role: "list", dir: "auto", "aria-label": `Tokens of ${name}; arrow keys move`, keydown: move },
-    lines,
+    words(answer.tokens, nodes),
   );
 }
 
 function movers(answer) {
+  if (answer.tokens.every((token) => ratio(token) === 0))
+    return h("p", { class: "quiet small movers" }, "Both models give every token the same probability.");
   const last = answer.tokens.at(-1);
   const sorted = answer.tokens.filter((token) => Math.abs(ratio(token)) >= NEUTRAL).sort((a, b) => ratio(b) - ratio(a));
   const list = (tokens) =>
