@@ -3,6 +3,7 @@
 Takes what Lightning's hooks give; reads the module's metrics, changes nothing about training.
 """
 
+import json
 import signal
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -20,7 +22,7 @@ from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.data import HHRLHF
-from dpo.run import Run, jsonl
+from dpo.run import Run, complete, jsonl
 from dpo.sampler import Step
 from dpo.sharing import plain
 from dpo.training import Stage, is_logged
@@ -45,6 +47,23 @@ class Bar(RichProgressBar):
         """Loss, reward accuracy, margin and tokens per second of the last logged step, and the last validation loss."""
         values = trainer.callback_metrics
         return {name: f"{values[key].item():.4g}" for name, key in SHOWN.items() if key in values}
+
+
+class Record(L.Callback):
+    """Gives the resolved configuration and the audit of the data to every logger, and the audit to the run."""
+
+    def __init__(self, run: Run, data: HHRLHF) -> None:
+        """Take them from here."""
+        self.run, self.data = run, data
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before anything is trained."""
+        audits = {split: audit.as_dict() for split, audit in self.data.audits.items()}
+        if trainer.is_global_zero:
+            with complete(self.run.audit) as temporary:
+                temporary.write_text(json.dumps(audits, indent=2) + "\n")
+        for logger in trainer.loggers:
+            logger.log_hyperparams({**yaml.safe_load(self.run.config.read_text()), "audit": audits})
 
 
 class Rates(L.Callback):

@@ -22,12 +22,12 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from dpo import report
-from dpo.callbacks import Bar, Predictions, Rates, Samples, Stop
+from dpo.callbacks import Bar, Predictions, Rates, Record, Samples, Stop
 from dpo.checkpoints import AtomicIO, LastAndBest, local_file
 from dpo.data import HHRLHF
 from dpo.export import export
 from dpo.finite import NonFinite
-from dpo.loggers import MetricsCSV, wandb_logger
+from dpo.loggers import MetricsCSV, Rewind, wandb_logger
 from dpo.module import DPO
 from dpo.preflight import Preflight, PreflightError
 from dpo.run import Run, jsonl
@@ -61,6 +61,7 @@ class CLI(LightningCLI):
     run: Run
     resume: bool
     stop: Stop
+    log: MetricsCSV
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the name of the run and what follows from other options."""
@@ -99,9 +100,11 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Give the trainer what every run has, in front of what the user adds."""
-        self.stop = Stop()
+        self.stop, self.log = Stop(), MetricsCSV(self.run.metrics)
         ours = [
+            Rewind(self.log),
             Preflight(self.datamodule),
+            Record(self.run, self.datamodule),
             Rates(self.datamodule),
             Samples(self.run, self.datamodule),
             Predictions(self.run),
@@ -126,7 +129,7 @@ class CLI(LightningCLI):
         if self.subcommand != "fit":
             return []
         default = chosen is None or chosen is True
-        return [MetricsCSV(self.run.metrics), *([wandb_logger(self.run)] if default else as_list(chosen))]
+        return [self.log, *([wandb_logger(self.run)] if default else as_list(chosen))]
 
     @rank_zero_only
     def _open_run(self) -> None:

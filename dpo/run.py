@@ -25,6 +25,11 @@ class Run:
         return self.folder / "config.yaml"
 
     @property
+    def audit(self) -> Path:
+        """What was read, kept and refused of the data."""
+        return self.folder / "audit.json"
+
+    @property
     def metrics(self) -> Path:
         """One row per logged step."""
         return self.folder / "metrics.csv"

@@ -11,17 +11,21 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import lazy_instance
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dpo.adapters import Adapter, AsLoaded
 from dpo.batch import Batch
 from dpo.finite import Watch
 from dpo.metrics import Derived, Means
 from dpo.models import Loader, adapt_layers
 from dpo.sampler import Step
 from dpo.sharing import share_if_exact
+
+AS_LOADED: Adapter = lazy_instance(AsLoaded)  # the default of the command line, made when it is used
 
 
 class Stage(L.LightningModule, ABC):
@@ -42,6 +46,7 @@ class Stage(L.LightningModule, ABC):
     def __init__(
         self,
         policy: str = "quickstart",
+        adapter: Adapter = AS_LOADED,
         sharing: bool = True,
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -54,7 +59,9 @@ class Stage(L.LightningModule, ABC):
         """Choose what is trained, and how; models are read when the trainer sets up.
 
         Args:
-            policy: Folder or hub id of the causal language model to train; `quickstart` is the one in the package.
+            policy: Folder or hub id of the causal language model to train; `quickstart` is the one in the package. Also
+                of a LoRA adapter, which is then trained on.
+            adapter: What of it trains: all (or the adapter that it is), or an adapter that is added.
             sharing: Compute every prompt once for all its answers, where that is exact for the model.
             gradient_checkpointing: Keep only the inputs of every layer and compute the rest again in the backward pass.
             compile: Compile every layer with torch.compile.
@@ -65,6 +72,8 @@ class Stage(L.LightningModule, ABC):
             lr_scheduler: Makes the learning rate schedule of an optimizer; it advances every optimizer step.
         """
         super().__init__()
+        self.strict_loading = False  # not all is in checkpoints; load_state_dict checks that what trains is
+        self.adapter = adapter
         self.loader = Loader(trust_remote_code, pickled_weights)
         self.policy_path, self.sharing, self.preflight = policy, sharing, preflight
         self.gradient_checkpointing, self.compiled = gradient_checkpointing, compile
@@ -93,9 +102,10 @@ class Stage(L.LightningModule, ABC):
     def configure_model(self) -> None:
         """Read the policy, once."""
         if "policy" not in self._modules:
-            self.policy = self.loader.model(self.policy_path)
+            self.policy = self.adapter.read(self.loader, self.policy_path)
             self.prepare_models()
-            adapt_layers(self.policy, self.compiled, self.gradient_checkpointing)
+            for role, model in self.models().items():  # all of them, or their kernels would differ
+                adapt_layers(model, self.compiled, self.gradient_checkpointing and role == "policy")
 
     def prepare_models(self) -> None:
         """Let every model share prompts where that is exact."""
@@ -103,6 +113,30 @@ class Stage(L.LightningModule, ABC):
             reason = share_if_exact(model) if self.sharing else "--model.sharing is false"
             if reason:
                 rank_zero_info(f"The {role} runs every answer as a sequence of its own: {reason}.")
+
+    def changing(self) -> set[str]:
+        """Names of the weights that training changes, which are those in a checkpoint; all others are read again."""
+        return {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What training changes."""
+        changing = self.changing()
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in changing}
+
+    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        """All that training changes must be there, and nothing else.
+
+        Raises:
+            ValueError: Weights are missing or left over.
+        """
+        changing = self.changing()
+        missing, left_over = sorted(changing - state.keys()), sorted(state.keys() - changing)
+        if missing or left_over:
+            raise ValueError(
+                f"this checkpoint is of another model: weights missing {missing[:3]}, left over {left_over[:3]}. "
+                "Give the --model.policy and --model.adapter that the run was started with."
+            )
+        return super().load_state_dict(state, strict=False, assign=assign)
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the parameters that train, and its schedule."""
@@ -141,6 +175,16 @@ class Stage(L.LightningModule, ABC):
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         scaled = self.trainer.scaler is not None  # float16: the scaler skips a step whose gradient overflows
         self.watch.check(self.trainer.global_step + 1, torch.zeros(()) if scaled else self.grad_norm)
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip by the norm that is already known; Lightning's own way refuses fused optimizers in bfloat16 too."""
+        if gradient_clip_val and self.trainer.scaler is None and gradient_clip_algorithm != "value":
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.grad_norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_start(self) -> None:
         """Begin with no gradients."""

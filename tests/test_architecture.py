@@ -11,6 +11,7 @@ PACKAGE = ROOT / "dpo"
 # From raw text to a reply: a module (or sub-package) imports only from its left.
 ORDER = (
     # data, which knows nothing of models
+    "run",
     "quickstart",
     "models",
     "dialogue",
@@ -26,7 +27,9 @@ ORDER = (
     "logps",
     "sharing",
     "losses",
+    "adapters",
     "reference",
+    "cache",
     "metrics",
     "schedules",
     "finite",
@@ -35,13 +38,13 @@ ORDER = (
     "sft",
     "preflight",
     # a run and what it leaves
-    "run",
     "checkpoints",
     "loggers",
     "callbacks",
     "report",
     "export",
     "hub",
+    "precision",
     "cli",
     "rebuild",
     "serving",

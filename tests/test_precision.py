@@ -1,0 +1,15 @@
+"""The processor decides."""
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+
+from dpo.precision import bfloat16_where_fast
+
+
+@pytest.mark.parametrize(("avx", "amx"), [(True, False), (False, True), (False, False)])
+def test_bfloat16_only_where_the_processor_multiplies_it(avx: bool, amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    plugin = bfloat16_where_fast()
+    assert type(plugin) is (MixedPrecision if avx or amx else Precision)
