@@ -6,7 +6,7 @@ reach the head, a chunk at a time with recomputation in the backward pass, so no
 Log-softmax and sums are float32, always. Knows nothing of pairs, losses or references.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +34,14 @@ class TokenScores:
         entropy: Of the predicted distribution, nats.
         logits: Mean raw logit over the vocabulary.
         hits: The token was the most probable one.
+        collision: Collision entropy of the predicted distribution, -log sum_v p_v^2, nats.
     """
 
     logps: Float[Tensor, " scored"]
     entropy: Float[Tensor, " scored"]
     logits: Float[Tensor, " scored"]
     hits: Float[Tensor, " scored"]
+    collision: Float[Tensor, " scored"]
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
@@ -99,10 +101,11 @@ class _TokenLogps(torch.autograd.Function):
         log_normaliser = peak - probabilities.gather(-1, best[:, None]).squeeze(-1).log()
         logps = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normaliser
         entropy = log_normaliser - torch.linalg.vecdot(probabilities, logits)
+        collision = -torch.linalg.vecdot(probabilities, probabilities).log()
         mean, hits = logits.mean(-1), (best == targets).float()
         ctx.save_for_backward(probabilities, targets)
-        ctx.mark_non_differentiable(entropy, mean, hits)
-        return logps, entropy, mean, hits
+        ctx.mark_non_differentiable(entropy, mean, hits, collision)
+        return logps, entropy, mean, hits, collision
 
     @staticmethod
     @once_differentiable
@@ -130,6 +133,7 @@ def score(model: PreTrainedModel, batch: Batch) -> TokenScores:
     return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def sum_answers(values: Float[Tensor, " scored"], batch: Batch) -> Float[Tensor, " answers"]:
-    """Sum per-token values over each answer, in float32; an answer's sum does not depend on its neighbours."""
-    return torch.stack([part.sum() for part in values.float().split(batch.lengths)])
+def sum_answers(values: Float[Tensor, " scored"], lengths: Sequence[int]) -> Float[Tensor, " answers"]:
+    """Sum per-token values over answers of these lengths, in float32 at least; no sum depends on its neighbours."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return torch.stack([part.sum() for part in wide.split(list(lengths))])

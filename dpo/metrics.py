@@ -37,9 +37,14 @@ NAMES = (
 
 
 def sums_and_counts(
-    batch: Batch, policy: TokenScores, logps: PairLogps, losses: Tensor, rewards: Tensor
+    batch: Batch,
+    policy: TokenScores,
+    logps: PairLogps,
+    losses: Tensor,
+    rewards: Tensor,
+    names: tuple[str, ...] = NAMES,
 ) -> tuple[Float[Tensor, " names"], Float[Tensor, " names"]]:
-    """The sum and the count of every metric of `NAMES` over one batch.
+    """The sum and the count of every named metric over one batch.
 
     Per pair: loss, rewards, margins, accuracies (chosen reward strictly above the rejected one), logps (summed over an
     answer's tokens, nats), length (tokens), displaced (the policy holds the chosen answer less likely than the
@@ -48,7 +53,7 @@ def sums_and_counts(
     answer's token was the most probable one), nll/chosen (nats).
     """
     logits, hits, entropy = (
-        sum_answers(values, batch).unflatten(0, (-1, 2)).double().sum(0)
+        sum_answers(values, batch.lengths).unflatten(0, (-1, 2)).double().sum(0)
         for values in (policy.logits, policy.hits, policy.entropy)
     )
     chosen, rejected = logps.policy.detach().double().sum(0)
@@ -72,7 +77,7 @@ def sums_and_counts(
         "length/rejected": (length_rejected, pairs),
         "displaced": ((logps.logratios[:, 0] < 0).double().sum(), pairs),
     }
-    sums, counts = zip(*(means[name] for name in NAMES), strict=True)
+    sums, counts = zip(*(means[name] for name in names), strict=True)
     return torch.stack(sums), torch.stack(counts)
 
 

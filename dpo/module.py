@@ -5,7 +5,6 @@ Takes `Step`s, gives gradients and metrics. Knows nothing of text, files or what
 
 from typing import Any
 
-import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -13,38 +12,61 @@ from transformers import PreTrainedModel
 
 from dpo import losses, metrics
 from dpo.batch import Batch
-from dpo.logps import TokenScores, score, sum_answers
+from dpo.logps import TokenScores, score
 from dpo.losses import PairLogps, PreferenceLoss
 from dpo.metrics import Means, sums_and_counts
 from dpo.models import weights_sha256
-from dpo.reference import Copy, Frozen, Model, Reference
+from dpo.reference import Absent, Copy, Frozen, Model, Nothing, Reference
 from dpo.sampler import Step
 from dpo.training import Stage
 
 REFERENCE = "reference."  # prefix of what is never in a checkpoint
-# Defaults of the command line, made when they are used.
-COPY: Reference = lazy_instance(Copy)
-DPO_LOSS: PreferenceLoss = lazy_instance(losses.DPO)
+DPO_LOSS: PreferenceLoss = lazy_instance(losses.DPO)  # the default of the command line, made when it is used
+
+IN_ONE_PIECE = "Use --data.max_tokens null, one device and --trainer.accumulate_grad_batches 1."
+
+
+def choose(reference: Reference | str | None, loss: PreferenceLoss) -> Reference:
+    """The reference that a loss is to have.
+
+    Raises:
+        ValueError: It needs one and there is to be none, or the other way round.
+    """
+    if isinstance(reference, str):
+        reference = Model(reference)
+    default = Copy() if loss.uses_reference else Nothing()
+    chosen = reference or default
+    if isinstance(chosen, Nothing) == loss.uses_reference:
+        needs = "needs a reference" if loss.uses_reference else "takes no reference"
+        raise ValueError(f"the loss {loss} {needs}, got {chosen}: leave --model.reference out for {default}.")
+    return chosen
 
 
 class DPO(Stage):
     """Direct Preference Optimization of a causal language model (Rafailov et al. 2023, arXiv 2305.18290)."""
 
     answers = ("chosen", "rejected")
-    metrics = metrics.NAMES
-    reference: Frozen
+    metrics: tuple[str, ...] = metrics.NAMES
+    reference: Frozen | Absent
 
-    def __init__(self, reference: Reference | str = COPY, loss: PreferenceLoss = DPO_LOSS, **options: Any) -> None:
+    def __init__(
+        self, reference: Reference | str | None = None, loss: PreferenceLoss = DPO_LOSS, **options: Any
+    ) -> None:
         """Choose what the policy learns from, beside the options of every stage.
 
         Args:
-            reference: What the policy is compared with: a class, or the folder or hub id of another model.
+            reference: What the policy is compared with: a class, or the folder or hub id of another model. By default
+                a frozen copy of the policy for a loss that uses a reference, and nothing for one that does not.
             loss: The preference loss.
             options: See `Stage`.
+
+        Raises:
+            ValueError: The loss needs a reference and there is to be none, or the other way round.
         """
+        if not loss.uses_reference:
+            self.metrics = tuple(name for name in metrics.NAMES if name != "displaced")
         super().__init__(**options)
-        self.reference_choice = Model(reference) if isinstance(reference, str) else reference
-        self.loss = loss
+        self.reference_choice, self.loss = choose(reference, loss), loss
         self.strict_loading = False  # the reference is not in checkpoints; load_state_dict checks the rest
 
     @property
@@ -61,21 +83,34 @@ class DPO(Stage):
 
     def models(self) -> dict[str, PreTrainedModel]:
         """The policy and its reference."""
-        return {"policy": self.policy, "reference": self.reference.model}
+        return {"policy": self.policy, **self.reference.models}
 
     def score_pairs(self, batch: Batch) -> tuple[TokenScores, PairLogps]:
         """Score both answers of every pair under policy and reference."""
         policy = score(self.policy, batch)
-        ours, theirs = (sum_answers(logps, batch) for logps in (policy.logps, self.reference(batch)))
-        lengths = torch.tensor(batch.lengths, dtype=torch.float32, device=self.device)
-        return policy, PairLogps(*(values.unflatten(0, (-1, 2)) for values in (ours, theirs, lengths)))
+        on_policy = policy.logps.detach() + policy.collision
+        return policy, PairLogps(policy.logps, self.reference(batch), on_policy, batch.lengths)
 
     def losses(self, batch: Batch, means: Means) -> Tensor:
         """The loss of every pair of a micro-batch; everything else about it goes into the means."""
         policy, logps = self.score_pairs(batch)
         losses = self.loss(logps)
-        means.update(*sums_and_counts(batch, policy, logps, losses, self.loss.rewards(logps)))
+        means.update(*sums_and_counts(batch, policy, logps, losses, self.loss.rewards(logps), self.metrics))
         return losses
+
+    def on_before_batch_transfer(self, batch: Step, dataloader_idx: int) -> Step:
+        """Refuse a step in parts where the loss is one of the whole step.
+
+        Raises:
+            ValueError: It was cut: by `max_tokens`, over devices, or into accumulated batches.
+        """
+        here = len(batch.micro_batches[0])
+        if self.loss.whole_batch and here < batch.pairs:
+            raise ValueError(
+                f"{self.loss} sorts all pairs of an optimizer step together: expected {batch.pairs} in one piece, "
+                f"got a piece of {here}. {IN_ONE_PIECE}"
+            )
+        return batch
 
     def total(self, step: Step) -> int:
         """The pairs of the optimizer step."""

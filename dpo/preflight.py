@@ -15,8 +15,9 @@ from dpo.attention import NAME
 from dpo.batch import Batch, Example, collate
 from dpo.data import HHRLHF
 from dpo.logps import score
-from dpo.module import DPO
-from dpo.reference import Copy
+from dpo.losses import NoConstant
+from dpo.module import DPO, IN_ONE_PIECE
+from dpo.reference import Copy, Nothing
 from dpo.sharing import difference
 from dpo.training import Stage
 
@@ -55,8 +56,8 @@ class Preflight(L.Callback):
         with trainer.precision_plugin.forward_context():
             passed += _repeatable(pl_module, batch)
             passed += _shared(pl_module, batch)
-            if isinstance(pl_module, DPO) and isinstance(pl_module.reference_choice, Copy) and not trainer.ckpt_path:
-                passed += _start(pl_module, batch)
+            if isinstance(pl_module, DPO):
+                passed += _preferences(pl_module, batch, trainer, self.data.max_tokens)
         rank_zero_info("Preflight: " + "; ".join(passed) + ".")
 
 
@@ -136,17 +137,36 @@ def _shared(module: Stage, batch: Batch) -> Iterator[str]:
     yield f"shared prompts equal separate sequences (to {found:.0e})"
 
 
+def _preferences(module: DPO, batch: Batch, trainer: L.Trainer, max_tokens: int | None) -> Iterator[str]:
+    if module.loss.whole_batch:
+        parts = trainer.world_size * trainer.accumulate_grad_batches
+        _require(
+            max_tokens is None and parts == 1,
+            f"{module.loss}, which sorts all pairs of an optimizer step together",
+            "every step in one piece",
+            f"--data.max_tokens {max_tokens}, {parts} devices times accumulated batches",
+            IN_ONE_PIECE,
+        )
+        yield "every step is one piece"
+    if isinstance(module.reference_choice, Copy | Nothing) and not trainer.ckpt_path:
+        yield from _start(module, batch)
+
+
 def _start(module: DPO, batch: Batch) -> Iterator[str]:
     _, logps = module.score_pairs(batch)
-    rewards, losses = module.loss.rewards(logps), module.loss(logps)
-    _require(
-        bool((rewards == 0).all()),
-        "rewards of a policy that equals its reference",
-        0,
-        rewards.abs().max().item(),
-        "The reference is not the policy.",
-    )
-    expected = module.loss.at_start
+    rewards, losses, expected = module.loss.rewards(logps), module.loss(logps), module.loss.at_start
+    if module.loss.uses_reference:
+        _require(
+            bool((rewards == 0).all()),
+            "rewards of a policy that equals its reference",
+            0,
+            rewards.abs().max().item(),
+            "The reference is not the policy.",
+        )
+        yield "rewards are 0"
+    if isinstance(expected, NoConstant):
+        yield f"the loss at step 0 is not checked ({expected.reason})"
+        return
     wrong = (losses - expected).abs().max().item()
     _require(
         wrong <= 1e-6 * max(1, expected),
@@ -155,7 +175,7 @@ def _start(module: DPO, batch: Batch) -> Iterator[str]:
         losses.tolist(),
         "The loss is not what it says.",
     )
-    yield f"rewards are 0 and the loss is {expected:.6f}"
+    yield f"the loss is {expected:.6f}"
 
 
 def _largest(first: Tensor, second: Tensor) -> float:

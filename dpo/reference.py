@@ -5,8 +5,10 @@ log-probability of every scored token, through the same scorer as the policy. Kn
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -28,18 +30,43 @@ class Frozen(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.origin = origin
 
+    @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        """Every model of its own, by role."""
+        return {"reference": self.model}
+
     @torch.no_grad()
     def forward(self, batch: Batch) -> Float[Tensor, " scored"]:
         """log p of every scored token, nats."""
         return score(self.model, batch).logps
 
 
+class Absent(nn.Module):
+    """Stands where a loss needs no reference: no model, and no number that could be taken for a log-probability."""
+
+    origin = "none, the loss needs none"
+    models: Mapping[str, PreTrainedModel] = MappingProxyType({})
+
+    def forward(self, batch: Batch) -> Float[Tensor, " scored"]:
+        """NaN for every scored token."""
+        return torch.full_like(batch.targets, torch.nan, dtype=torch.float32)
+
+
 class Reference(ABC):
     """How the reference of a run is made."""
 
     @abstractmethod
-    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
+    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen | Absent:
         """Make it, before the policy has learned anything."""
+
+
+@dataclass(frozen=True)
+class Nothing(Reference):
+    """No reference, for losses without one."""
+
+    def build(self, policy: PreTrainedModel, loader: Loader) -> Absent:
+        """Make nothing."""
+        return Absent()
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class SFT(Stage):
     def losses(self, batch: Batch, means: Means) -> Tensor:
         """-log p(answer), nats, of every example; logged per token."""
         scores = score(self.policy, batch)
-        losses = -sum_answers(scores.logps, batch)
+        losses = -sum_answers(scores.logps, batch.lengths)
         tokens, examples = (
             torch.full((), n, dtype=torch.float64, device=losses.device) for n in (len(batch.targets), len(batch))
         )

@@ -15,9 +15,10 @@ from tests.test_sharing import SHARED, SIZES, build, random_batch
 
 
 def test_zero_logits_give_the_log_of_the_vocabulary() -> None:
-    values, entropy, mean, hits = _TokenLogps.apply(torch.zeros(2, 16), torch.tensor([3, 0]))
+    values, entropy, mean, hits, collision = _TokenLogps.apply(torch.zeros(2, 16), torch.tensor([3, 0]))
     assert -values.sum().item() == pytest.approx(2 * log(16))  # NLL of two tokens: 2 ln 16
     assert entropy.tolist() == pytest.approx([log(16)] * 2)
+    assert collision.tolist() == pytest.approx([log(16)] * 2)  # -log(16 / 16^2)
     assert mean.tolist() == [0, 0]
     assert hits.tolist() == [0, 1]  # the first of equals counts as the most probable
 
@@ -27,11 +28,13 @@ def test_one_pass_equals_the_definitions(scale: float) -> None:
     logits = scale * torch.randn(50, 97, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(50)
     reference = logits.double().log_softmax(-1)
-    values, entropy, mean, hits = _TokenLogps.apply(logits, targets)
+    values, entropy, mean, hits, collision = _TokenLogps.apply(logits, targets)
     expected = reference.gather(-1, targets[:, None])[:, 0].float()
     torch.testing.assert_close(values, expected, rtol=1e-6, atol=4e-7 * scale + 1e-6)
     torch.testing.assert_close(entropy, -(reference.exp() * reference).nansum(-1).float(), rtol=1e-4, atol=1e-6 * scale)
     torch.testing.assert_close(mean, logits.mean(-1))
+    squares = -(2 * reference).logsumexp(-1).float()  # -log sum p^2
+    torch.testing.assert_close(collision, squares, rtol=1e-5, atol=1e-6)
     assert torch.equal(hits, (logits.argmax(-1) == targets).float())
 
 
@@ -46,7 +49,7 @@ def test_the_gradient_is_that_of_log_softmax() -> None:
 def test_sums_of_answers_do_not_depend_on_their_neighbours() -> None:
     batch = random_batch()
     values = torch.randn(len(batch.targets))
-    sums = sum_answers(values, batch)
+    sums = sum_answers(values, batch.lengths)
     starts = [sum(batch.lengths[:i]) for i in range(len(batch.lengths))]
     for i, (start, length) in enumerate(zip(starts, batch.lengths, strict=True)):
         assert sums[i] == values[start : start + length].sum()
@@ -54,7 +57,7 @@ def test_sums_of_answers_do_not_depend_on_their_neighbours() -> None:
 
 def test_four_tokens_sum_to_their_sum() -> None:
     batch = collate([Example("a", [1], ([2, 3, 4, 5], [6]))])
-    assert sum_answers(torch.tensor([-1.0, -2.0, -3.0, -4.0, -7.0]), batch).tolist() == [-1 - 2 - 3 - 4, -7]
+    assert sum_answers(torch.tensor([-1.0, -2.0, -3.0, -4.0, -7.0]), batch.lengths).tolist() == [-1 - 2 - 3 - 4, -7]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2"])
@@ -113,4 +116,4 @@ def test_adapters_on_the_head_are_part_of_it() -> None:
 def test_bfloat16_sums_keep_their_margins() -> None:
     # in bfloat16 a sum near -2,500 lies on a grid of 16: sums are float32 whatever the scores' type
     batch = random_batch()
-    assert sum_answers(torch.randn(len(batch.targets), dtype=torch.bfloat16), batch).dtype == torch.float32
+    assert sum_answers(torch.randn(len(batch.targets), dtype=torch.bfloat16), batch.lengths).dtype == torch.float32

@@ -1,6 +1,8 @@
 """Preference losses: numbers of the papers, closed-form gradients, and what must hold for any log-probabilities."""
 
 import math
+from collections.abc import Callable
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -8,138 +10,504 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo.losses import DPO, PairLogps
+import dpo.losses
+from dpo.__main__ import main
+from dpo.losses import (
+    AOT,
+    BCO,
+    CPO,
+    DPO,
+    EXO,
+    IPO,
+    LD,
+    NCA,
+    NLL,
+    ORPO,
+    SPPO,
+    WPO,
+    Alpha,
+    AOTUnpaired,
+    APODown,
+    APOZero,
+    DiscoPOP,
+    Divergence,
+    ForwardKL,
+    Hinge,
+    JensenShannon,
+    LengthNormalizedDPO,
+    NoConstant,
+    PairLogps,
+    PreferenceLoss,
+    ReverseKL,
+    RobustDPO,
+    SimPO,
+    Sum,
+)
+from dpo.losses.table import DIVERGENCES, EXAMPLES, paragraphs
 
 # Three pairs whose log-ratios differ by h = 0, 10, 20 nats.
 POLICY = [[-0.5, -0.1], [-10.0, -30.0], [-1.0, -21.0]]
 REFERENCE = [[-0.5, -0.1], [-10.1, -20.1], [-0.1, -0.1]]
-BETA = 0.1
+CHOSEN, REJECTED = (0.0, 0.1, -0.9), (0.0, -9.9, -20.9)  # their log-ratios
+BETA, E = 0.1, 0.1
+LOG2 = math.log(2)
+
+of_difference = [loss for loss in EXAMPLES if "divergence" in {each.name for each in fields(loss)}]
+EVERY = (
+    *EXAMPLES,
+    *(replace(loss, divergence=score) for loss in of_difference for score in DIVERGENCES[1:]),
+    *(LD(loss, 0.3) for loss in EXAMPLES),
+    *(WPO(loss) for loss in EXAMPLES if not loss.whole_batch),
+    *(CPO(label_smoothing=0.2), AOT(label_smoothing=0.2), IPO(divergence=Alpha(3.0))),
+)
+every_loss = pytest.mark.parametrize("loss", EVERY, ids=repr)
 
 nats = st.floats(-1e4, 0, width=32)
-pairs = st.lists(st.tuples(nats, nats, nats, nats), min_size=1, max_size=6)
+rows_of_nats = st.lists(st.tuples(nats, nats, nats, nats), min_size=1, max_size=6)
 betas = st.sampled_from([0.01, 0.1, 0.5, 2.0])
 shares = st.sampled_from([0.0, 0.1, 0.3, 0.5])
 
 
 def logps(policy: object, reference: object, dtype: torch.dtype = torch.float32) -> PairLogps:
-    """Log-probabilities of pairs whose answers have one token each."""
-    sums = [torch.as_tensor(values, dtype=dtype).reshape(-1, 2) for values in (policy, reference)]
-    return PairLogps(*sums, torch.ones_like(sums[0]))
+    """Log-probabilities of pairs whose answers have one token each, as likely as a draw of the policy."""
+    ours, theirs = (torch.as_tensor(values, dtype=dtype).flatten() for values in (policy, reference))
+    return PairLogps(ours, theirs, torch.zeros_like(ours), (1,) * len(ours))
 
 
 def of_rows(rows: list[tuple[float, float, float, float]], dtype: torch.dtype = torch.float32) -> PairLogps:
     return logps([row[:2] for row in rows], [row[2:] for row in rows], dtype)
 
 
+def random_pairs(counts: tuple[int, ...], seed: int = 0) -> PairLogps:
+    """Answers of these many tokens, each with a log-probability of its own, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    ours, theirs, on_policy = torch.randn(3, sum(counts), generator=generator, dtype=torch.float64)
+    return PairLogps(-ours.abs() - 0.1, -theirs.abs() - 0.1, on_policy, counts)
+
+
+THREE = logps(POLICY, REFERENCE)
+
+
 def close(found: Tensor, expected: list[float]) -> None:
     torch.testing.assert_close(found, torch.tensor(expected, dtype=found.dtype), rtol=1e-5, atol=1e-6)
 
 
-def sigmoid(x: float) -> float:
+def S(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def test_golden_numbers() -> None:
-    # -log sigmoid(beta h) with beta h = 0, 1, 2
-    expected = [-math.log(sigmoid(x)) for x in (0, 1, 2)]
-    assert expected == pytest.approx([0.693147, 0.313262, 0.126928], abs=1e-6)
-    close(DPO(BETA)(logps(POLICY, REFERENCE)), expected)
+def lS(x: float) -> float:
+    return math.log(S(x))
 
 
-def test_golden_numbers_with_label_smoothing() -> None:
-    # -(1-e) log sigmoid(x) - e log sigmoid(-x) = -log sigmoid(x) + e x, since log sigmoid(-x) = log sigmoid(x) - x
-    expected = [-math.log(sigmoid(x)) + 0.1 * x for x in (0, 1, 2)]
-    assert expected == pytest.approx([0.693147, 0.413262, 0.326928], abs=1e-6)
-    close(DPO(BETA, label_smoothing=0.1)(logps(POLICY, REFERENCE)), expected)
+def of_h(function: Callable[[float], float]) -> list[float]:
+    """A function of x = beta h at h = 0, 10, 20."""
+    return [function(x) for x in (0.0, 1.0, 2.0)]
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
-def test_at_start_every_pair_costs_log_2_and_earns_nothing(smoothing: float) -> None:
-    loss, same = DPO(BETA, smoothing), logps(POLICY, POLICY)
-    assert loss.at_start == math.log(2)
-    close(loss(same), [0.693147181] * 3)
-    assert torch.equal(loss.rewards(same), torch.zeros(3, 2))
+def of_ratios(function: Callable[[float, float], float]) -> list[float]:
+    """A function of both log-ratios of each pair."""
+    return [function(w, r) for w, r in zip(CHOSEN, REJECTED, strict=True)]
 
 
-def test_rewards_are_beta_times_the_log_ratio() -> None:
-    close(DPO(BETA).rewards(logps([[-1.0, -2.0]], [[-4.0, -1.0]])).flatten(), [BETA * 3, BETA * -1])
+def cdpo(x: float) -> float:
+    return -(1 - E) * lS(x) - E * lS(-x)
 
 
-def gradient(loss: DPO, given: PairLogps) -> Tensor:
-    policy = given.policy.clone().requires_grad_()
-    loss(PairLogps(policy, given.reference, given.lengths)).sum().backward()
+def exo(x: float) -> float:
+    q, e = S(x), 1e-3
+    return q * (math.log(q) - math.log(1 - e)) + (1 - q) * (math.log(1 - q) - math.log(e))
+
+
+def discopop(x: float) -> float:
+    m = S(x / 0.05)
+    return (1 - m) * -lS(x) + m * math.exp(-x)
+
+
+def js(d: float) -> float:
+    return LOG2 + lS(d)
+
+
+GOLDEN = [  # loss, its formula written out, and the same as numbers
+    (DPO(), of_h(lambda x: -lS(x)), [0.693147, 0.313262, 0.126928]),
+    (DPO(label_smoothing=E), of_h(cdpo), [0.693147, 0.413262, 0.326928]),
+    (
+        RobustDPO(label_smoothing=E),
+        of_h(lambda x: (-0.9 * lS(x) + 0.1 * lS(-x)) / 0.8),
+        [0.693147, 0.188262, -0.123072],
+    ),
+    (IPO(), of_h(lambda x: (x / BETA - 1 / (2 * BETA)) ** 2), [25.0, 25.0, 225.0]),
+    (Hinge(), of_h(lambda x: max(0, 1 - x)), [1.0, 0.0, 0.0]),
+    (EXO(), of_h(exo), [2.761231, 1.27631, 0.458972]),
+    (DiscoPOP(), of_h(discopop), [0.846574, 0.367879, 0.135335]),
+    (LengthNormalizedDPO(BETA), of_h(lambda x: -lS(x)), [0.693147, 0.313262, 0.126928]),
+    (
+        NCA(),
+        of_ratios(lambda w, r: -lS(BETA * w) - lS(-BETA * w) / 2 - lS(-BETA * r) / 2),
+        [1.386294, 1.19522, 1.122047],
+    ),
+    (BCO(), of_ratios(lambda w, r: -lS(BETA * w) - lS(-BETA * r)), [1.386294, 1.004121, 0.855775]),
+    (SPPO(), of_ratios(lambda w, r: (w - 5) ** 2 + (r + 5) ** 2), [50.0, 48.02, 287.62]),
+    (APOZero(), of_ratios(lambda w, r: 1 - S(BETA * w) + S(BETA * r)), [1.0, 0.768412, 0.632557]),
+    (APODown(), of_ratios(lambda w, r: S(BETA * w) + 1 - S(BETA * (w - r))), [1.0, 0.771441, 0.596718]),
+    # lp_w - lp_l of the policy is -0.4, 20, 20, of the reference -0.4, 10, 0: sorted they differ by 0, 20, 10
+    (AOT(), [-lS(0), -lS(2), -lS(1)], [0.693147, 0.126928, 0.313262]),
+    # sorted: D_w -0.9, 0, 0.1, D_l -20.9, -9.9, 0
+    (AOTUnpaired(), [-lS(2), -lS(0.99), -lS(0.01)], [0.126928, 0.315961, 0.68816]),
+    (
+        DPO(divergence=JensenShannon()),
+        of_ratios(lambda w, r: -lS(BETA * (js(w) - js(r)))),
+        [0.693147, 0.333831, 0.131056],
+    ),
+    (
+        DPO(divergence=ForwardKL()),
+        of_ratios(lambda w, r: math.log1p(math.exp(-BETA * (math.exp(-r) - math.exp(-w))))),
+        [0.693147, 0.0, 0.0],
+    ),
+    # without a reference: lp_w - lp_l is -0.4, 20, 20
+    (SimPO(0.5, 0.3), [-lS(0.5 * d - 0.3) for d in (-0.4, 20, 20)], [0.974077, 0.000061, 0.000061]),
+    (CPO(), [-lS(BETA * d) + n for d, n in ((-0.4, 0.5), (20, 10), (20, 1))], [1.213347, 10.126928, 1.126928]),
+    (NLL(), [0.5, 10.0, 1.0], [0.5, 10.0, 1.0]),
+    (
+        ORPO(),
+        [
+            n + BETA * -lS(math.log(math.expm1(r) / math.expm1(n)))  # odds of exp(-n): 1 / (exp(n) - 1)
+            for n, r in ((0.5, 0.1), (10.0, 30.0), (1.0, 21.0))
+        ],
+        [0.696966, 10.0, 1.0],
+    ),
+    (Sum((DPO(), NLL()), (0.5, 2.0)), [0.5 * -lS(x) + 2 * n for x, n in ((0, 0.5), (1, 10), (2, 1))], None),
+    (LD(DPO(), 0.5), of_h(lambda x: -lS(x)), None),  # both answers are equally long
+    (WPO(DPO()), of_h(lambda x: -lS(x)), None),  # both answers are as likely as a draw
+]
+
+
+@pytest.mark.parametrize(("loss", "formula", "numbers"), GOLDEN, ids=lambda value: repr(value)[:40])
+def test_golden_numbers(loss: PreferenceLoss, formula: list[float], numbers: list[float] | None) -> None:
+    close(loss(THREE), formula)
+    assert numbers is None or formula == pytest.approx(numbers, abs=2e-6)
+
+
+def test_every_loss_has_golden_numbers() -> None:
+    assert {type(loss) for loss, *_ in GOLDEN} == {type(loss) for loss in EXAMPLES}
+
+
+STARTS = [
+    (LOG2, [DPO(), DPO(label_smoothing=0.3), RobustDPO(), LengthNormalizedDPO(), AOT(), AOTUnpaired()]),
+    (LOG2, [DPO(divergence=score) for score in DIVERGENCES] + [LD(DPO(), alpha) for alpha in (0.0, 0.4)]),
+    (25, [IPO()]),  # 1/(4 b^2)
+    (50, [SPPO()]),  # 1/(2 b^2)
+    (1, [Hinge(), APOZero(), APODown()]),
+    (2 * LOG2, [NCA(), BCO()]),
+    (2.761230709, [EXO(label_smoothing=1e-3)]),  # -log 2 - log(e (1-e)) / 2
+    ((LOG2 + 1) / 2, [DiscoPOP()]),
+    (0.3 * LOG2 + 2 * 25, [Sum((DPO(), IPO()), (0.3, 2.0))]),
+]
+
+
+@pytest.mark.parametrize(("expected", "loss"), [(value, loss) for value, losses in STARTS for loss in losses], ids=repr)
+def test_the_constant_at_the_start(expected: float, loss: PreferenceLoss) -> None:
+    assert loss.at_start == pytest.approx(expected, rel=1e-9)
+
+
+@every_loss
+def test_at_start_a_loss_is_its_constant_and_rewards_are_0(loss: PreferenceLoss) -> None:
+    pairs = random_pairs((3, 5, 2, 2, 4, 1))
+    same = replace(pairs, reference_tokens=pairs.policy_tokens)
+    if loss.uses_reference:
+        assert torch.equal(loss.rewards(same), torch.zeros(3, 2))
+    if isinstance(loss.at_start, NoConstant):
+        assert loss.at_start.reason
+    else:
+        torch.testing.assert_close(loss(same), torch.full((3,), loss.at_start, dtype=torch.float64))
+
+
+@every_loss
+def test_only_losses_with_a_reference_look_at_it(loss: PreferenceLoss) -> None:
+    pairs = random_pairs((3, 5, 2, 2, 4, 1))
+    without = replace(pairs, reference_tokens=torch.full_like(pairs.reference_tokens, math.nan))
+    assert bool(loss(without).isfinite().all()) == (not loss.uses_reference)
+    assert bool(loss.rewards(without).isfinite().all()) == (not loss.uses_reference)
+
+
+REWARDS = [  # of an answer of two tokens with lp -3 and reference -1
+    (DPO(0.5), 0.5 * (-3 + 1)),
+    (IPO(0.5), 0.5 * (-3 + 1)),
+    (NCA(0.5), 0.5 * (-3 + 1)),
+    (SimPO(2.0), 2 * -3 / 2),
+    (CPO(0.5), 0.5 * -3),
+    (ORPO(0.5), 0.5 * -3 / 2),
+    (NLL(), -3 / 2),
+    (Sum((NLL(), DPO(0.5)), (1.0, 1.0)), 0.5 * (-3 + 1)),  # of the one that uses a reference
+    (Sum((NLL(), CPO(0.5)), (1.0, 1.0)), -3 / 2),
+    (WPO(DPO(0.5)), 0.5 * (-3 + 1)),
+    (LD(DPO(0.5), 0.25), 0.5 * ((-2 + 0.7) + 0.25 * (-1 + 0.3))),  # its second token lies beyond the other answer
+]
+
+
+@pytest.mark.parametrize(("loss", "expected"), REWARDS, ids=repr)
+def test_rewards(loss: PreferenceLoss, expected: float) -> None:
+    ours, theirs = torch.tensor([-2.0, -1.0, -5.0], requires_grad=True), torch.tensor([-0.7, -0.3, -4.0])
+    found = loss.rewards(PairLogps(ours, theirs, torch.zeros(3), (2, 1)))
+    assert found[0, 0].item() == pytest.approx(expected)
+    assert not found.requires_grad
+
+
+def gradient(loss: PreferenceLoss, given: PairLogps) -> Tensor:
+    """By the log-probability of every token."""
+    policy = given.policy_tokens.clone().requires_grad_()
+    loss(replace(given, policy_tokens=policy)).sum().backward()
     assert policy.grad is not None
     return policy.grad
 
 
 def test_gradient_is_the_closed_form() -> None:
     # d/d lp(y_w) = -beta sigmoid(-beta h), and the opposite for y_l
-    expected = [-BETA * sigmoid(-x) for x in (0, 1, 2)]
+    expected = [-BETA * S(-x) for x in (0, 1, 2)]
     assert expected == pytest.approx([-0.05, -0.0268941, -0.0119203], abs=1e-6)
-    found = gradient(DPO(BETA), logps(POLICY, REFERENCE))
+    found = gradient(DPO(BETA), THREE).view(-1, 2)
     close(found[:, 0], expected)
     close(found[:, 1], [-x for x in expected])
 
 
-@given(pairs, betas, shares)
-def test_gradient_is_the_closed_form_everywhere(rows, beta: float, smoothing: float) -> None:
+x_of = {  # derivative by x = beta h, as a function of x
+    DPO(): lambda x: -S(-x),
+    RobustDPO(): lambda x: (-(1 - E) * S(-x) - E * S(x)) / (1 - 2 * E),
+    Hinge(): lambda x: -1.0 if x < 1 else 0.0,
+    IPO(): lambda x: 2 * (x / BETA - 1 / (2 * BETA)) / BETA,
+    LengthNormalizedDPO(BETA): lambda x: -S(-x),
+    EXO(): lambda x: S(x) * S(-x) * (lS(x) - lS(-x) - math.log(1 - 1e-3) + math.log(1e-3)),
+    DPO(divergence=Alpha(0.999999)): lambda x: -S(-x),  # reverse KL in the limit
+}
+
+
+@pytest.mark.parametrize(("loss", "slope"), x_of.items(), ids=repr)
+def test_gradient_of_losses_of_the_difference(loss: PreferenceLoss, slope: Callable[[float], float]) -> None:
+    h = torch.tensor([-12.0, -1.0, 0.0, 3.0, 25.0], dtype=torch.float64)
+    given = logps(torch.stack([h - 7, torch.full_like(h, -7)], 1), torch.full((5, 2), -7.0), torch.float64)
+    expected = torch.tensor([BETA * slope(BETA * value) for value in h.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(
+        gradient(loss, given).view(-1, 2), torch.stack([expected, -expected], 1), rtol=1e-4, atol=1e-9
+    )
+
+
+slopes_of_answers = {  # derivatives by D_w and by D_l
+    NCA(): lambda w, r: (BETA * (-S(-BETA * w) + S(BETA * w) / 2), BETA * S(BETA * r) / 2),
+    BCO(): lambda w, r: (-BETA * S(-BETA * w), BETA * S(BETA * r)),
+    SPPO(): lambda w, r: (2 * (w - 5), 2 * (r + 5)),
+    APOZero(): lambda w, r: (-BETA * S(BETA * w) * S(-BETA * w), BETA * S(BETA * r) * S(-BETA * r)),
+}
+
+
+@pytest.mark.parametrize(("loss", "slopes"), slopes_of_answers.items(), ids=repr)
+def test_gradient_of_losses_of_answers(loss: PreferenceLoss, slopes: Callable) -> None:
+    expected = [slope for w, r in zip(CHOSEN, REJECTED, strict=True) for slope in slopes(w, r)]
+    close(gradient(loss, THREE), expected)
+
+
+@given(rows_of_nats, betas, shares)
+def test_gradient_of_dpo_is_the_closed_form_everywhere(rows, beta: float, smoothing: float) -> None:
     given_logps = of_rows(rows, torch.float64)
     margin = beta * (given_logps.logratios[:, 0] - given_logps.logratios[:, 1])
     # of -(1-e) log sigmoid(x) - e log sigmoid(-x): -(1-e) sigmoid(-x) + e sigmoid(x)
     expected = beta * (smoothing * margin.sigmoid() - (1 - smoothing) * (-margin).sigmoid())
-    found = gradient(DPO(beta, smoothing), given_logps)
+    found = gradient(DPO(beta, smoothing), given_logps).view(-1, 2)
     torch.testing.assert_close(found, torch.stack([expected, -expected], 1))
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_gradcheck(smoothing: float) -> None:
-    given_logps = logps(POLICY, REFERENCE, torch.float64)
-    policy = given_logps.policy.clone().requires_grad_()
-    loss = DPO(BETA, smoothing)
-    assert torch.autograd.gradcheck(
-        lambda policy: loss(PairLogps(policy, given_logps.reference, given_logps.lengths)), policy
-    )
+@every_loss
+def test_gradcheck(loss: PreferenceLoss) -> None:
+    pairs = random_pairs((3, 1, 2, 4), seed=1)
+    policy = pairs.policy_tokens.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda policy: loss(replace(pairs, policy_tokens=policy)), policy)
 
 
-@given(pairs, betas, shares)
-def test_loss_and_gradient_are_finite(rows, beta: float, smoothing: float) -> None:
-    loss, given_logps = DPO(beta, smoothing), of_rows(rows)
-    assert loss(given_logps).isfinite().all()
-    assert gradient(loss, given_logps).isfinite().all()
+EXTREME = [0.0, -1.0, -80.0, -100.0, -1000.0, -1e4]
 
 
-@given(pairs, betas, shares, st.integers(-500, 500))
-def test_only_the_difference_of_log_ratios_counts(rows, beta: float, smoothing: float, shift: int) -> None:
-    loss, before = DPO(beta, smoothing), of_rows(rows, torch.float64)
-    after = PairLogps(before.policy + shift, before.reference, before.lengths)
-    torch.testing.assert_close(loss(after), loss(before), rtol=1e-9, atol=1e-7)
+@every_loss
+def test_loss_and_gradient_are_finite(loss: PreferenceLoss) -> None:
+    rows = [(a, b, c, d) for a in EXTREME for b in EXTREME for c in EXTREME for d in EXTREME]
+    everything = of_rows(rows)
+    assert loss(everything).isfinite().all()
+    assert gradient(loss, everything).isfinite().all()
+    if hasattr(loss, "beta"):
+        large = replace(loss, beta=2.0)
+        assert large(everything).isfinite().all() and gradient(large, everything).isfinite().all()
 
 
-@given(pairs, betas)
+@given(
+    rows_of_nats, betas, st.integers(-500, 500), st.sampled_from([x for x in of_difference if not hasattr(x, "tau")])
+)
+def test_only_the_difference_of_log_ratios_counts(rows, beta: float, shift: int, loss: PreferenceLoss) -> None:
+    loss, before = replace(loss, beta=beta), of_rows(rows, torch.float64)
+    after = replace(before, policy_tokens=before.policy_tokens + shift)
+    torch.testing.assert_close(loss(after), loss(before), rtol=1e-7, atol=1e-7)
+
+
+@given(rows_of_nats, betas)
 def test_half_of_the_labels_flipped_is_symmetric(rows, beta: float) -> None:
-    loss, pair = DPO(beta, label_smoothing=0.5), of_rows(rows)
-    swapped = PairLogps(pair.policy.flip(1), pair.reference.flip(1), pair.lengths.flip(1))
-    torch.testing.assert_close(loss(pair), loss(swapped))
+    pair = of_rows(rows)
+    swapped = replace(
+        pair,
+        policy_tokens=pair.policy.flip(1).flatten(),
+        reference_tokens=pair.reference.flip(1).flatten(),
+    )
+    for loss in (DPO(beta, 0.5), EXO(beta, 0.5), CPO(beta, 0.0, 0.5)):
+        torch.testing.assert_close(loss(pair), loss(swapped))
 
 
-@given(pairs, betas, shares)
-def test_a_pair_costs_the_same_whatever_stands_beside_it(rows, beta: float, smoothing: float) -> None:
-    loss = DPO(beta, smoothing)
-    together, alone = loss(of_rows(rows)), torch.cat([loss(of_rows([row])) for row in rows])
-    torch.testing.assert_close(together, alone)
+@pytest.mark.parametrize("loss", [loss for loss in EVERY if not loss.whole_batch], ids=repr)
+def test_a_pair_costs_the_same_whatever_stands_beside_it(loss: PreferenceLoss) -> None:
+    counts = ((3, 5), (2, 2), (4, 1), (6, 7))
+    pairs = random_pairs(tuple(n for pair in counts for n in pair))
+    sizes = [sum(pair) for pair in counts]
+    columns = (x.split(sizes) for x in (pairs.policy_tokens, pairs.reference_tokens, pairs.on_policy))
+    alone = [loss(PairLogps(*tokens, pair)) for *tokens, pair in zip(*columns, counts, strict=True)]
+    assert torch.equal(loss(pairs), torch.cat(alone))
+
+
+def test_sorted_losses_are_of_the_whole_batch() -> None:
+    assert {type(loss) for loss in EXAMPLES if loss.whole_batch} == {AOT, AOTUnpaired}
+    assert Sum((DPO(), AOT()), (1.0, 1.0)).whole_batch and LD(AOT()).whole_batch
+    rows = random_pairs((1,) * 8)
+    policy, reference = rows.policy, rows.reference
+    for loss in (AOT(), AOTUnpaired()):
+        whole, order = loss(rows), [2, 0, 3, 1]
+        torch.testing.assert_close(loss(logps(policy[order], reference[order], torch.float64)), whole)
+        halves = [loss(logps(policy[part], reference[part], torch.float64)) for part in (slice(0, 2), slice(2, 4))]
+        assert not torch.isclose(torch.cat(halves).sum(), whole.sum())
+
+
+@pytest.mark.parametrize("loss", [IPO(), LengthNormalizedDPO(), SimPO(), ORPO(), NLL()], ids=repr)
+def test_losses_per_token_do_not_see_length(loss: PreferenceLoss) -> None:
+    once = random_pairs((1, 1, 1, 1))
+    twice = PairLogps(
+        *(x.repeat_interleave(2) for x in (once.policy_tokens, once.reference_tokens, once.on_policy)), (2, 2, 2, 2)
+    )
+    torch.testing.assert_close(loss(twice), loss(once))
+
+
+# Divergences
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("score", "slope"),  # f''(t) t at t = exp(d)
     [
-        ({"beta": 0.0}, "beta: expected a number above 0, got 0.0"),
-        ({"beta": -1.0}, "beta: expected a number above 0, got -1.0"),
-        ({"beta": math.nan}, "beta: expected a number above 0, got nan"),
-        ({"label_smoothing": 0.9}, r"label_smoothing: expected a share of flipped labels in \[0, 0.5\], got 0.9"),
-        ({"label_smoothing": -0.1}, r"label_smoothing: .* got -0.1"),
-        ({"label_smoothing": math.nan}, r"label_smoothing: .* got nan"),
+        (ReverseKL(), lambda d: 1.0),
+        (ForwardKL(), lambda d: math.exp(-d)),
+        (JensenShannon(), lambda d: S(-d)),
+        (Alpha(0.5), lambda d: math.exp(-0.5 * d)),
+        (Alpha(2.0), lambda d: math.exp(d)),
+    ],
+    ids=repr,
+)
+def test_scores_are_0_at_0_and_rise(score: Divergence, slope: Callable[[float], float]) -> None:
+    d = torch.tensor([[-20.0, -1.0], [0.0, 0.0], [1.0, 10.0]], dtype=torch.float64, requires_grad=True)
+    values = score(d)
+    assert values[1].tolist() == [0, 0]
+    (found,) = torch.autograd.grad(values.sum(), d)
+    assert found.flatten().tolist() == pytest.approx([slope(x) for x in d.flatten().tolist()])
+
+
+@pytest.mark.parametrize("score", [*DIVERGENCES, Alpha(0.0), Alpha(3.0)], ids=repr)
+def test_scores_keep_the_order_of_log_ratios_that_overflow(score: Divergence) -> None:
+    values = score(torch.tensor([[-1e4, -1000.0], [-100.0, -50.0], [-10.0, 0.0], [2.0, 1e4]])).flatten()
+    assert values.isfinite().all()
+    strict = (values.diff() > 0).tolist()
+    assert all(strict[:6]) or (isinstance(score, Alpha) and score.alpha > 1)  # there the low end is flat
+    assert (values.diff() >= 0).all()
+
+
+def test_alpha_0_is_forward_kl() -> None:
+    d = torch.linspace(-90, 90, 20).view(-1, 2)
+    torch.testing.assert_close(Alpha(0.0)(d), ForwardKL()(d))
+
+
+# Modifiers
+
+
+def test_ld_weighs_tokens_beyond_the_shorter_answer_under_both_models() -> None:
+    ours, theirs = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0]), torch.tensor([-0.1, -0.2, -0.3, -0.4, -0.5])
+    found = LD(DPO(), 0.25)(PairLogps(ours, theirs, torch.zeros(5), (1, 4)))
+    chosen, rejected = -1 + 0.1, (-2 + 0.2) + 0.25 * (-12 + 1.2)
+    close(found, [-lS(BETA * (chosen - rejected))])
+
+
+@every_loss
+def test_ld_with_weight_1_changes_nothing(loss: PreferenceLoss) -> None:
+    pairs = random_pairs((3, 5, 2, 2, 4, 1))
+    torch.testing.assert_close(LD(loss, 1.0)(pairs), loss(pairs))
+
+
+def test_wpo_weighs_by_the_mean_over_tokens_of_both_answers() -> None:
+    on_policy = torch.tensor([-0.5, -1.5, -0.3])
+    pair = PairLogps(torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -1.0, -1.0]), on_policy, (2, 1))
+    # w_w = exp((-0.5 - 1.5) / 2), w_l = exp(-0.3); h = 0 - (-2)
+    close(WPO(DPO())(pair), [-lS(BETA * 2) * math.exp(-1) * math.exp(-0.3)])
+
+
+def test_wpo_and_ld_nest_in_any_order() -> None:
+    pairs = random_pairs((3, 5, 2, 2, 4, 1))
+    torch.testing.assert_close(WPO(LD(IPO(), 0.2))(pairs), LD(WPO(IPO()), 0.2)(pairs))
+
+
+def test_wpo_refuses_losses_without_values_of_pairs() -> None:
+    for loss in (AOT(), Sum((DPO(), AOTUnpaired()), (1.0, 1.0)), LD(AOT())):
+        with pytest.raises(ValueError, match=r"WPO weighs single pairs.* any loss but AOT and AOTUnpaired"):
+            WPO(loss)
+
+
+@pytest.mark.parametrize(
+    ("losses", "weights"),
+    [((), ()), ((DPO(),), ()), ((DPO(),), (1.0, 2.0)), ((DPO(),), (0.0,)), ((DPO(),), (math.nan,))],
+)
+def test_a_sum_needs_one_weight_for_each_loss(losses: tuple, weights: tuple) -> None:
+    with pytest.raises(ValueError, match="Sum: expected at least one loss and one weight above 0 for each, got"):
+        Sum(losses, weights)
+
+
+# Parameters and the table
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings", "message"),
+    [
+        (DPO, {"beta": 0.0}, r"beta: expected a number in \(0, inf\), got 0.0"),
+        (IPO, {"beta": -1.0}, r"beta: .* got -1.0"),
+        (ORPO, {"beta": math.nan}, r"beta: .* got nan"),
+        (SimPO, {"beta": math.inf}, r"beta: .* got inf"),
+        (SimPO, {"gamma": -0.1}, r"gamma: expected a number in \[0, inf\), got -0.1"),
+        (DPO, {"label_smoothing": 0.9}, r"label_smoothing: expected a number in \[0, 0.5\], got 0.9"),
+        (AOT, {"label_smoothing": -0.1}, r"label_smoothing: .* got -0.1"),
+        (CPO, {"label_smoothing": math.nan}, r"label_smoothing: .* got nan"),
+        (RobustDPO, {"label_smoothing": 0.5}, r"label_smoothing: expected a number in \[0, 0.5\), got 0.5"),
+        (EXO, {"label_smoothing": 0.0}, r"label_smoothing: expected a number in \(0, 0.5\], got 0.0"),
+        (DiscoPOP, {"tau": 1.5}, r"tau: expected a number in \(0, 1\], got 1.5"),
+        (Alpha, {"alpha": -0.5}, r"alpha: expected a number in \[0, inf\), got -0.5"),
+        (Alpha, {"alpha": 1.0}, "alpha: expected a number other than 1, got 1: that divergence is ReverseKL"),
+        (LD, {"loss": DPO(), "alpha": 2.0}, r"alpha: expected a number in \[0, 1\], got 2.0"),
     ],
 )
-def test_wrong_parameters_are_refused(settings: dict[str, float], message: str) -> None:
+def test_wrong_parameters_are_refused(loss: type, settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DPO(**settings)
+        loss(**settings)
+
+
+def test_the_table_holds_every_loss() -> None:
+    named = {dpo.losses.__dict__[name] for name in dpo.losses.__all__}
+    assert {type(loss) for loss in EXAMPLES} == {x for x in named if issubclass(x, PreferenceLoss)} - {PreferenceLoss}
+    assert {type(score) for score in DIVERGENCES} == {x for x in named if issubclass(x, Divergence)} - {Divergence}
+
+
+@pytest.mark.parametrize("loss", {type(loss) for loss in EXAMPLES}, ids=lambda loss: loss.__name__)
+def test_every_loss_says_what_it_is_its_formula_and_its_source(loss: type) -> None:
+    what, formula, source = paragraphs(loss)
+    assert what.endswith(".") and formula and "arXiv" in source
+
+
+def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["losses"]) == 0
+    text = capsys.readouterr().out
+    for found in (*(type(loss).__name__ for loss in EXAMPLES), "2.761231", "[log p - log sum_v p_v^2]"):
+        assert found in text

@@ -1,5 +1,7 @@
 """What is logged: every definition on numbers worked out by hand, and means that no way of batching moves."""
 
+from itertools import chain
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,16 +23,14 @@ def batch_of(lengths: list[tuple[int, int]]) -> Batch:
 
 
 def scores(logps: list[float], entropy: list[float], logits: list[float], hits: list[float]) -> TokenScores:
-    return TokenScores(*torch.tensor([logps, entropy, logits, hits], dtype=torch.float32))
+    return TokenScores(*torch.tensor([logps, entropy, logits, hits, entropy], dtype=torch.float32))
 
 
 def measure(lengths: list[tuple[int, int]], policy: TokenScores, reference: list[list[float]]) -> Means:
     """Means of pairs, with rewards and losses as `LOSS` has them."""
     batch = batch_of(lengths)
-    sums = [part.sum() for part in policy.logps.split(batch.lengths)]
-    logps = PairLogps(
-        torch.stack(sums).unflatten(0, (-1, 2)), torch.tensor(reference), torch.tensor(lengths, dtype=torch.float32)
-    )
+    per_token = [torch.full((n,), lp / n) for lp, n in zip(chain(*reference), batch.lengths, strict=True)]
+    logps = PairLogps(policy.logps, torch.cat(per_token), policy.collision, batch.lengths)
     means = Means()
     means.update(*sums_and_counts(batch, policy, logps, LOSS(logps), LOSS.rewards(logps)))
     return means
@@ -81,7 +81,7 @@ pair = st.tuples(st.integers(1, 4), st.integers(1, 4))
 @given(st.lists(pair, min_size=2, max_size=8), st.data())
 def test_no_way_of_batching_moves_a_mean(lengths: list[tuple[int, int]], data: st.DataObject) -> None:
     tokens = sum(map(sum, lengths))
-    values = torch.rand(4, tokens, generator=torch.Generator().manual_seed(tokens))
+    values = torch.rand(5, tokens, generator=torch.Generator().manual_seed(tokens))
     reference = torch.rand(len(lengths), 2, generator=torch.Generator().manual_seed(1)).tolist()
     together = measure(lengths, TokenScores(*-values), reference)
 

@@ -1,0 +1,46 @@
+"""Preference losses: log-probabilities of chosen and rejected answers -> one value per pair.
+
+Takes `PairLogps`, gives a loss per pair. Notation of the formulas: lp is an answer's summed log-probability under the
+policy, |y| its number of tokens, D = lp - lp of the reference, w chosen, l rejected, h = D_w - D_l, b = beta,
+e = label_smoothing, S the logistic sigmoid. Larger beta holds the policy nearer to the reference. A new loss is a new
+final class.
+"""
+
+from dpo.losses.answers import AOT, BCO, NCA, SPPO, AOTUnpaired, APODown, APOZero
+from dpo.losses.base import NoConstant, PairLogps, PreferenceLoss
+from dpo.losses.difference import DPO, EXO, IPO, DiscoPOP, Hinge, LengthNormalizedDPO, RobustDPO
+from dpo.losses.divergences import Alpha, Divergence, ForwardKL, JensenShannon, ReverseKL
+from dpo.losses.modifiers import LD, WPO, Sum
+from dpo.losses.policy import CPO, NLL, ORPO, SimPO
+
+__all__ = [
+    "AOT",
+    "BCO",
+    "CPO",
+    "DPO",
+    "EXO",
+    "IPO",
+    "LD",
+    "NCA",
+    "NLL",
+    "ORPO",
+    "SPPO",
+    "WPO",
+    "AOTUnpaired",
+    "APODown",
+    "APOZero",
+    "Alpha",
+    "DiscoPOP",
+    "Divergence",
+    "ForwardKL",
+    "Hinge",
+    "JensenShannon",
+    "LengthNormalizedDPO",
+    "NoConstant",
+    "PairLogps",
+    "PreferenceLoss",
+    "ReverseKL",
+    "RobustDPO",
+    "SimPO",
+    "Sum",
+]

@@ -1,0 +1,182 @@
+"""What a loss is given, what it says of itself, and the parts that several of them share.
+
+Takes log-probabilities per scored token, gives sums and log-ratios of pairs. No paper's equation stands here.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dpo.logps import sum_answers
+
+Pairs = Float[Tensor, " pairs"]
+Answers = Float[Tensor, "pairs 2"]
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """What a loss sees of a batch: values of every scored token, answer after answer, chosen before rejected.
+
+    Attributes:
+        policy_tokens: log p(token | everything before it) under the policy, nats.
+        reference_tokens: The same under the reference; NaN where there is none.
+        on_policy: log p(token) - log sum_v p_v^2 under the policy, nats, without a gradient: how likely the token is
+            beside one that the policy draws itself.
+        counts: Scored tokens of every answer, on the host.
+    """
+
+    policy_tokens: Float[Tensor, " scored"]
+    reference_tokens: Float[Tensor, " scored"]
+    on_policy: Float[Tensor, " scored"]
+    counts: tuple[int, ...]
+
+    @cached_property
+    def policy(self) -> Answers:
+        """lp: log pi(y|x), summed over the tokens of each answer, nats."""
+        return self.per_answer(self.policy_tokens)
+
+    @cached_property
+    def reference(self) -> Answers:
+        """The same under the reference."""
+        return self.per_answer(self.reference_tokens)
+
+    @cached_property
+    def lengths(self) -> Answers:
+        """|y|: scored tokens of each answer."""
+        return self.policy_tokens.new_tensor(self.counts).reshape(-1, 2)
+
+    @property
+    def logratios(self) -> Answers:
+        """D = log pi(y|x) - log pi_ref(y|x), nats."""
+        return self.policy - self.reference
+
+    @property
+    def per_token(self) -> Answers:
+        """n = lp / |y|: mean log-probability of a token under the policy, nats."""
+        return self.policy / self.lengths
+
+    def per_answer(self, tokens: Float[Tensor, " scored"]) -> Answers:
+        """Sums of values of tokens: column 0 is the chosen answer, column 1 the rejected one."""
+        return sum_answers(tokens, self.counts).reshape(-1, 2)
+
+
+def parameter(default: float, interval: str) -> Any:
+    """A number that must lie in an interval, ``(0, inf)`` or ``[0, 0.5]``: a round bracket leaves the bound out."""
+    return field(default=default, metadata={"interval": interval})
+
+
+def within(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval as `parameter` takes it; NaN lies in none."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below
+
+
+class Checked:
+    """A frozen dataclass that refuses a `parameter` outside its interval."""
+
+    def __post_init__(self) -> None:
+        """Check every parameter that has an interval.
+
+        Raises:
+            ValueError: It lies outside.
+        """
+        for each in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value, interval = self.__dict__[each.name], each.metadata.get("interval")
+            if interval and not within(value, interval):
+                raise ValueError(f"{each.name}: expected a number in {interval}, got {value}.")
+
+
+@dataclass(frozen=True)
+class NoConstant:
+    """The loss of a policy that equals its reference is no known number.
+
+    Attributes:
+        reason: Why.
+    """
+
+    reason: str
+
+
+class PreferenceLoss(Checked, ABC):
+    """One loss: a frozen dataclass with its own parameters and the equation in `__call__`.
+
+    It is arithmetic: no model, no configuration, no logging, no reduction. The paragraphs of its docstring are what it
+    is, its formula, its source (`python -m dpo losses` prints them), in the notation of `dpo.losses`.
+    """
+
+    @abstractmethod
+    def __call__(self, logps: PairLogps) -> Pairs:
+        """The loss of each pair."""
+
+    @abstractmethod
+    def rewards(self, logps: PairLogps) -> Answers:
+        """What the loss takes for the reward of each answer, without a gradient; for metrics only."""
+
+    @property
+    @abstractmethod
+    def at_start(self) -> float | NoConstant:
+        """The loss of any pair when the policy equals the reference."""
+
+    @property
+    @abstractmethod
+    def uses_reference(self) -> bool:
+        """Whether it needs the reference's log-probabilities."""
+
+    @property
+    @abstractmethod
+    def whole_batch(self) -> bool:
+        """Whether it looks at all pairs of an optimizer step at once, so that the step cannot be cut into parts."""
+
+
+class ReferenceLoss(PreferenceLoss):
+    """A loss of log-ratios; the implicit reward of an answer is beta times its log-ratio."""
+
+    beta: float
+    uses_reference = True
+
+    def rewards(self, logps: PairLogps) -> Answers:
+        """r = beta D (equation 5 of 2305.18290 without the partition function, which cancels)."""
+        return self.beta * logps.logratios.detach()
+
+
+class PairLoss(ReferenceLoss):
+    """A pair costs the same whatever stands beside it."""
+
+    whole_batch = False
+
+
+class BatchLoss(ReferenceLoss):
+    """The loss is one of all pairs of a step together; the values it gives add up to it."""
+
+    whole_batch = True
+
+
+class PolicyLoss(PreferenceLoss):
+    """A loss of the policy's log-probabilities alone: no reference, and so no constant at the start."""
+
+    at_start = NoConstant("it depends on what the policy already knows")
+    uses_reference = False
+    whole_batch = False
+
+
+def smoothed(x: Pairs, share: float) -> Pairs:
+    """-log S(x) when that share of the labels is flipped."""
+    return -(1 - share) * F.logsigmoid(x) - share * F.logsigmoid(-x)
+
+
+def difference(answers: Answers) -> Pairs:
+    """Chosen minus rejected."""
+    return answers[:, 0] - answers[:, 1]
+
+
+def ascending(values: Pairs) -> Pairs:
+    """Sorted over the batch."""
+    return torch.sort(values).values

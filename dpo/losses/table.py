@@ -1,0 +1,83 @@
+"""`python -m dpo losses`: every loss with its formula, parameters, source and its values on three known pairs.
+
+Takes nothing; what it prints is read off the classes, and the values are computed.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from inspect import cleandoc
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo.losses.answers import AOT, BCO, NCA, SPPO, AOTUnpaired, APODown, APOZero
+from dpo.losses.base import NoConstant, PairLogps, PreferenceLoss
+from dpo.losses.difference import DPO, EXO, IPO, DiscoPOP, Hinge, LengthNormalizedDPO, RobustDPO
+from dpo.losses.divergences import Alpha, Divergence, ForwardKL, JensenShannon, ReverseKL
+from dpo.losses.modifiers import LD, WPO, Sum
+from dpo.losses.policy import CPO, NLL, ORPO, SimPO
+
+EXAMPLES: tuple[PreferenceLoss, ...] = (
+    *(DPO(), DPO(label_smoothing=0.1), RobustDPO(), IPO(), Hinge(), EXO(), DiscoPOP(), LengthNormalizedDPO()),
+    *(NCA(), BCO(), SPPO(), APOZero(), APODown(), AOT(), AOTUnpaired()),
+    *(SimPO(), CPO(), ORPO(), NLL()),
+    *(Sum((DPO(), BCO(), NLL()), (0.8, 0.2, 1.0)), LD(DPO()), WPO(DPO())),
+)
+DIVERGENCES: tuple[Divergence, ...] = (ReverseKL(), ForwardKL(), JensenShannon(), Alpha())
+# Summed log-probabilities, chosen then rejected, of three pairs whose log-ratios differ by h = 0, 10, 20 nats.
+POLICY = (-0.5, -0.1, -10.0, -30.0, -1.0, -21.0)
+REFERENCE = (-0.5, -0.1, -10.1, -20.1, -0.1, -0.1)
+WIDTH = 140
+
+
+def three_pairs() -> PairLogps:
+    """The pairs, with answers of one token that are as likely as what the policy draws."""
+    policy, reference = torch.tensor(POLICY), torch.tensor(REFERENCE)
+    return PairLogps(policy, reference, torch.zeros_like(policy), (1,) * len(policy))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the table of all losses: formula, parameters, source, values on three pairs."""
+    argparse.ArgumentParser("python -m dpo losses", description=main.__doc__).parse_args(arguments)
+    console = Console(width=max(Console().width, WIDTH))
+    console.print(table("Losses (--model.loss)", [(loss, loss) for loss in EXAMPLES]))
+    scores = [(DPO(divergence=divergence), divergence) for divergence in DIVERGENCES]
+    console.print(table("Divergences (--model.loss.divergence) of losses that take one; values with DPO", scores))
+    console.print(
+        "S: logistic sigmoid; lp: summed log-probability of an answer under the policy; D = lp - lp of the reference; "
+        "|y|: tokens; w: chosen; l: rejected; h = D_w - D_l; b = beta; e = label_smoothing. "
+        "Step 0: the loss of any pair while the policy equals the reference."
+    )
+
+
+def table(title: str, rows: Sequence[tuple[PreferenceLoss, PreferenceLoss | Divergence]]) -> Table:
+    """One row for each loss, described by what stands beside it."""
+    lines = Table(title=title, show_lines=True)
+    lines.add_column("name and parameters", max_width=36)
+    lines.add_column("what, formula, source")
+    for name in ("step 0", "h = 0", "h = 10", "h = 20"):
+        lines.add_column(name, justify="right", no_wrap=True)
+    for loss, shown in rows:
+        values = [f"{value:.6f}" for value in loss(three_pairs()).tolist()]
+        words = [_call(shown), "\n".join(paragraphs(type(shown)))]
+        lines.add_row(*map(Text, words), _start(loss), *values)
+    return lines
+
+
+def paragraphs(loss: type) -> list[str]:
+    """What a docstring says before its attributes: what it is, its formula and, for a loss, its source."""
+    parts = cleandoc(loss.__doc__ or "").split("\n\n")
+    return [" ".join(part.split()) for part in parts if not part.startswith("Attributes:")]
+
+
+def _call(shown: PreferenceLoss | Divergence) -> str:
+    values = [f"{each.name} = {shown.__dict__[each.name]}" for each in fields(shown)]  # type: ignore[arg-type]
+    return "\n".join([type(shown).__name__, *(f"  {value}" for value in values)])
+
+
+def _start(loss: PreferenceLoss) -> str:
+    start = loss.at_start
+    return "-" if isinstance(start, NoConstant) else f"{start:.6f}"
