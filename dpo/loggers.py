@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -20,7 +21,7 @@ class MetricsCSV(Logger):
     """A file with one row per step: `step`, then every metric in the order of its first appearance."""
 
     def __init__(self, path: Path) -> None:
-        """Go on with the file where it exists: steps that are taken again replace their rows."""
+        """Log into this file."""
         super().__init__()
         self.path = path
         self.columns = ["step"]
@@ -48,13 +49,13 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add values to the row of a step; values of one step may come in several calls, steps only in order."""
+        """Add values to the row of a step, in any number of calls.
+
+        An earlier step than the newest is that one: Lightning's own callbacks count from 0 what we count from 1.
+        """
         assert step is not None
+        step = max(step, self.last.get("step", 0))
         if self.last.get("step") != step:
-            earlier = [] if self.last else [row for row in read_metrics(self.path) if int(row["step"]) < step]
-            if earlier:
-                self.columns = list(earlier[0])
-                self._rewrite(earlier)
             self.offset = self.path.stat().st_size if self.path.exists() else 0
             self.last = {"step": step}
         self.last |= metrics
@@ -62,17 +63,41 @@ class MetricsCSV(Logger):
         if new or not self.offset:
             self.columns += new
             self._rewrite([row for row in read_metrics(self.path) if int(row["step"]) < step])
-            self.offset = self.path.stat().st_size
         with self.path.open("r+", newline="") as file:
             file.truncate(self.offset)
             file.seek(self.offset)
             csv.DictWriter(file, self.columns).writerow(self.last)
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Go on behind a step: later rows are of steps that are taken again."""
+        rows: list[dict[str, Any]] = [{**row, "step": int(row["step"])} for row in read_metrics(self.path)]
+        kept = [row for row in rows if row["step"] <= step]
+        if rows:
+            self.columns = list(rows[0])
+            self._rewrite(kept[:-1])
+        if kept:
+            self.last = kept[-1]
+            self.log_metrics({}, self.last["step"])
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         with complete(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
+        self.offset = self.path.stat().st_size
+
+
+class Rewind(L.Callback):
+    """Takes metrics.csv back to the checkpoint that training goes on from."""
+
+    def __init__(self, table: MetricsCSV) -> None:
+        """Choose the file."""
+        self.table = table
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The steps of the checkpoint are known now, and none has been taken."""
+        self.table.rewind(trainer.global_step)
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

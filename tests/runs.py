@@ -77,6 +77,11 @@ class Lab:
         with patch.object(sys, "argv", ["train.py"]):
             return main(self.words(verb, *more))
 
+    def only(self, *words: str) -> int:
+        """Run a command line with nothing in front."""
+        with patch.object(Lab, "words", lambda *_: list(words)):
+            return self.main("")
+
     def fit(self, name: str, *more: str) -> Run:
         """Train well."""
         assert self.main("fit", f"--name={name}", *more) == 0

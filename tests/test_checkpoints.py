@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -88,8 +87,7 @@ def test_a_checkpoint_or_a_configuration_names_the_run_to_go_on_with(lab: Lab, w
 
 def test_a_configuration_alone_is_enough_to_go_on(lab: Lab) -> None:
     run = lab.fit("alone", "--trainer.max_steps=1", "--data.val_fraction=0")
-    with patch.object(Lab, "words", lambda self, *words: list(words)):
-        assert lab.main("fit", f"--config={run.config}", "--ckpt_path=last", "--trainer.max_steps=2") == 0
+    assert lab.only("fit", f"--config={run.config}", "--ckpt_path=last", "--trainer.max_steps=2") == 0
     assert [row["step"] for row in metrics(run)] == [1, 2]
 
 

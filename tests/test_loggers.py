@@ -3,6 +3,8 @@
 import csv
 from pathlib import Path
 
+import pytest
+
 from dpo.loggers import MetricsCSV, read_metrics
 from tests.runs import Lab
 
@@ -38,23 +40,58 @@ def test_every_row_is_on_disk_at_once(tmp_path: Path) -> None:
         assert [row["train/loss"] for row in rows(log.path)] == [str(n / 8) for n in range(1, step + 1)]
 
 
-def test_a_resumed_run_takes_back_the_steps_it_takes_again(tmp_path: Path) -> None:
-    before = MetricsCSV(tmp_path / "metrics.csv")
-    for step in range(1, 6):
-        before.log_metrics({"train/loss": float(step)}, step=step)
-    after = MetricsCSV(before.path)  # goes on from a checkpoint of step 3
-    after.log_metrics({"train/loss": 40.0, "val/loss": 4.5}, step=4)
-    assert [(row["step"], row["train/loss"], row["val/loss"]) for row in rows(before.path)] == [
-        *[(str(n), f"{n}.0", "") for n in (1, 2, 3)],
-        ("4", "40.0", "4.5"),
+def logged(path: Path, steps: range) -> MetricsCSV:
+    log = MetricsCSV(path)
+    for step in steps:
+        log.log_metrics({"train/loss": float(step)}, step=step)
+    return log
+
+
+@pytest.mark.parametrize("more", [{}, {"val/loss": 4.5}])
+def test_a_resumed_run_takes_back_the_steps_it_takes_again(tmp_path: Path, more: dict[str, float]) -> None:
+    path = logged(tmp_path / "metrics.csv", range(1, 6)).path
+    after = MetricsCSV(path)
+    after.rewind(3)
+    assert [row["step"] for row in rows(path)] == ["1", "2", "3"]
+    after.log_metrics({"lr": 0.1}, step=3)  # of a callback, before the first step that is taken again
+    after.log_metrics({"train/loss": 40.0, **more}, step=4)
+    assert rows(path) == [
+        {"step": "1", "train/loss": "1.0", "lr": "", **dict.fromkeys(more, "")},
+        {"step": "2", "train/loss": "2.0", "lr": "", **dict.fromkeys(more, "")},
+        {"step": "3", "train/loss": "3.0", "lr": "0.1", **dict.fromkeys(more, "")},
+        {"step": "4", "train/loss": "40.0", "lr": "", **{name: str(value) for name, value in more.items()}},
     ]
 
 
-def test_a_run_that_begins_again_replaces_everything(tmp_path: Path) -> None:
-    before = MetricsCSV(tmp_path / "metrics.csv")
-    before.log_metrics({"train/loss": 9.0}, step=1)
-    MetricsCSV(before.path).log_metrics({"train/loss": 1.0}, step=1)
-    assert rows(before.path) == [{"step": "1", "train/loss": "1.0"}]
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_checkpoint_between_logged_steps_adds_no_row(tmp_path: Path, step: int) -> None:
+    path = logged(tmp_path / "metrics.csv", range(1, 4)).path
+    before = path.read_text()
+    MetricsCSV(path).rewind(step)
+    assert path.read_text() == before
+
+
+def test_rewinding_to_the_start_leaves_no_row(tmp_path: Path) -> None:
+    path = logged(tmp_path / "metrics.csv", range(1, 4)).path
+    log = MetricsCSV(path)
+    log.rewind(0)
+    assert rows(path) == []
+    log.log_metrics({"train/loss": 9.0}, step=1)
+    assert rows(path) == [{"step": "1", "train/loss": "9.0"}]
+
+
+def test_there_is_nothing_to_rewind_in_a_new_run(tmp_path: Path) -> None:
+    MetricsCSV(tmp_path / "metrics.csv").rewind(0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_callbacks_that_count_from_0_add_to_the_newest_row(tmp_path: Path) -> None:
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    log.log_metrics({"lr": 0.1}, step=0)
+    log.log_metrics({"train/loss": 1.0}, step=1)
+    log.log_metrics({"memory": 7.0}, step=0)  # at the end of the first step, by Lightning's count
+    log.log_metrics({"train/time": 2.0}, step=1)
+    assert [[*row.values()] for row in rows(log.path)] == [["0", "0.1", "", "", ""], ["1", "", "1.0", "7.0", "2.0"]]
 
 
 def test_no_file_has_no_rows(tmp_path: Path) -> None:

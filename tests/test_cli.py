@@ -1,0 +1,256 @@
+"""The command line: every configuration as it stands, options by short names, wrong ones refused, four verbs."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dpo import cli
+from dpo.run import Run
+from tests.runs import ROOT, Lab, checkpoint, metrics, pairs, policy
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+QUICK = ["--trainer.max_steps=1", "--data.val_fraction=0"]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def run(lab: Lab) -> Run:
+    return lab.fit("one", "--trainer.max_steps=2", "--trainer.val_check_interval=1", "--optimizer.lr=1e-3")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_runs_two_steps(lab: Lab, config: Path) -> None:
+    """With nothing but path and size overridden."""
+    sizes = {
+        "data.path": pairs(),
+        "data.max_length": 128,
+        "data.batch_size": 4,
+        "data.val_fraction": 0.1,
+        "trainer.max_steps": 2,
+        "trainer.val_check_interval": 2,
+        "trainer.log_every_n_steps": 1,
+        "trainer.limit_val_batches": 1,
+        "trainer.enable_progress_bar": "false",
+        "trainer.default_root_dir": lab.folder,
+    }
+    given = yaml.safe_load(config.read_text())
+    if "policy" in given.get("model", {}).get("init_args", {}):
+        sizes["model.policy"] = policy()
+    if "subsets" in given["data"]["init_args"]:
+        sizes["data.subsets"] = "[pairs]"
+    words = [f"--{name}={value}" for name, value in sizes.items()]
+    assert lab.only("fit", f"--config={config}", f"--name={config.stem}", *words) == 0
+    rows = metrics(Run(lab.folder / config.stem))
+    assert [row["step"] for row in rows] == [1, 2]
+    assert "val/loss" in rows[-1]
+
+
+def printed_config(lab: Lab, capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        lab.main("fit", *words, "--print_config")
+    assert end.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_print_config_shows_everything_and_writes_nothing(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(lab.folder.iterdir())
+    config = printed_config(lab, capsys, "--name=printed", "--data.limit=7", "--trainer.max_epochs=3")
+    assert config["name"] == "printed"
+    assert config["trainer"]["max_epochs"] == 3
+    assert config["data"]["init_args"]["limit"] == 7
+    assert config["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert sorted(lab.folder.iterdir()) == before
+
+
+def test_a_printed_configuration_runs(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed_config(lab, capsys, "--name=again", *QUICK, "--model.loss.beta=0.3")
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config))
+    assert lab.only("fit", f"--config={tmp_path / 'again.yaml'}") == 0
+    assert loss_of(Run(lab.folder / "again"))["init_args"]["beta"] == 0.3
+
+
+def loss_of(run: Run) -> dict:
+    return yaml.safe_load(run.config.read_text())["model"]["init_args"]["loss"]
+
+
+def test_classes_have_short_names(lab: Lab) -> None:
+    words = ["--model.loss=DPO", "--model.loss.beta=0.2", "--model.loss.label_smoothing=0.1"]
+    run = lab.fit("short", *QUICK, *words, "--model.reference=Copy", "--optimizer=SGD", "--optimizer.lr=0.01")
+    assert loss_of(run)["class_path"].endswith(".DPO")
+    assert loss_of(run)["init_args"] == {"beta": 0.2, "label_smoothing": 0.1}
+    assert yaml.safe_load(run.config.read_text())["optimizer"]["class_path"] == "torch.optim.SGD"
+    assert metrics(run)[0]["train/learning_rate"] == 0.01
+
+
+def test_a_schedule_is_chosen_by_class(lab: Lab) -> None:
+    words = ["--lr_scheduler=StepLR", "--lr_scheduler.step_size=1", "--lr_scheduler.gamma=0.5"]
+    run = lab.fit("schedule", "--trainer.max_steps=3", "--data.val_fraction=0", "--optimizer.lr=0.01", *words)
+    rates = [row["train/learning_rate"] for row in metrics(run)]
+    assert [after / before for before, after in zip(rates, rates[1:])] == [0.5, 0.5]  # noqa: B905 RUF007
+
+
+def test_another_model_is_the_reference(lab: Lab, capfd: pytest.CaptureFixture[str]) -> None:
+    run = lab.fit("other", *QUICK, f"--model.reference={policy(seed=1)}")
+    assert metrics(run)[0]["train/rewards/margins"] != 0.0
+
+
+def test_one_epoch_where_no_length_is_given(lab: Lab) -> None:
+    assert len(metrics(lab.fit("length", "--data.val_fraction=0"))) == 24 // 4
+
+
+def refused(lab: Lab, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What is said of a command line that does not run; it leaves nothing behind."""
+    before = sorted(lab.folder.iterdir())
+    capsys.readouterr()
+    try:
+        code = lab.main("fit", *words)
+    except SystemExit as end:
+        code = end.code
+    assert code in (1, 2)
+    assert sorted(lab.folder.iterdir()) == before
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--nothing=1", "nothing"),
+        ("--data.nothing=1", "nothing"),
+        ("--model.nothing=1", "nothing"),
+        ("--model.loss.nothing=1", "nothing"),
+        ("--trainer.nothing=1", "nothing"),
+        ("--model.loss=Nothing", "Nothing"),
+        ("--optimizer=Nothing", "Nothing"),
+    ],
+)
+def test_unknown_options_and_classes_are_refused_by_name(
+    lab: Lab, capsys: pytest.CaptureFixture[str], word: str, expected: str
+) -> None:
+    assert expected in refused(lab, capsys, word)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--model.loss.label_smoothing=0.9", "expected a share of flipped labels in [0, 0.5], got 0.9"),
+        ("--model.loss.beta=0", "beta: expected a number above 0, got 0.0"),
+        ("--model.loss.beta=many", "beta"),
+        ("--data.batch_size=0", "--data.batch_size: expected at least 1 pair, got 0"),
+        ("--data.max_length=4", "--data.max_length: expected at least 8 tokens, got 4"),
+        ("--data.val_fraction=1", "--data.val_fraction: expected a share from 0 to less than 1, got 1"),
+        ("--name=a/b", "name"),
+        ("--name=latest", "name"),
+        ("--name=..", "name"),
+    ],
+)
+def test_wrong_values_are_refused_with_a_message(
+    lab: Lab, capsys: pytest.CaptureFixture[str], word: str, expected: str
+) -> None:
+    assert expected in refused(lab, capsys, word)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model.policy=/nowhere"], "/nowhere"),
+        (["--data.path=/nowhere"], "/nowhere"),
+        (["--data.subsets=[nothing]"], "nothing"),
+        (["--trainer.accumulate_grad_batches=8"], "expected a batch_size of at least"),
+        (["--trainer.enable_checkpointing=false"], "enable_checkpointing"),
+    ],
+)
+def test_what_cannot_be_read_or_done_is_said(
+    lab: Lab, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
+    assert lab.main("fit", "--name=unreadable", *QUICK, *words) == 1
+    message = capsys.readouterr().err
+    assert expected in message and "Traceback" not in message
+
+
+def test_a_failed_start_does_not_take_the_name(lab: Lab) -> None:
+    assert lab.main("fit", "--name=retry", *QUICK, "--data.path=/nowhere") == 1
+    lab.fit("retry", *QUICK)
+
+
+def test_callbacks_and_loggers_of_the_user_are_added(lab: Lab) -> None:
+    words = [
+        "--trainer.callbacks+=LearningRateMonitor",
+        "--trainer.logger=CSVLogger",
+        f"--trainer.logger.save_dir={lab.folder}",
+    ]
+    run = lab.fit("added", *QUICK, *words, "--trainer.logger.name=theirs", "--trainer.logger.version=1")
+    assert "lr-AdamW" in (lab.folder / "theirs" / "version_1" / "metrics.csv").read_text()
+    assert "train/loss" in metrics(run)[-1]
+
+
+def test_without_a_logger_there_is_still_metrics_csv(lab: Lab) -> None:
+    assert metrics(lab.fit("unlogged", *QUICK, "--trainer.logger=false"))
+
+
+def results(run: Run, stage: str) -> dict[str, float]:
+    return {k: v for k, v in json.loads(run.results.read_text()).items() if k.startswith(f"{stage}/")}
+
+
+def test_validate_measures_a_checkpoint_again(lab: Lab, run: Run) -> None:
+    before, table = results(run, "val"), run.metrics.read_bytes()
+    run.results.unlink()
+    assert lab.main("validate", "--name=one", "--ckpt_path=last") == 0
+    assert results(run, "val") == pytest.approx(before, rel=1e-6)
+    assert run.metrics.read_bytes() == table, "what was logged while training stays"
+
+
+def test_test_measures_the_test_pairs(lab: Lab, run: Run) -> None:
+    assert lab.main("test", f"--ckpt_path={run.checkpoints / 'best.ckpt'}") == 0
+    measured = results(run, "test")
+    assert measured["test/length/chosen"] > 0
+    assert measured["test/loss"] != pytest.approx(0.693147, abs=1e-6), "these are the trained weights"
+
+
+def test_predict_writes_every_pair(lab: Lab, run: Run) -> None:
+    for _ in range(2):  # the second time replaces the first
+        assert lab.main("predict", "--name=one", "--ckpt_path=last") == 0
+    rows = [json.loads(line) for line in run.predictions.read_text().splitlines()]
+    assert sorted(row["id"] for row in rows) == sorted(f"pairs/test:{line}" for line in range(1, 7))
+    assert lab.main("test", "--name=one", "--ckpt_path=last") == 0
+    measured = results(run, "test")
+    for side, name in enumerate(("chosen", "rejected")):
+        mean = sum(row["rewards"][side] for row in rows) / len(rows)
+        assert mean == pytest.approx(measured[f"test/rewards/{name}"], rel=1e-5)
+
+
+def test_without_a_checkpoint_the_policy_as_it_is_given_is_measured(lab: Lab) -> None:
+    assert lab.main("test", "--name=untrained") == 0
+    assert results(Run(lab.folder / "untrained"), "test")["test/loss"] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_measuring_is_not_training(lab: Lab, run: Run) -> None:
+    newest = os.readlink(lab.folder / "latest")
+    step = checkpoint(run)["global_step"]
+    for verb in ("validate", "test", "predict"):
+        assert lab.main(verb, "--name=one", "--ckpt_path=last") == 0
+    assert checkpoint(run)["global_step"] == step
+    assert os.readlink(lab.folder / "latest") == newest
+
+
+def test_fit_alone_is_the_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setattr(cli, "CLI", lambda *_, **__: seen.update(words=list(cli.sys.argv)) or exit(0))
+    for words in (["fit"], ["fit", "--name", "x"], ["fit", "--trainer.max_steps=1"]):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        assert seen["words"] == ["train.py", "fit", "--config", str(cli.QUICKSTART), *words[1:]]
+    for words in (["fit", "--config=x.yaml"], ["fit", "--data.path", "x"], ["fit", "--model.policy=x"], ["test"]):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        assert seen["words"] == ["train.py", *words]
