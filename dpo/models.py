@@ -4,6 +4,10 @@ Weights are read from safetensors and no code that comes with a model is run, un
 """
 
 import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file, find_adapter_config_file
 
 from dpo import quickstart
 
@@ -20,6 +25,30 @@ from dpo import quickstart
 def locate(path: str) -> str:
     """A folder or hub id as it is; the word ``quickstart`` stands for the policy that the package ships."""
     return str(quickstart.POLICY) if path == "quickstart" else str(Path(path).expanduser()) if path[:1] == "~" else path
+
+
+@contextmanager
+def known_warnings() -> Iterator[None]:
+    """Within: adapters are put on without two warnings of peft that say nothing here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # peft sets it right itself
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # a merged head is untied
+        yield
+
+
+def base_of(path: str) -> str | None:
+    """The model that the adapter in a folder or on the hub was trained on; None where there is no adapter.
+
+    Raises:
+        ValueError: It is an adapter that is more than LoRA.
+    """
+    file = find_adapter_config_file(locate(path), local_files_only=Path(locate(path)).is_dir())
+    if file is None:
+        return None
+    config = json.loads(Path(file).read_text(encoding="utf-8"))
+    if config["peft_type"] != "LORA" or config.get("modules_to_save"):
+        raise ValueError(f"{path!r}: expected a LoRA adapter without modules_to_save, got {config['peft_type']}.")
+    return str(config["base_model_name_or_path"])
 
 
 @dataclass(frozen=True)
@@ -37,17 +66,26 @@ class Loader:
     def _options(self, path: str) -> dict[str, Any]:
         return {"trust_remote_code": self.trust_remote_code, "local_files_only": Path(path).is_dir()}
 
-    def model(self, path: str) -> PreTrainedModel:
+    def model(self, path: str, **more: Any) -> PreTrainedModel:
         """Read a causal language model in float32, in eval mode: scoring and training both need every dropout off.
+
+        An adapter is read onto the model that it was trained on, whose weights are then frozen.
+
+        Args:
+            path: Folder or hub id of a model or of a LoRA adapter.
+            more: Passed on to `from_pretrained`.
 
         Raises:
             ValueError: There is no such model, or it cannot be read as asked.
         """
         path = locate(path)
+        base = base_of(path)
+        if base is not None:
+            return self._adapted(self.model(base, **more), path)
         safe = None if self.pickled_weights else True
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=safe, **self._options(path)
+                path, dtype=torch.float32, use_safetensors=safe, **self._options(path), **more
             )
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -57,8 +95,22 @@ class Loader:
             ) from error
         return model.eval()  # type: ignore[no-any-return]
 
+    def _adapted(self, model: PreTrainedModel, path: str) -> PreTrainedModel:
+        local = Path(path).is_dir()
+        try:
+            if not self.pickled_weights:  # without this, a .bin file would do
+                cached_file(path, "adapter_model.safetensors", local_files_only=local)
+            with known_warnings():
+                model.load_adapter(path, is_trainable=True, adapter_kwargs={"local_files_only": local})
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(
+                f"cannot read an adapter from {path!r}: {error}\nExpected adapter_config.json and "
+                "adapter_model.safetensors, and peft to be installed: pip install 'dpo-lightning[lora]'."
+            ) from error
+        return model.eval()  # type: ignore[no-any-return]
+
     def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
-        """Read the tokenizer of a model.
+        """Read the tokenizer of a model; an adapter without one has that of its base.
 
         Raises:
             ValueError: There is none.
@@ -67,6 +119,9 @@ class Loader:
         try:
             return AutoTokenizer.from_pretrained(path, **self._options(path))
         except (OSError, ValueError) as error:
+            base = base_of(path)
+            if base is not None:
+                return self.tokenizer(base)
             raise ValueError(f"cannot read a tokenizer from {path!r}: {error}") from error
 
 
@@ -89,7 +144,8 @@ def end_ids(path: str) -> list[int]:
     try:
         ends = GenerationConfig.from_pretrained(locate(path)).eos_token_id
     except OSError:
-        return []
+        base = base_of(path)
+        return end_ids(base) if base is not None else []
     return ends if isinstance(ends, list) else [ends] if isinstance(ends, int) else []
 
 
