@@ -1,0 +1,46 @@
+"""The same run on one process and on two (gloo, CPU): the same pairs, losses, metrics and weights."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# metrics of time, which are no property of the numbers
+CLOCK = ("train/tokens_per_second", "train/time/step", "train/time/data")
+
+
+def fit(root: Path, devices: int, *words: str) -> tuple[list[dict[str, str]], dict[str, torch.Tensor]]:
+    """Run the real command line; metrics.csv and the weights at the end."""
+    name = f"devices-{devices}"
+    command = [
+        sys.executable, "train.py", "fit", "--config", "configs/quickstart.yaml", "--name", name,
+        "--trainer.default_root_dir", str(root), "--trainer.devices", str(devices),
+        "--trainer.strategy", "ddp" if devices > 1 else "auto", "--trainer.max_steps", "3",
+        "--trainer.log_every_n_steps", "1", "--trainer.val_check_interval", "3", "--trainer.limit_val_batches", "1.0",
+        "--data.limit", "120", "--data.batch_size", "8", "--data.max_tokens", "200", *words,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    with (root / name / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    checkpoint = torch.load(root / name / "checkpoints" / "last.ckpt", weights_only=True)
+    return rows, checkpoint["state_dict"]
+
+
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    # batches of 8 in micro-batches of 200 tokens: each process packs its share differently from one that has all
+    (one, weights), (two, others) = (fit(tmp_path, devices) for devices in (1, 2))
+    assert [row["step"] for row in one] == [row["step"] for row in two] == ["1", "2", "3"]
+    for row, other in zip(one, two, strict=True):
+        for name in row.keys() - set(CLOCK):
+            assert (row[name] == "") == (other[name] == ""), name
+            if row[name]:
+                assert abs(float(row[name]) - float(other[name])) <= 1e-5 * max(1, abs(float(row[name]))), name
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=0, atol=1e-5, msg=name)
