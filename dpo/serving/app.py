@@ -8,21 +8,20 @@ import csv
 import json
 import math
 import secrets
-import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from dpo.batch import Example
-from dpo.serving.answers import CHAT, COMPLETION, Form, Json, Piece, Reply
+from dpo.serving.answers import CHAT, COMPLETION, Form, Json, Reply
 from dpo.serving.engine import Engine, Unavailable
 from dpo.serving.metrics import Metrics
 from dpo.serving.models import Origin

@@ -30,6 +30,11 @@ class Draw:
         self.generator = torch.Generator()
         self.logprobs: list[tuple[float, list[tuple[int, float]]]] = []
 
+    @property
+    def plain(self) -> bool:
+        """The logits are their own scores, and nothing is remembered."""
+        return self.temperature < GREEDY_BELOW and self.top_logprobs is None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Draw":
         return self  # a request that had to leave the cache comes back with the same draw
 
@@ -76,4 +81,7 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
         """One row of scores for every request."""
-        return torch.stack([draw(logits, at) for logits, (draw, at) in zip(scores, self.rows, strict=True)])
+        for row, (draw, position) in enumerate(self.rows):
+            if not draw.plain:
+                scores[row] = draw(scores[row], position)
+        return scores

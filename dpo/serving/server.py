@@ -21,7 +21,7 @@ from dpo.serving.text import UNCUT, Text
 from dpo.sharing import vocabulary
 from dpo.tokens import Encoder
 
-STREAMS_END, ALL_ENDS = 5, 8  # seconds after the signal
+STREAMS_END, ALL_ENDS = 5.0, 8  # seconds after the signal
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,28 @@ def load(options: Options) -> Service:
 class Server(uvicorn.Server):
     """uvicorn's server, which says where it is and lets streams end before it goes."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, link: str) -> None:
+    def __init__(self, service: Service, host: str, port: int, key: str | None) -> None:
+        local = host in ("localhost", "127.0.0.1", "::1")
+        if not local and key is None:
+            raise ValueError(f"--host {host} is reachable from other machines: set a key in DPO_API_KEY first.")
+        guard = Guard(build(service), key, LOOPBACK if local else None, service.metrics)
+        config = uvicorn.Config(guard, host, port, http=TimedProtocol, ws="none", log_level="warning", access_log=False)
+        config.server_header, config.timeout_keep_alive, config.timeout_graceful_shutdown = False, 30, ALL_ENDS
         super().__init__(config)
-        self.service, self.link = service, link
+        self.service = service
+
+    @property
+    def link(self) -> str:
+        """Where it is, once it is there."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say where."""
         await super().startup(sockets)
         if self.started:
-            print(f"Serving {self.service.origin.policy}\nagainst {self.service.origin.reference}\nat {self.link}", flush=True)
+            origin = self.service.origin
+            print(f"policy     {origin.policy}\nreference  {origin.reference}\nat         {self.link}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for what is being said, but not for ever."""
@@ -84,23 +97,5 @@ def serve(options: Options) -> None:
     Raises:
         ValueError: It cannot start so.
     """
-    key, local = os.environ.pop("DPO_API_KEY", "") or None, options.host in ("localhost", "127.0.0.1", "::1")
-    if not local and key is None:
-        raise ValueError(f"--host {options.host} is reachable from other machines: set a key in DPO_API_KEY first.")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    service = load(options)
-    guard = Guard(build(service), key, LOOPBACK if local else None, service.metrics)
-    config = uvicorn.Config(
-        guard,
-        options.host,
-        options.port,
-        http=TimedProtocol,
-        ws="none",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=ALL_ENDS,
-    )
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    Server(config, service, f"http://{host}:{options.port}").run()
+    Server(load(options), options.host, options.port, os.environ.pop("DPO_API_KEY", None) or None).run()

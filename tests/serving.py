@@ -1,0 +1,102 @@
+"""A server in a thread of the tests' own process, over a small run of its own."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo import quickstart
+from dpo.serving.app import Service
+from dpo.serving.server import Options, Server, load
+
+CONFIG = """model:
+  policy: quickstart
+  reference: {class_path: dpo.reference.Copy}
+  loss: {class_path: dpo.losses.DPO, init_args: {beta: 0.25}}
+data:
+  init_args: {format: auto}
+"""
+
+
+def make_run(folder: Path) -> Path:
+    """A run folder whose policy differs a little from the shipped one; its export."""
+    export = folder / "export"
+    model = AutoModelForCausalLM.from_pretrained(quickstart.POLICY)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * parameter.std() * torch.randn_like(parameter)
+    model.save_pretrained(export)
+    AutoTokenizer.from_pretrained(quickstart.POLICY).save_pretrained(export)
+    (export / "train_config.yaml").write_text(CONFIG)
+    (folder / "config.yaml").write_text(CONFIG)
+    (folder / "results.csv").write_text("step,training loss\n1,0.7\n")
+    (folder / "metrics.csv").write_text("step,train/loss,val/loss\n1,0.7,\n2,,0.6\n")
+    (folder / "results.json").write_text('{"val/loss": 0.6, "val/odd": NaN}')
+    pair = {"prompt": "\n\nHuman: Which city is the capital of Japan?\n\nAssistant:"}
+    (folder / "held_out.jsonl").write_text(json.dumps(pair | {"chosen": " Tokyo.", "rejected": " Tea."}) + "\n")
+    return export
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers."""
+
+    server: Server
+    headers: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        return self.server.link
+
+    @property
+    def service(self) -> Service:
+        return self.server.service
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.url + path, headers=self.headers, **options)
+
+    def post(self, path: str, body: Any) -> Any:
+        response = httpx.post(f"{self.url}/v1/{path}", json=body, headers=self.headers, timeout=60)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+
+@contextmanager
+def run_server(options: Options, key: str | None = None) -> Iterator[Running]:
+    """Serve in a thread."""
+    server = Server(load(options), options.host, options.port, key)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield Running(server, {"authorization": f"Bearer {key}"} if key else {})
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+def wait_until(holds: Any, seconds: float = 10) -> None:
+    """Until it holds, or fail."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.02)
+
+
+@contextmanager
+def trained_server(folders: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server over the run `trained`."""
+    export = make_run(folders.mktemp("runs") / "trained")
+    with run_server(Options(model=str(export), port=0, max_concurrency=16)) as started:
+        yield started

@@ -1,0 +1,194 @@
+"""The API as clients see it: the official OpenAI client, and the scores that are ours."""
+
+import math
+
+import httpx
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo.batch import Example, collate
+from dpo.logps import score
+from dpo.sharing import share_if_exact
+from tests.serving import Running, trained_server
+
+QUESTION = "What is the best way to make tea?"
+ASKED = [{"role": "user", "content": QUESTION}]
+PROMPT = f"\n\nHuman: {QUESTION}\n\nAssistant:"
+LEARNED = "\n\nHuman: Which city is the capital of Japan?\n\nAssistant:"
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory):
+    with trained_server(tmp_path_factory) as started:
+        yield started
+
+
+@pytest.fixture
+def client(running: Running):
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def reference_model(running: Running, name: str = "policy"):
+    path = getattr(running.service.origin, name)
+    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def test_both_models_are_listed(client) -> None:
+    assert [model.id for model in client.models.list()] == ["policy", "reference"]
+
+
+@pytest.mark.parametrize("name", ["policy", "reference"])
+def test_greedy_equals_generate_token_for_token(client, running: Running, name: str) -> None:
+    model, tokenizer = reference_model(running, name)
+    for prompt in (PROMPT, LEARNED, "The"):
+        ids = tokenizer(prompt, return_tensors="pt")
+        expected = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        got = client.completions.create(model=name, prompt=prompt, max_tokens=24, temperature=0, logprobs=0)
+        assert got.usage.completion_tokens == len(expected)
+        assert got.choices[0].text == tokenizer.decode(expected, skip_special_tokens=True)
+        assert got.choices[0].finish_reason == ("stop" if expected[-1] == tokenizer.eos_token_id else "length")
+
+
+def test_a_stream_says_the_same_as_the_whole(client) -> None:
+    options = {"model": "policy", "messages": ASKED, "seed": 5, "max_tokens": 20, "temperature": 0.9, "top_p": 0.9}
+    whole = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    *parts, last = chunks
+    assert "".join(part.choices[0].delta.content for part in parts) == whole.choices[0].message.content
+    assert [part.choices[0].finish_reason for part in parts][-1] == whole.choices[0].finish_reason
+    assert all(part.choices[0].finish_reason is None for part in parts[:-1])
+    assert last.choices == [] and last.usage == whole.usage
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+
+
+def test_chat_is_the_trained_form(client) -> None:
+    chat = client.chat.completions.create(model="policy", messages=ASKED, temperature=0, max_tokens=30)
+    plain = client.completions.create(model="policy", prompt=PROMPT, temperature=0, max_tokens=30)
+    assert f" {chat.choices[0].message.content}" == plain.choices[0].text
+
+
+def test_zero_temperature_is_greedy_and_so_is_no_nucleus(client) -> None:
+    def said(**how) -> str:
+        how = {"model": "policy", "messages": ASKED, "max_tokens": 12} | how
+        return client.chat.completions.create(**how).choices[0].message.content
+
+    greedy = said(temperature=0)
+    assert greedy == said(temperature=0, seed=9) == said(temperature=1.5, top_p=0)
+    assert len({said(temperature=1.5, seed=seed) for seed in range(6)}) > 1
+    assert said(temperature=1.5, seed=3) == said(temperature=1.5, seed=3)
+
+
+def test_a_stop_string_never_shows(client) -> None:
+    options = {"model": "policy", "prompt": PROMPT, "temperature": 0, "max_tokens": 24}
+    text = client.completions.create(**options).choices[0].text
+    stop = text[4:9]  # inside of words and over the edges of tokens
+    whole = client.completions.create(**options, stop=[stop, "never said"])
+    parts = client.completions.create(**options, stop=stop, stream=True)
+    assert whole.choices[0].text == "".join(part.choices[0].text for part in parts) == text[: text.index(stop)]
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.usage.completion_tokens < client.completions.create(**options).usage.completion_tokens
+
+
+def test_length_ends_an_answer(client) -> None:
+    for limit in ({"max_tokens": 2}, {"max_completion_tokens": 2}):
+        got = client.chat.completions.create(model="policy", messages=ASKED, temperature=0, **limit)
+        assert (got.choices[0].finish_reason, got.usage.completion_tokens) == ("length", 2)
+
+
+def test_logprobs_are_those_of_the_model_whatever_the_temperature(client, running: Running) -> None:
+    model, tokenizer = reference_model(running)
+    got = client.chat.completions.create(
+        model="policy", messages=ASKED, max_tokens=8, temperature=1.7, top_p=0.8, seed=1, logprobs=True, top_logprobs=3
+    )
+    content = got.choices[0].logprobs.content
+    prompt = tokenizer(PROMPT)["input_ids"]
+    answer = tokenizer(" " + got.choices[0].message.content)["input_ids"][1:]
+    with torch.no_grad():
+        logps = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    for i, token in enumerate(answer[: len(content)]):
+        assert content[i].logprob == pytest.approx(logps[i, token].item(), abs=1e-4)
+        assert [t.logprob for t in content[i].top_logprobs] == pytest.approx(logps[i].topk(3).values.tolist(), abs=1e-4)
+    legacy = client.completions.create(model="policy", prompt=PROMPT, max_tokens=4, temperature=0, logprobs=2)
+    assert len(legacy.choices[0].logprobs.token_logprobs) == legacy.usage.completion_tokens
+    assert "".join(legacy.choices[0].logprobs.tokens) == legacy.choices[0].text
+
+
+def test_a_reward_comes_when_asked_for(running: Running) -> None:
+    body = {"model": "policy", "messages": [{"role": "user", "content": LEARNED[9:-13]}], "temperature": 0}
+    plain = running.post("chat/completions", body)
+    rewarded = running.post("chat/completions", body | {"reward": True})
+    assert "reward" not in plain and plain["choices"] == rewarded["choices"]
+    assert plain["choices"][0]["finish_reason"] == "stop"
+    answer = plain["choices"][0]["message"]["content"]
+    scored = running.post("score", {"messages": body["messages"], "answers": [answer]})["answers"][0]
+    assert rewarded["reward"]["reward"] == pytest.approx(scored["reward"], abs=1e-5)
+    with httpx.stream(
+        "POST", f"{running.url}/v1/chat/completions", json=body | {"reward": True, "stream": True}
+    ) as got:
+        assert '"reward"' in list(got.iter_lines())[-4]  # the chunk before [DONE]
+
+
+def test_scores_are_those_of_the_training(running: Running) -> None:
+    answers = ["Put it in a cup.", "I do not know."]
+    got = running.post("score", {"prompt": QUESTION, "answers": answers, "tokens": True})
+    _, tokenizer = reference_model(running)
+    prompt = tokenizer(PROMPT)["input_ids"]
+    rows = [[*tokenizer(f" {answer}")["input_ids"][1:], tokenizer.eos_token_id] for answer in answers]
+    batch = collate([Example("x", prompt, tuple(rows))])
+    expected = {}
+    for name in ("policy", "reference"):
+        model, _ = reference_model(running, name)
+        share_if_exact(model)
+        with torch.no_grad():
+            expected[name] = [part.tolist() for part in score(model, batch).logps.split(batch.lengths)]
+    for i, (answer, row) in enumerate(zip(got["answers"], rows, strict=True)):
+        for name in expected:
+            assert [t[name] for t in answer["tokens"]] == pytest.approx(expected[name][i], abs=1e-4)
+            assert answer["logprob"][name] == pytest.approx(math.fsum(expected[name][i]), abs=1e-4)
+        assert answer["length"] == len(row)
+        assert "".join(token["text"] for token in answer["tokens"]) == f" {answers[i]}"
+        assert answer["tokens"][-1]["text"] == ""  # the end of sequence
+        margin = answer["logprob"]["policy"] - answer["logprob"]["reference"]
+        assert answer["reward"] == pytest.approx(got["beta"] * margin)
+    assert got["beta"] == 0.25  # of the run's configuration
+
+
+def test_compare_says_what_the_policy_prefers(running: Running) -> None:
+    pair = {"prompt": LEARNED, "chosen": "It is Tokyo.", "rejected": "Tea."}
+    turned = {"prompt": LEARNED, "chosen": "Tea.", "rejected": "It is Tokyo."}
+    got = running.post("compare", {"pairs": [pair, turned]})["pairs"]
+    for result in got:
+        margin = result["chosen"]["reward"] - result["rejected"]["reward"]
+        assert result["margin"] == pytest.approx(margin)
+        assert result["probability"] == pytest.approx(1 / (1 + math.exp(-margin)))
+        assert result["preferred"] == ("chosen" if margin > 0 else "rejected")
+        assert "tokens" not in result["chosen"]
+    assert got[0]["margin"] == pytest.approx(-got[1]["margin"], abs=1e-5)
+    assert got[0]["margin"] != 0
+
+
+def test_messages_and_the_text_of_the_dialogue_are_the_same_question(running: Running) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, *ASKED]
+    text = f"\n\nHuman: Hi\n\nAssistant: Hello.{PROMPT}"
+    one, two = ({"messages": turns}, {"prompt": text})
+    assert running.post("score", one | {"answers": ["Yes."]}) == running.post("score", two | {"answers": ["Yes."]})
+
+
+def test_the_run_is_shown(running: Running) -> None:
+    run = running.get("/v1/run").json()
+    assert run["name"] == "trained" and run["results"]["header"][0] == "step"
+    assert run["metrics"][0] == {"step": 1.0, "train/loss": 0.7, "val/loss": None}
+    assert run["values"] == {"val/loss": 0.6, "val/odd": None} and "beta: 0.25" in run["config"]
+    assert run["held_out"] == [{"prompt": LEARNED, "chosen": " Tokyo.", "rejected": " Tea."}]
+
+
+def test_metrics_are_counted(running: Running) -> None:
+    running.post("chat/completions", {"model": "policy", "messages": ASKED, "max_tokens": 3, "temperature": 0})
+    text = running.get("/metrics").text
+    for name in ("dpo_requests_total{", "dpo_tokens_total{", "dpo_first_token_seconds_count{", "dpo_active_requests{"):
+        assert name in text
+    assert 'route="/v1/chat/completions",status="200"' in text
+    assert 'dpo_engine_alive{model="policy"} 1.0' in text

@@ -1,0 +1,197 @@
+"""From start to stop: many at once, clients that leave, an engine that dies, signals."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from dpo.serving import models
+from dpo.serving.server import Options
+from tests.serving import Running, run_server, trained_server, wait_until
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAT = {"model": "policy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0}
+LONG = {"model": "policy", "prompt": "x y z", "max_tokens": 480, "temperature": 2.0, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory):
+    with trained_server(tmp_path_factory) as started:
+        yield started
+
+
+def idle(running: Running) -> bool:
+    return running.service.admitted == 0 and all(engine.active == 0 for engine in running.service.engines.values())
+
+
+def batched(running: Running) -> int:
+    """Requests inside the batching threads."""
+    schedulers = [engine.manager.batch_processor.scheduler for engine in running.service.engines.values()]
+    return sum(len(scheduler.active_requests) + len(scheduler.waiting_requests) for scheduler in schedulers)
+
+
+def test_two_hundred_at_once(running: Running) -> None:
+    async def run() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+            url = f"{running.url}/v1/chat/completions"
+            return await asyncio.gather(*[client.post(url, json=CHAT | {"max_tokens": 40}) for _ in range(200)])
+
+    replies = asyncio.run(run())
+    assert {reply.status_code for reply in replies} == {200, 429}
+    for reply in replies:
+        if reply.status_code == 429:
+            assert int(reply.headers["retry-after"]) >= 1 and reply.json()["error"]["type"] == "rate_limit_error"
+    assert len({reply.json()["choices"][0]["message"]["content"] for reply in replies if reply.status_code == 200}) == 1
+    wait_until(lambda: idle(running))
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_clients_that_leave_leave_nothing(running: Running, streamed: bool) -> None:
+    async def run() -> None:
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+
+            async def ask() -> None:
+                body = LONG | {"stream": streamed}
+                async with client.stream("POST", f"{running.url}/v1/completions", json=body) as reply:
+                    async for _ in reply.aiter_bytes():
+                        pass
+
+            tasks = [asyncio.create_task(ask()) for _ in range(50)]
+            await asyncio.sleep(0.3)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(run())
+    started = time.perf_counter()
+    assert running.post("chat/completions", CHAT)
+    assert time.perf_counter() - started < 1
+    wait_until(lambda: idle(running) and not batched(running), 3)
+
+
+def test_scores_are_exact_under_load(running: Running) -> None:
+    questions = [{"prompt": f"Question {i}?", "answers": [f"Answer {i}.", "No."]} for i in range(50)]
+
+    def logprobs(reply: dict) -> list[float]:
+        return [value for answer in reply["answers"] for value in answer["logprob"].values()]
+
+    alone = [logprobs(running.post("score", question)) for question in questions]
+
+    async def run() -> list[list[float]]:
+        async with httpx.AsyncClient(timeout=60) as client:
+
+            async def noise(model: str) -> None:
+                while True:
+                    await client.post(f"{running.url}/v1/completions", json=LONG | {"model": model, "stream": False})
+
+            noisy = [asyncio.create_task(noise(model)) for model in ("policy", "reference") * 3]
+            await asyncio.sleep(0.2)
+            scored = [(await client.post(f"{running.url}/v1/score", json=question)).json() for question in questions]
+            for task in noisy:
+                task.cancel()
+            await asyncio.gather(*noisy, return_exceptions=True)
+            return [logprobs(reply) for reply in scored]
+
+    busy = asyncio.run(run())
+    assert max(abs(a - b) for one, two in zip(alone, busy, strict=True) for a, b in zip(one, two, strict=True)) < 1e-4
+
+
+def test_an_answer_does_not_depend_on_its_neighbours(running: Running) -> None:
+    body = CHAT | {"temperature": 1.0, "max_tokens": 30}
+
+    async def run() -> list[str]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            url = f"{running.url}/v1/chat/completions"
+            replies = await asyncio.gather(*[client.post(url, json=body | {"seed": seed}) for seed in range(8)])
+            return [reply.json()["choices"][0]["message"]["content"] for reply in replies]
+
+    together = asyncio.run(run())
+    alone = [running.post("chat/completions", body | {"seed": i})["choices"][0]["message"]["content"] for i in range(8)]
+    assert together == alone and len(set(alone)) > 4
+
+
+def test_a_dead_engine_is_said_and_started_again() -> None:
+    with run_server(Options(demo=True, port=0, max_concurrency=4)) as running:
+        engine = running.service.engines["policy"]
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("out of memory")
+
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=LONG, timeout=20) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            engine.manager.batch_processor._generation_step = broken
+            rest = "".join(lines)
+        assert '"type": "server_error"' in rest and "[DONE]" not in rest
+        assert not engine.alive
+        codes = {running.get("/ready").status_code for _ in range(3)}
+        assert codes == {503} and running.get("/health").status_code == 200
+        refused = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "unavailable"
+        wait_until(lambda: running.get("/ready").status_code == 200, 15)
+        assert running.post("chat/completions", CHAT)
+
+
+def start(*words: str, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    )
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_streams_and_the_process(sent: signal.Signals) -> None:
+    with start("--demo", DPO_API_KEY="planted-key-9b1c") as process:
+        line = ""
+        while "http://" not in line:
+            line = process.stdout.readline()
+        url = line.split()[-1]
+        key = {"authorization": "Bearer planted-key-9b1c"}
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG, headers=key, timeout=30) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            process.send_signal(sent)
+            started = time.perf_counter()
+            last = [line for line in lines if line][-1]
+        assert last == "data: [DONE]" or '"error"' in last
+        out, err = process.communicate(timeout=12)
+        assert time.perf_counter() - started < 10
+    assert process.returncode in (0, 130, -sent, 128 + sent)
+    assert "planted-key" not in out + err and "Traceback" not in err, err
+
+
+def test_without_a_run_it_says_what_to_type(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "serve.py")], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "make fit" in done.stderr and "--demo" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_fits_a_screen() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "serve.py"), "--help"], capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 30 and max(map(len, lines)) <= 80
+
+
+def test_the_reference_is_what_the_run_was_trained_against(tmp_path: Path) -> None:
+    def found(config: str, reference: str | None = None) -> str:
+        (tmp_path / "train_config.yaml").write_text(config)
+        return models.find(str(tmp_path), reference, demo=False).reference
+
+    copy = "model: {policy: some/base, reference: {class_path: dpo.reference.Copy}}"
+    assert found(copy) == "some/base"
+    assert found(copy, "other/base") == "other/base"
+    assert found("model: {policy: a, reference: {class_path: dpo.reference.Model, init_args: {path: b/c}}}") == "b/c"
+    assert found("model: {policy: a, reference: b/d}") == "b/d"
+    assert found("model: {policy: quickstart}").endswith("policy")
+    with pytest.raises(ValueError, match="--reference"):
+        found("{}")
