@@ -98,7 +98,7 @@ class DPO(Stage):
         means.update(*sums_and_counts(batch, policy, logps, losses, self.loss.rewards(logps), self.metrics))
         return losses
 
-    def on_before_batch_transfer(self, batch: Step, dataloader_idx: int) -> Step:
+    def on_train_batch_start(self, batch: Step, batch_idx: int) -> None:
         """Refuse a step in parts where the loss is one of the whole step.
 
         Raises:
@@ -110,7 +110,14 @@ class DPO(Stage):
                 f"{self.loss} sorts all pairs of an optimizer step together: expected {batch.pairs} in one piece, "
                 f"got a piece of {here}. {IN_ONE_PIECE}"
             )
-        return batch
+
+    def on_validation_batch_start(self, batch: Step, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As in training."""
+        self.on_train_batch_start(batch, batch_idx)
+
+    def on_test_batch_start(self, batch: Step, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As in training."""
+        self.on_train_batch_start(batch, batch_idx)
 
     def total(self, step: Step) -> int:
         """The pairs of the optimizer step."""
