@@ -15,12 +15,10 @@ from dpo.batch import Batch
 from dpo.logps import TokenScores, score
 from dpo.losses import PairLogps, PreferenceLoss
 from dpo.metrics import Means, sums_and_counts
-from dpo.models import weights_sha256
-from dpo.reference import Absent, Copy, Frozen, Model, Nothing, Reference
+from dpo.reference import Comparison, Copy, Model, Nothing, Reference
 from dpo.sampler import Step
 from dpo.training import Stage
 
-REFERENCE = "reference."  # prefix of what is never in a checkpoint
 DPO_LOSS: PreferenceLoss = lazy_instance(losses.DPO)  # the default of the command line, made when it is used
 
 IN_ONE_PIECE = "Use --data.max_tokens null, one device and --trainer.accumulate_grad_batches 1."
@@ -47,7 +45,7 @@ class DPO(Stage):
 
     answers = ("chosen", "rejected")
     metrics: tuple[str, ...] = metrics.NAMES
-    reference: Frozen | Absent
+    reference: Comparison
 
     def __init__(
         self, reference: Reference | str | None = None, loss: PreferenceLoss = DPO_LOSS, **options: Any
@@ -67,18 +65,21 @@ class DPO(Stage):
             self.metrics = tuple(name for name in metrics.NAMES if name != "displaced")
         super().__init__(**options)
         self.reference_choice, self.loss = choose(reference, loss), loss
-        self.strict_loading = False  # the reference is not in checkpoints; load_state_dict checks the rest
 
     @property
     def story(self) -> str:
         """For the model card."""
         return f"trained on preferences with the loss `{self.loss}` against a reference ({self.reference.origin})"
 
+    def configure_model(self) -> None:
+        """Read and make the models, once; before every stage, let the reference see what it will be asked."""
+        super().configure_model()
+        self.reference.prepare(self)
+
     def prepare_models(self) -> None:
         """Make the reference of the policy as it is before it has learned anything."""
         self.reference = self.reference_choice.build(self.policy, self.loader)
-        self.reference_sha256 = weights_sha256(self.reference)
-        rank_zero_info(f"Reference: {self.reference.origin}, SHA-256 of its weights {self.reference_sha256[:16]}.")
+        rank_zero_info(f"Reference: {self.reference.origin}, SHA-256 of its weights {self.reference.sha256[:16]}.")
         super().prepare_models()
 
     def models(self) -> dict[str, PreTrainedModel]:
@@ -132,29 +133,18 @@ class DPO(Stage):
             rows += [{"id": i, "logps": s, "rewards": r} for i, s, r in zip(batch.ids, sums, rewards, strict=True)]
         return rows
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Without the reference."""
-        state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if not name.startswith(REFERENCE)}
+    def changing(self) -> set[str]:
+        """Beside what trains, a reference that moves."""
+        return super().changing() | {f"reference.{name}" for name in self.reference.changing()}
 
-    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Everything but the reference must be there, and nothing else.
-
-        Raises:
-            ValueError: Weights are missing or left over.
-        """
-        result = super().load_state_dict(state, strict=False, assign=assign)
-        missing = [name for name in result.missing_keys if not name.startswith(REFERENCE)]
-        if missing or result.unexpected_keys:
-            raise ValueError(
-                f"this checkpoint is of another model: weights missing {missing[:3]}, left over "
-                f"{result.unexpected_keys[:3]}. Give the --model.policy that the run was started with."
-            )
-        return result
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Step; a reference that moves follows."""
+        super().optimizer_step(*arguments, **options)
+        self.reference.follow(self.policy, self.trainer.global_step + 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember which reference these weights were trained against."""
-        checkpoint["reference_sha256"] = self.reference_sha256
+        checkpoint["reference_sha256"] = self.reference.sha256
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with another reference.
@@ -163,8 +153,8 @@ class DPO(Stage):
             ValueError: The reference differs from the one of the checkpoint.
         """
         before = checkpoint["reference_sha256"]
-        if before != self.reference_sha256:
+        if before != self.reference.sha256:
             raise ValueError(
                 f"the checkpoint was trained against a reference with SHA-256 {before[:16]}, this one has "
-                f"{self.reference_sha256[:16]}. Give the --model.policy and --model.reference that the run began with."
+                f"{self.reference.sha256[:16]}. Give the --model.policy and --model.reference that the run began with."
             )

@@ -5,6 +5,7 @@ what to do. Most broken set-ups train without complaint; none of them passes her
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import lightning as L
 import torch
@@ -17,7 +18,7 @@ from dpo.data import HHRLHF
 from dpo.logps import score
 from dpo.losses import NoConstant
 from dpo.module import DPO, IN_ONE_PIECE
-from dpo.reference import Copy, Nothing
+from dpo.reference import rounding
 from dpo.sharing import difference
 from dpo.training import Stage
 
@@ -148,25 +149,28 @@ def _preferences(module: DPO, batch: Batch, trainer: L.Trainer, max_tokens: int 
             IN_ONE_PIECE,
         )
         yield "every step is one piece"
-    if isinstance(module.reference_choice, Copy | Nothing) and not trainer.ckpt_path:
+    if not trainer.ckpt_path:
         yield from _start(module, batch)
 
 
 def _start(module: DPO, batch: Batch) -> Iterator[str]:
     _, logps = module.score_pairs(batch)
-    rewards, losses, expected = module.loss.rewards(logps), module.loss(logps), module.loss.at_start
+    expected = module.loss.at_start
     if module.loss.uses_reference:
+        apart, limit = _largest(logps.policy_tokens, logps.reference_tokens), module.reference.distance
         _require(
-            bool((rewards == 0).all()),
-            "rewards of a policy that equals its reference",
-            0,
-            rewards.abs().max().item(),
+            apart <= limit * rounding(module.policy),
+            "log-probabilities under the policy and under the reference that it equals",
+            f"a difference of at most {limit * rounding(module.policy):g} nats a token",
+            apart,
             "The reference is not the policy.",
         )
-        yield "rewards are 0"
+        yield f"policy and reference are {apart:.1g} nats a token apart"
+        logps = replace(logps, reference_tokens=logps.policy_tokens)
     if isinstance(expected, NoConstant):
         yield f"the loss at step 0 is not checked ({expected.reason})"
         return
+    losses = module.loss(logps)
     wrong = (losses - expected).abs().max().item()
     _require(
         wrong <= 1e-6 * max(1, expected),
