@@ -33,6 +33,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt install chromium")
 expect = playwright.expect
 
+SIDES = ("policy", "reference")
 QUESTION = "What is the capital of Italy?"
 POISON = (
     "<script>window.hurt=1</script>",
@@ -83,6 +84,16 @@ class Watched:
         assert self.page.evaluate("window.hurt") is None
         assert [fault for fault in self.faults if not re.search(expected, fault)] == []
         self.context.close()
+
+    def say(self, answers: dict[str, str]) -> None:
+        """From now on the models say this."""
+
+        def reply(route: Any) -> None:
+            stream = canned(*re.findall(r"(?s).{1,4}", answers[json.loads(route.request.post_data)["model"]]))
+            route.fulfill(body=stream, content_type="text/event-stream")
+
+        self.page.unroute_all()
+        self.page.route("**/v1/chat/completions", reply)
 
     def set(self, **values: object) -> None:
         self.page.locator("#settings").evaluate("details => details.open = true")
@@ -139,7 +150,7 @@ def test_both_models_stream_the_answers_that_a_program_gets(watched: Watched, ad
         ).observe(document.getElementById("turns"), {childList: true, subtree: true}); }"""
     )
     watched.ask(QUESTION)
-    for side in ("policy", "reference"):
+    for side in SIDES:
         body = {"model": side, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 24}
         reply = post(address, "/v1/chat/completions", body)
         assert watched.said(side) == reply["choices"][0]["message"]["content"].strip()
@@ -148,9 +159,16 @@ def test_both_models_stream_the_answers_that_a_program_gets(watched: Watched, ad
     assert page.locator("#turns > li").count() == 1
 
 
-def test_stop_ends_both_and_the_next_question_is_answered(watched: Watched) -> None:
+def test_stop_ends_both_and_the_next_question_is_answered(watched: Watched, address: str) -> None:
     page = watched.page
-    watched.set(temperature=2, top_p=1, max_tokens=200, seed=5)  # 47 tokens, were they not stopped
+    drawn = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 2, "top_p": 1, "max_tokens": 200}
+
+    def length(side: str, seed: int) -> int:
+        reply = post(address, "/v1/chat/completions", drawn | {"model": side, "seed": seed})
+        return int(reply["usage"]["completion_tokens"])
+
+    seed = next(seed for seed in range(100) if min(length(side, seed) for side in SIDES) >= 20)
+    watched.set(temperature=2, top_p=1, max_tokens=200, seed=seed)
     page.evaluate(
         """() => new MutationObserver((_, observer) => {
         if (![...document.querySelectorAll(".answer .text")].every((text) => text.textContent)) return;
@@ -159,7 +177,7 @@ def test_stop_ends_both_and_the_next_question_is_answered(watched: Watched) -> N
         ).observe(document.getElementById("turns"), {childList: true, subtree: true})"""
     )
     watched.ask(QUESTION)
-    for side in ("policy", "reference"):
+    for side in SIDES:
         expect(watched.answer(side).locator(".facts")).to_have_text("stopped")
         assert watched.said(side)
     assert not page.locator("[aria-busy=true]").count()
@@ -183,25 +201,27 @@ def test_stop_ends_both_and_the_next_question_is_answered(watched: Watched) -> N
 
 def test_the_conversation_goes_on_with_the_better_answer_and_is_exported(watched: Watched, tmp_path: Path) -> None:
     page = watched.page
+    first = {"policy": "It is Rome.", "reference": "I do not\n\nknow."}
+    watched.say(first)
     watched.set(temperature=1, max_tokens=24, seed=3)
     watched.ask(QUESTION)
-    first = {side: watched.said(side) for side in ("policy", "reference")}
-    assert first["policy"] != first["reference"]
     watched.answer("reference").locator(".better").click()
     expect(watched.answer("reference").locator(".better")).to_have_attribute("aria-pressed", "true")
+    watched.say({"policy": "Paris.", "reference": "Who knows?"})
     watched.ask("And of France?")
-    second = {side: watched.said(side) for side in ("policy", "reference")}
     messages = [("user", QUESTION), ("assistant", first["reference"]), ("user", "And of France?")]
     for sent in watched.sent("/v1/chat/completions")[-2:]:
         assert [(m["role"], m["content"]) for m in sent["messages"]] == messages
         assert (sent["temperature"], sent["max_tokens"], sent["seed"]) == (1, 24, 3)
 
-    better, worse = ("policy", "reference")
-    if second[better] != second[worse]:
-        watched.answer(better).locator(".better").click()
+    watched.answer("policy").locator(".better").click()
+    watched.say({"policy": "The same.", "reference": "The same."})
+    watched.ask("And of Spain?")
+    expect(watched.answer("policy").locator("footer")).to_contain_text("Both answers are the same.")
+    expect(watched.answer("policy").locator(".better")).to_be_hidden()
     page.reload()  # everything is kept in the browser
-    expect(page.locator("#turns > li")).to_have_count(2)
-    assert watched.said("policy", 1) == first["policy"]
+    expect(page.locator("#turns > li")).to_have_count(3)
+    assert watched.said("reference", 1) == first["reference"]
     page.click("text=Export")
     with page.expect_download() as download:
         page.click("#export-pairs")
@@ -210,13 +230,13 @@ def test_the_conversation_goes_on_with_the_better_answer_and_is_exported(watched
     with file.open("rb") as raw:
         rows = list(read(raw, file))
     pairs = [pair(row.chosen, row.rejected) for row in rows if isinstance(row, Row)]
-    assert len(pairs) == len(rows) >= 1
     assert all(isinstance(one, Pair) for one in pairs)
-    assert rows[0] == Row(
-        1,
-        f"\n\nHuman: {QUESTION}\n\nAssistant: {first['reference']}",
-        f"\n\nHuman: {QUESTION}\n\nAssistant: {first['policy']}",
-    )
+    opening = f"\n\nHuman: {QUESTION}\n\nAssistant: "
+    second = f"{opening}{first['reference']}\n\nHuman: And of France?\n\nAssistant: "
+    assert rows == [
+        Row(1, opening + first["reference"], opening + first["policy"]),
+        Row(2, f"{second}Paris.", f"{second}Who knows?"),
+    ]
     page.click("text=Export")
     with page.expect_download() as download:
         page.click("#export-conversation")
@@ -287,14 +307,14 @@ def test_the_colours_are_those_of_the_scores(watched: Watched, address: str) -> 
     page = watched.page
     watched.set(temperature=0, max_tokens=24)
     watched.ask(QUESTION)
-    answers = [watched.said(side) for side in ("policy", "reference")]
+    answers = [watched.said(side) for side in SIDES]
     body = {"messages": [{"role": "user", "content": QUESTION}], "answers": answers, "tokens": True}
     score = post(address, "/v1/score", body)
-    for side, scored in zip(("policy", "reference"), score["answers"], strict=True):
+    for side, scored in zip(SIDES, score["answers"], strict=True):
         expect(watched.answer(side).locator("button.reward")).to_contain_text(shown(scored["reward"]))
     watched.answer("policy").locator("button.reward").click()
     expect(page.locator("#why")).to_be_visible()
-    for side, scored in zip(("policy", "reference"), score["answers"], strict=True):
+    for side, scored in zip(SIDES, score["answers"], strict=True):
         tokens = page.locator(f"#why .answer.{side} .tokens .token")
         expect(tokens).to_have_count(scored["length"])
         for mine, theirs in zip(numbers(tokens), scored["tokens"], strict=True):
@@ -307,7 +327,7 @@ def test_the_colours_are_those_of_the_scores(watched: Watched, address: str) -> 
         assert ("up" if ratios[largest] > 0 else "down") in tokens.nth(largest).get_attribute("class")
         tokens.nth(largest).hover()
         tip = page.locator("#tip").inner_text()
-        assert all(shown(scored["tokens"][largest][name], 3) in tip for name in ("policy", "reference"))
+        assert all(shown(scored["tokens"][largest][name], 3) in tip for name in SIDES)
 
 
 def test_judges_a_held_out_pair_and_a_typed_one(watched: Watched, address: str) -> None:
@@ -363,8 +383,7 @@ def test_shows_the_run(watched: Watched) -> None:
 @pytest.mark.parametrize("text", POISON, ids=["script", "image", "frame", "attribute", "directions"])
 def test_text_is_only_ever_text(watched: Watched, text: str) -> None:
     page = watched.page
-    stream = canned(*re.findall(r".{1,7}", text))
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
+    watched.say({"policy": text, "reference": text})
     watched.ask(text)
     for _ in range(2):  # as it comes, and as it is kept
         for node in (page.locator(".said"), watched.answer("policy").locator(".text")):
@@ -384,6 +403,26 @@ def test_text_is_only_ever_text(watched: Watched, text: str) -> None:
     unseen = r"[\u200b\u202c\u202e\u2066\u2069\ufeff\a]"
     assert not re.search(unseen, page.locator("#verdict").inner_text())
     assert page.locator("#why, #verdict, #turns").locator("script, img, iframe, a, svg").count() == 0
+
+
+def test_even_markup_in_the_page_would_run_and_fetch_nothing(browser: Any, address: str) -> None:
+    watched = Watched(browser, address)
+    watched.page.evaluate(
+        """() => {
+        const script = document.createElement("script");
+        script.textContent = "window.hurt = 1";
+        document.body.append(script);
+        const box = document.createElement("div");
+        box.innerHTML = "<img src=/x onerror='window.hurt=1'><img src=https://example.invalid/y><p style='color:red'>";
+        document.body.append(box); }"""
+    )
+    watched.page.wait_for_timeout(300)
+    said = "\n".join(watched.faults)
+    assert all(word in said for word in ("inline script", "inline event handler", "inline style", "example.invalid"))
+    [blocked] = [request for request in watched.requests if "example.invalid" in request.url]
+    assert blocked.failure == "csp"
+    watched.requests.remove(blocked)
+    watched.close(expected="Content Security Policy|Failed to load")
 
 
 def test_the_keyboard_is_enough(watched: Watched) -> None:

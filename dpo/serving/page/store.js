@@ -108,8 +108,8 @@ export function messages(turns, index) {
 /** Why a turn cannot become a preference pair, in words; null if it can. */
 export function unfit(turn) {
   const [a, b] = SIDES.map((side) => turn.answers[side]);
-  if (a.state === "streaming" || b.state === "streaming") return "Both answers have to be finished first.";
-  if (!a.text.trim() || !b.text.trim()) return "One answer is empty.";
+  if (a.state === "streaming" || b.state === "streaming") return "The other answer is not finished.";
+  if (!a.text.trim() || !b.text.trim()) return "Nothing to compare with.";
   if (a.text === b.text) return "Both answers are the same.";
   return null;
 }

@@ -28,6 +28,7 @@ class AnswerView {
     this.facts = h("span", { class: "quiet small facts" });
     this.rewarded = h("button", { class: "plain reward", click: on.why, hidden: true });
     this.better = h("button", { class: "better", "aria-describedby": title, click: () => on.prefer(side) });
+    this.unfit = h("span", { class: "quiet small", hidden: true });
     this.copy = h("button", { class: "plain", click: () => copy(this.answer.text) }, "Copy");
     this.retry = h("button", { class: "plain", hidden: true, click: () => on.retry(side) }, "Try again");
     this.node = h("article", { class: `answer ${side}`, "aria-labelledby": title },
@@ -35,7 +36,7 @@ class AnswerView {
       this.text,
       this.problem,
       h("footer", {},
-        h("div", { class: "actions" }, this.better, this.copy, this.retry),
+        h("div", { class: "actions" }, this.better, this.unfit, this.copy, this.retry),
         h("p", { class: "line" }, this.facts, this.rewarded)),
     );
     this.text.append(...visible(this.answer.text));
@@ -75,16 +76,17 @@ class AnswerView {
     this.problem.textContent = failed ? answer.error : EMPTY[answer.state];
     this.retry.hidden = !failed || !last || busy;
     this.copy.hidden = !answer.text || streaming;
-    this.better.hidden = streaming;
-    this.refreshBetter();
+    this.refreshBetter(streaming);
     this.refreshKept(last, busy);
   }
 
-  refreshBetter() {
+  refreshBetter(streaming) {
     const chosen = this.turn.preferred === this.side;
     const reason = unfit(this.turn);
-    this.better.disabled = reason !== null && !chosen;
-    this.better.title = reason ?? (chosen ? "Press again to take it back" : "Kept as a preference pair for the export");
+    this.better.hidden = streaming || reason !== null;
+    this.unfit.hidden = streaming || reason === null;
+    this.unfit.textContent = reason ?? "";
+    this.better.title = chosen ? "Press again to take it back" : "Kept as a preference pair for the export";
     this.better.textContent = chosen ? "✓ Better" : "This one is better";
     this.better.setAttribute("aria-pressed", String(chosen));
   }
