@@ -92,6 +92,7 @@ def compare(
         "trainer.gradient_clip_val": CLIP,
         "trainer.log_every_n_steps": 1,
         "trainer.max_steps": STEPS,
+        "trainer.precision": "32-true",
         "trainer.val_check_interval": STEPS,
     }
     assert main(["fit", *(f"--{name}={value}" for name, value in options.items())]) == 0
@@ -146,7 +147,6 @@ def _own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `main` leaves in the process goes again."""
     monkeypatch.setattr("sys.argv", ["train.py"])
     monkeypatch.delenv("DPO_RUN_NAME", raising=False)
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls one of its old names
 
 
 def test_pretrained_policy_on_real_dialogues(pretrained: Path, hh_rlhf: Path, tmp_path: Path) -> None:
