@@ -277,6 +277,24 @@ def test_edit_ask_again_copy_clear_and_undo(watched: Watched) -> None:
     expect(page.locator(".said")).to_have_text("What comes after Monday?")
 
 
+def test_spoiled_history_is_survived(watched: Watched) -> None:
+    page = watched.page
+    page.evaluate(
+        """() => { localStorage["dpo.conversations"] = '{"conversations": [1, {"id": "x", "turns": [{}]}]}';
+        localStorage["dpo.conversations.settings"] = '{"temperature": "hot", "top_p": 0.5, "tools": 1}'; }"""
+    )
+    page.reload()
+    watched.say({"policy": "Yes.", "reference": "No."})
+    watched.ask("Well?")
+    assert watched.said("policy") == "Yes."
+    sent = watched.sent("/v1/chat/completions")[-1]
+    assert (sent["temperature"], sent["top_p"]) == (0.7, 0.5)
+    assert "tools" not in sent
+    page.evaluate("localStorage['dpo.conversations'] = '{'")
+    page.reload()
+    expect(page.locator("#welcome")).to_be_visible()
+
+
 def test_two_tabs_keep_each_others_conversations(watched: Watched) -> None:
     watched.set(temperature=0, max_tokens=8)
     other = watched.context.new_page()
@@ -572,7 +590,7 @@ def test_picture_for_the_readme(browser: Any) -> None:
     if place is None:
         pytest.skip("DPO_PICTURE does not say where the picture goes")
     with serving() as address:  # runs/latest
-        watched = Watched(browser, address, viewport={"width": 1120, "height": 640}, device_scale_factor=2)
+        watched = Watched(browser, address, viewport={"width": 1120, "height": 600}, device_scale_factor=2)
         watched.set(temperature=0)
         watched.page.locator("#examples button").first.click()
         watched.finish()

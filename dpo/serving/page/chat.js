@@ -145,14 +145,16 @@ function edit(index, prompt) {
   stop();
   const { turns } = state.current;
   const removed = turns.splice(index);
-  if (turns.length) turns.at(-1).kept = null;
+  const before = turns.at(-1);
+  const kept = before?.kept;
+  if (before) before.kept = null;
   draw();
   ask(prompt);
   if (removed.length > 1)
     notice(`${removed.length - 1} later ${removed.length === 2 ? "turn" : "turns"} removed.`, "Undo", () => {
       stop();
       turns.splice(index, turns.length, ...removed);
-      if (index) turns[index - 1].kept = keeps(turns[index - 1]);
+      if (before) before.kept = kept;
       draw();
     });
 }

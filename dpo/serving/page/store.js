@@ -31,11 +31,14 @@ function load() {
 }
 
 function loadSettings() {
+  let found = null;
   try {
-    return { ...DEFAULTS, ...JSON.parse(localStorage.getItem(`${NAME}.settings`) ?? "{}") };
+    found = JSON.parse(localStorage.getItem(`${NAME}.settings`));
   } catch {
-    return { ...DEFAULTS };
+    // what is not JSON is not ours
   }
+  const value = (name) => (Number.isFinite(found?.[name]) ? found[name] : DEFAULTS[name]);
+  return Object.fromEntries(Object.keys(DEFAULTS).map((name) => [name, value(name)]));
 }
 
 export const state = { conversations: load(), current: null, settings: loadSettings() };
