@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo import quickstart
-from dpo.serving.app import Service
 from dpo.serving.server import Options, Server, load
+from dpo.serving.service import Service
 
 CONFIG = """model:
   policy: quickstart

@@ -1,6 +1,7 @@
 """A trained run -> a page and an API where the policy and its reference answer and are compared.
 
-`models` finds and reads the two models, `sampling` draws tokens, `engine` answers many requests at a time, `scorer` scores with
-the project's own scorer, `text` turns messages into tokens and back, `schema` says what a request may hold, `answers` and `app`
-speak HTTP, `guard` is what stands in front, `server` starts and stops it all. Nothing here is imported by training.
+In the order of a request: `server` starts and stops it all, `guard` stands in front, `app` has the routes, `schema`
+says what a request may hold, `text` turns messages into tokens and back, `service` admits and answers, `engine` runs
+many requests at a time through one model and `sampling` draws their tokens, `reply` says them in OpenAI's form,
+`scorer` scores as training does, `metrics` counts, `models` found and read both models. Training imports none of it.
 """

@@ -6,10 +6,9 @@ Takes token ids and a `Draw`, gives the tokens as they come. Knows no text and n
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 
-import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
@@ -78,7 +77,9 @@ class Engine:
     def start(self) -> None:
         """Start a batching thread, inside the event loop; after a death, a new one."""
         generation = GenerationConfig(do_sample=False, eos_token_id=-1)
-        self.manager: ContinuousBatchingManager = self.model.init_continuous_batching(generation, self.batching)
+        self.manager: ContinuousBatchingManager = self.model.init_continuous_batching(  # type: ignore[operator]
+            generation, self.batching
+        )
         self.router = self.manager.output_router = Router(asyncio.get_running_loop())
         self.manager.logit_processor = Sampler()
         self.manager.start()
@@ -111,7 +112,7 @@ class Engine:
 
     async def generate(
         self, prompt: Sequence[int], draw: Draw, limit: int, ends: Sequence[int]
-    ) -> AsyncIterator[list[int]]:
+    ) -> AsyncGenerator[list[int]]:
         """All tokens so far, again and again until one of `ends` or `limit` tokens; leaving early cancels the rest.
 
         Raises:
@@ -139,8 +140,3 @@ class Engine:
             del router.waiting[name]
             if not finished:
                 manager.cancel_request(name)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

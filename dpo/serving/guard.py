@@ -7,7 +7,7 @@ its client leaves.
 import asyncio
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import suppress
 from typing import Any
 
@@ -101,10 +101,12 @@ class Guard:
 
     async def _run(self, scope: Message, body: bytes, receive: Receive, send: Send) -> None:
         """The application, until it has answered or the client has gone."""
-        parts = iter([{"type": "http.request", "body": body, "more_body": False}])
+        parts: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def replay() -> Message:
-            return next(parts, None) or await asyncio.Future()  # the application never waits for the client to leave
+            for part in parts:
+                return part
+            return await asyncio.Future()  # that the client left is not for the application to notice
 
         async def gone() -> None:
             while (await receive())["type"] != "http.disconnect":

@@ -4,12 +4,15 @@ Takes the engines and what passes by; gives a registry.
 """
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from functools import partial
+from operator import attrgetter
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from dpo.serving.answers import Piece, Reply
 from dpo.serving.engine import Engine
+from dpo.serving.reply import Piece, Reply
 
 
 class Metrics:
@@ -24,19 +27,20 @@ class Metrics:
         cache = Gauge("dpo_cache_used_ratio", "Share of the cache in use.", ["model"], registry=registry)
         alive = Gauge("dpo_engine_alive", "1 while the model answers.", ["model"], registry=registry)
         for name, engine in engines.items():
-            active.labels(name).set_function(lambda engine=engine: engine.active)
-            cache.labels(name).set_function(lambda engine=engine: engine.cache_used)
-            alive.labels(name).set_function(lambda engine=engine: engine.alive)
+            active.labels(name).set_function(partial(attrgetter("active"), engine))
+            cache.labels(name).set_function(partial(attrgetter("cache_used"), engine))
+            alive.labels(name).set_function(partial(attrgetter("alive"), engine))
 
-    async def watched(self, model: str, reply: Reply, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    async def watched(self, model: str, reply: Reply, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
         """The same pieces, counted."""
         started = time.perf_counter()
         self.tokens.labels(model, "prompt").inc(len(reply.prompt))
         try:
-            async for piece in pieces:
-                if started:
-                    self.first.labels(model).observe(time.perf_counter() - started)
-                    started = 0.0
-                yield piece
+            async with aclosing(pieces) as parts:
+                async for piece in parts:
+                    if started:
+                        self.first.labels(model).observe(time.perf_counter() - started)
+                        started = 0.0
+                    yield piece
         finally:
             self.tokens.labels(model, "completion").inc(len(reply.generated))

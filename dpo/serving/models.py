@@ -1,21 +1,24 @@
 """What the command line says -> the two models, where they came from and how they were trained.
 
-Takes folders or hub ids. No code that comes with a model is run, weights are safetensors, and the attention is the one
-named here, whatever a configuration asks for.
+Takes folders or hub ids. No code that comes with a model is run, weights are safetensors, and there is one attention.
 """
 
+import csv
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from dpo.models import locate
+from dpo.models import Loader, locate
 from dpo.run import Run
 
 LATEST = Path("runs/latest/export")
+RUN_FILES = ("results.csv", "metrics.csv", "results.json", "held_out.jsonl", "config.yaml")
 MOST_CONTEXT = 4096  # tokens, where --max-context does not say
 
 
@@ -34,6 +37,11 @@ class Origin:
     reference: str
     config: dict[str, Any]
     run: Run | None
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Both, by the names that clients use."""
+        return {"policy": self.policy, "reference": self.reference}
 
     @property
     def beta(self) -> float:
@@ -56,7 +64,7 @@ def find(model: str | None, reference: str | None, demo: bool) -> Origin:
         return Origin(locate("quickstart"), locate(reference or "quickstart"), {}, None)
     if model is None and not LATEST.is_dir():
         raise ValueError(
-            "There is no trained run yet.\n  make fit                  trains the built-in example (about two minutes)\n"
+            "There is no trained run yet.\n  make fit    trains the built-in example (about two minutes)\n"
             "  python serve.py --demo    serves the model it starts from, as policy and as reference\n"
             "  python serve.py --model FOLDER --reference FOLDER_OR_HUB_ID    serves other models"
         )
@@ -77,21 +85,38 @@ def _reference(config: dict[str, Any]) -> str:
     return str(found)
 
 
-def read(path: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Read a model for inference.
+def read(path: str, device: str, dtype: str) -> PreTrainedModel:
+    """Read a model or adapter for inference, on the device of that name; `auto` is the GPU where there is one.
 
     Raises:
-        ValueError: There is none, or it cannot be read as safely as it must.
+        ValueError: There is none, or it cannot be read without running code that is not ours.
     """
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=Path(path).is_dir(),
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"cannot read a model from {path!r} (--model, --reference): {error}") from error
-    return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+        model = Loader().model(path, attn_implementation="sdpa")
+    except ImportError as error:  # its configuration asks for a kernel from elsewhere
+        raise ValueError(f"cannot read a causal language model from {path!r}: {error}") from error
+    moved: PreTrainedModel = torch.nn.Module.to(model, device=place, dtype=getattr(torch, dtype))
+    return moved.requires_grad_(False)
+
+
+def run_report(origin: Origin) -> dict[str, Any]:
+    """What the run left behind, as far as it is there: results, metrics (at most 500 rows), values, held-out pairs."""
+    folder = origin.run.folder if origin.run else Path(origin.policy)
+    texts = {name: file.read_text() if (file := folder / name).is_file() else "" for name in RUN_FILES}
+    header, *rows = csv.reader(texts["results.csv"].splitlines() or [""])
+    metrics = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(texts["metrics.csv"].splitlines())]
+    return {
+        "name": folder.name,
+        "results": {"header": header, "rows": rows},
+        "metrics": metrics[:: -(-len(metrics) // 500) or 1],
+        "values": {k: _number(v) for k, v in json.loads(texts["results.json"] or "{}").items()},
+        "held_out": [json.loads(line) for line in texts["held_out.jsonl"].splitlines()],
+        "config": texts["config.yaml"],
+    }
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or null."""
+    number = float(value or "nan")
+    return number if math.isfinite(number) else None

@@ -48,7 +48,7 @@ class StreamOptions(Strict):
 class Generation(Strict):
     """What chat and completions share. Temperature 0 is greedy; without a seed every answer is drawn anew."""
 
-    model: str
+    model: Annotated[str, Field(json_schema_extra={"enum": ["policy", "reference"]})]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None

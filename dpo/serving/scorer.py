@@ -27,7 +27,7 @@ Scores = dict[str, list[float]]
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """Another object with the same tensors; it attends over shared prompts where that is exact."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    double = deepcopy(model, tensors)  # type: ignore[arg-type]
+    double = deepcopy(model, tensors)
     share_if_exact(double)
     return double
 

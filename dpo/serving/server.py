@@ -8,15 +8,15 @@ import os
 import socket
 from dataclasses import dataclass
 
-import torch
 import uvicorn
 
 from dpo.models import Loader, end_ids
-from dpo.serving.app import Service, build
-from dpo.serving.engine import Engine, choose_device
+from dpo.serving.app import build
+from dpo.serving.engine import Engine
 from dpo.serving.guard import LOOPBACK, Guard, TimedProtocol
 from dpo.serving.models import MOST_CONTEXT, find, read
 from dpo.serving.scorer import Scorer
+from dpo.serving.service import Service
 from dpo.serving.text import UNCUT, Text
 from dpo.sharing import vocabulary
 from dpo.tokens import Encoder
@@ -46,8 +46,7 @@ def load(options: Options) -> Service:
         ValueError: Something is missing or does not fit together.
     """
     origin = find(options.model, options.reference, options.demo)
-    device, dtype = choose_device(options.device), getattr(torch, options.dtype)
-    models = {name: read(getattr(origin, name), device, dtype) for name in ("policy", "reference")}
+    models = {name: read(path, options.device, options.dtype) for name, path in origin.paths.items()}
     sizes = {name: vocabulary(model) for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"policy and reference must share a vocabulary; their sizes are {sizes}.")

@@ -6,7 +6,7 @@ Takes token ids and what the client asked for. Knows no HTTP.
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from dpo.serving.schema import Fault, Generation
 from dpo.serving.text import Text, Writer
 
 Json = dict[str, Any]
-Reward = Callable[[Example], Any]
+Reward = Callable[[Example], Awaitable[Json]]
 DONE = "data: [DONE]\n\n"
 
 
@@ -68,13 +68,15 @@ class Piece:
 class Reply:
     """The answer to one request."""
 
-    def __init__(self, form: Form, body: Generation, engine: Engine, text: Text, prompt: list[int], limit: int) -> None:
+    def __init__(
+        self, form: Form, body: Generation, engine: Engine, text: Text, prompt: list[int], limit: int, logprobs: bool
+    ) -> None:
         self.form, self.body, self.engine, self.text, self.prompt = form, body, engine, text, prompt
-        self.limit = min(limit, text.context - len(prompt))
+        self.limit, self.logprobs = min(limit, text.context - len(prompt)), logprobs
         self.generated: list[int] = []
-        self.head = {"id": form.prefix + secrets.token_hex(12), "created": int(time.time()), "model": body.model}
+        self.head: Json = {"id": form.prefix + secrets.token_hex(12), "created": int(time.time()), "model": body.model}
 
-    async def pieces(self, draw: Draw, writer: Writer) -> AsyncIterator[Piece]:
+    async def pieces(self, draw: Draw, writer: Writer) -> AsyncGenerator[Piece]:
         """Everything that is said, until an end, a stop string or the limit."""
         ends = self.text.encoder.end_ids
         async with aclosing(self.engine.generate(self.prompt, draw, self.limit, ends)) as steps:
@@ -83,15 +85,15 @@ class Reply:
                 ended = tokens[-1] in ends
                 text, words = writer.write(new, last=ended or len(tokens) >= self.limit)
                 finish = "stop" if ended or writer.stopped else "length" if len(tokens) >= self.limit else None
-                yield Piece(text, self._logprobs(draw, new, words), finish)
+                yield Piece(text, self._described(draw, new, words), finish)
                 if finish:
                     return
 
-    def _logprobs(self, draw: Draw, new: list[int], words: list[str]) -> list[Json]:
+    def _described(self, draw: Draw, new: list[int], words: list[str]) -> list[Json]:
         start = len(self.generated) - len(new)
         described = []
         for word, (logprob, top) in zip(words, draw.logprobs[start:], strict=False):
-            alternatives = [_token(self.text.tokenizer.decode([token]), value) for token, value in top]
+            alternatives = [_token(str(self.text.tokenizer.decode([token])), value) for token, value in top]
             described.append(_token(word, logprob) | {"top_logprobs": alternatives})
         return described
 
@@ -101,27 +103,27 @@ class Reply:
         counts = {"prompt_tokens": len(self.prompt), "completion_tokens": len(self.generated)}
         return counts | {"total_tokens": sum(counts.values())}
 
-    def _choice(self, content: Json, tokens: list[Json], finish: str | None, asked: bool) -> Json:
-        logprobs = self.form.logprobs(tokens) if asked else None
+    def _choice(self, content: Json, tokens: list[Json], finish: str | None) -> Json:
+        logprobs = self.form.logprobs(tokens) if self.logprobs else None
         return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish}
 
-    async def whole(self, pieces: AsyncIterator[Piece], asked: bool, reward: Reward | None) -> Json:
+    async def whole(self, pieces: AsyncGenerator[Piece], reward: Reward | None) -> Json:
         """The reply as one object."""
-        async with aclosing(pieces) as parts:  # type: ignore[type-var]
+        async with aclosing(pieces) as parts:
             said = [piece async for piece in parts]
         content = self.form.whole("".join(piece.text for piece in said))
-        choice = self._choice(content, [token for piece in said for token in piece.tokens], said[-1].finish, asked)
+        choice = self._choice(content, [token for piece in said for token in piece.tokens], said[-1].finish)
         reply = self.head | {"object": self.form.whole_name, "choices": [choice], "usage": self.usage}
         return reply | await self._rewarded(reward)
 
-    async def stream(self, pieces: AsyncIterator[Piece], asked: bool, reward: Reward | None) -> AsyncIterator[str]:
+    async def stream(self, pieces: AsyncGenerator[Piece], reward: Reward | None) -> AsyncGenerator[str]:
         """The reply as server-sent events; what goes wrong on the way is the last one."""
         head = self.head | {"object": self.form.part_name} | ({"usage": None} if self.body.usage_streamed else {})
         try:
-            async with aclosing(pieces) as parts:  # type: ignore[type-var]
+            async with aclosing(pieces) as parts:
                 async for piece in parts:
                     if piece.text or piece.tokens or piece.finish:
-                        choice = self._choice(self.form.part(piece.text), piece.tokens, piece.finish, asked)
+                        choice = self._choice(self.form.part(piece.text), piece.tokens, piece.finish)
                         rewarded = await self._rewarded(reward) if piece.finish else {}
                         yield _event(head | {"choices": [choice]} | rewarded)
             if self.body.usage_streamed:
