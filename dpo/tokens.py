@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo.dialogue import Pair, Refusal, Role, Turn
+from dpo.dialogue import MARKERS, Pair, Refusal, Role, Turn
 
 MIN_LENGTH = 8
 """Tokens of prompt + answer below which a preference cannot be told."""
@@ -27,7 +27,7 @@ MIN_LENGTH = 8
 Format = Literal["auto", "hh", "chat"]
 _Texts = tuple[str, str, str]  # prompt, prompt + chosen, prompt + rejected
 _Render = Callable[[Sequence[Pair]], list[_Texts]]
-_CHAT_ROLES = {Role.HUMAN: "user", Role.ASSISTANT: "assistant"}
+_CHAT_ROLES = {Role.HUMAN: "user", Role.ASSISTANT: "assistant", Role.SYSTEM: "system"}
 _PROBE = Pair((Turn(Role.HUMAN, " Hello"),), " Good day.", " Bye.")
 
 
@@ -68,7 +68,8 @@ class Encoder:
             prompt first, then the start of what remains of it (the begin of sequence stays); an answer is cut
             only where it alone does not fit, and then has no end of sequence.
         format: ``hh`` takes the dialogue's text as it is, ``chat`` renders it with the tokenizer's chat
-            template (turns stripped of the white space around them), ``auto`` does so where there is one.
+            template (turns stripped of the white space around them), ``auto`` does so where there is one. Only a
+            template has a place for a system message, and not every one: without, such a pair is refused.
         end_ids: Further ids that end an answer (the model's generation config names them). Where the chat
             template ends a turn with one, it is the end of sequence; otherwise the tokenizer's is appended.
 
@@ -101,7 +102,8 @@ class Encoder:
         added = _added_in_front(tokenizer)
         self._front = [] if self.chat else added  # a chat template writes its own
         self._front_kept = added or [i for i in (tokenizer.bos_token_id,) if i is not None]
-        self._control = _control_tokens(tokenizer, self.end_ids)
+        self._control = _control_tokens(tokenizer, self.end_ids, () if self.chat else MARKERS)
+        self._knows_system = self.chat and self._renders_system()
         self.encode(_PROBE)  # what cannot work at all fails here and not at the first row
 
     @property
@@ -118,22 +120,32 @@ class Encoder:
 
     def encode_batch(self, pairs: Sequence[Pair]) -> list[Encoded | Refusal]:
         """Tokenise pairs together (the tokenizer uses all cores): one result each, in order."""
-        done: dict[int, Encoded | Refusal] = {
-            i: Refusal.CONTROL_TOKEN_IN_TEXT for i, pair in enumerate(pairs) if self._spells_control(pair)
-        }
+        refused = {i: self._refused(pair) for i, pair in enumerate(pairs)}
+        done: dict[int, Encoded | Refusal] = {i: reason for i, reason in refused.items() if reason}
         waiting = {i: pair for i, pair in enumerate(pairs) if i not in done}
         while waiting:
             too_long = {}
             for (i, pair), whole in zip(waiting.items(), self._tokenize(list(waiting.values())), strict=True):
-                if whole.length > self.max_length and len(pair.history) > 1:
+                if whole.length > self.max_length and pair.exchanges:
                     too_long[i] = pair.shortened()
                 else:
                     done[i] = self._fit(whole, turns_dropped=len(pairs[i].history) - len(pair.history))
             waiting = too_long
         return [done[i] for i in range(len(pairs))]
 
-    def _spells_control(self, pair: Pair) -> bool:
-        return any(map(self._control.search, (pair.chosen, pair.rejected, *(turn.text for turn in pair.history))))
+    def _refused(self, pair: Pair) -> Refusal | None:
+        if pair.system and not self._knows_system:
+            return Refusal.SYSTEM_WITHOUT_TEMPLATE
+        texts = (pair.chosen, pair.rejected, *(turn.text for turn in pair.history))
+        return Refusal.CONTROL_TOKEN_IN_TEXT if any(map(self._control.search, texts)) else None
+
+    def _renders_system(self) -> bool:
+        """Whether the chat template shows a system message: some raise at one, some leave it out."""
+        try:
+            (text,) = self._apply_template([_messages((Turn(Role.SYSTEM, "A rule."), *_PROBE.history))], ask=True)
+        except ValueError:
+            return False
+        return "A rule." in text
 
     def _tokenize(self, pairs: Sequence[Pair]) -> list[Encoded]:
         """Ids of pairs at full length."""
@@ -215,7 +227,9 @@ def _added_in_front(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return list(full[: next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)])
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int]) -> re.Pattern[str]:
+def _control_tokens(
+    tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int], markers: Sequence[str]
+) -> re.Pattern[str]:
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    spelled = added.union(tokenizer.all_special_tokens, tokenizer.convert_ids_to_tokens(list(end_ids)))
+    spelled = added.union(tokenizer.all_special_tokens, tokenizer.convert_ids_to_tokens(list(end_ids)), markers)
     return re.compile("|".join(map(re.escape, sorted(spelled))))

@@ -14,7 +14,7 @@ from dpo.dialogue import Pair, Refusal, pair
 from dpo.rows import BadRow, Fault, Row, find, read
 from dpo.sampler import Step
 from dpo.tokens import Encoded, Encoder
-from tests.test_dialogue import ODD, ODD_FILE
+from tests.test_dialogue import ODD, ODD_FILE, OF_MESSAGES
 from tests.test_tokens import byte_level
 
 KEPT = [row for row in ODD if row["expect"] == "kept"]
@@ -202,7 +202,7 @@ def test_odd_rows_are_counted_under_their_reason(tokenizer: str, tmp_path: Path)
     data = ready(tokenizer, tmp_path, max_length=64, val_fraction=0.0)
     counts = data.audits["train"].counts["odd"]
     assert (counts.read, counts.kept) == (len(ODD), len(KEPT))
-    assert counts.refused == dict.fromkeys(Refusal, 1)
+    assert counts.refused == {reason: int(reason not in OF_MESSAGES) for reason in Refusal}
     numbers = [n for n, row in enumerate(ODD, 1) if row["expect"] == "kept"]
     assert ids(data, "train") == [f"odd/train:{n}" for n in numbers]
 

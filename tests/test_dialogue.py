@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.dialogue import Pair, Refusal, Role, Turn, pair, parse
+from dpo.dialogue import Pair, Refusal, Role, Turn, checked, pair, parse
 
 ODD_FILE = Path(__file__).parent / "data" / "hh_odd.jsonl"
 ODD = [json.loads(line) for line in ODD_FILE.read_bytes().split(b"\n")[:-1]]
+OF_MESSAGES = {Refusal.UNMARKED, Refusal.TOOL_MESSAGE, Refusal.SYSTEM_WITHOUT_TEMPLATE}  # no text has them
 OF_TOKENS = {Refusal.CONTROL_TOKEN_IN_TEXT, Refusal.IDENTICAL_AFTER_TRUNCATION}
+
+SPEAKERS = (Role.HUMAN, Role.ASSISTANT)
 
 # Text with everything that might be mistaken for a marker, but no marker.
 said = st.lists(st.sampled_from(["\n", ":", " ", "Human", "Assistant", "Human:", "\n\nhuman:", "é🐈", "a\r\n"])).map(
@@ -23,7 +26,7 @@ said = said.filter(lambda text: "\n\nHuman:" not in text and "\n\nAssistant:" no
 @st.composite
 def dialogues(draw: st.DrawFn) -> tuple[Turn, ...]:
     exchanges = draw(st.lists(st.tuples(said, said), min_size=1, max_size=4))
-    return tuple(Turn(role, text) for exchange in exchanges for role, text in zip(Role, exchange, strict=True))
+    return tuple(Turn(role, text) for exchange in exchanges for role, text in zip(SPEAKERS, exchange, strict=True))
 
 
 @given(dialogues())
@@ -64,7 +67,7 @@ def test_each_reason(row: dict[str, str]) -> None:
 
 def test_the_odd_rows_have_every_reason_once() -> None:
     reasons = Counter(row["expect"] for row in ODD)
-    assert {reason: reasons[reason] for reason in Refusal} == dict.fromkeys(Refusal, 1)
+    assert {reason: reasons[reason] for reason in Refusal} == {reason: reason not in OF_MESSAGES for reason in Refusal}
 
 
 def test_the_first_reason_counts_and_the_chosen_side_is_asked_first() -> None:
@@ -82,6 +85,31 @@ def test_opening_and_shortened() -> None:
     assert found.opening == "one"
     assert found.shortened().prompt == "\n\nHuman: three\n\nAssistant:"
     assert (found.shortened().chosen, found.shortened().rejected) == (" four", " five")
+
+
+def test_a_system_message_stays_when_exchanges_go() -> None:
+    system, *turns = (Turn(role, f" {i}") for i, role in enumerate([Role.SYSTEM, *SPEAKERS, Role.HUMAN]))
+    found = Pair((system, *turns), " yes", " no")
+    assert (found.system, found.opening, found.exchanges) == ((system,), "1", 1)
+    assert found.shortened().history == (system, turns[-1])
+    assert found.shortened().exchanges == 0
+
+
+@pytest.mark.parametrize(
+    ("roles", "reason"),
+    [
+        ("S", Refusal.NO_HUMAN_START),
+        ("SA", Refusal.NO_HUMAN_START),
+        ("HSA", Refusal.NOT_ALTERNATING),
+        ("SSHA", Refusal.NO_HUMAN_START),
+        ("SHAH", Refusal.ENDS_WITH_HUMAN),
+    ],
+)
+def test_a_system_message_stands_at_the_beginning_alone(roles: str, reason: Refusal) -> None:
+    words = {role.value[0]: role for role in Role}
+    assert checked(tuple(Turn(words[letter], " a") for letter in roles)) == reason
+    turns = tuple(Turn(words[letter], " a") for letter in "SHA")
+    assert checked(turns) == turns
 
 
 def test_real_rows_are_given_back_to_the_byte(hh_rlhf: Path) -> None:

@@ -259,3 +259,31 @@ def test_ids_are_those_of_trl_on_real_rows(hh_rlhf: Path, pretrained: Path) -> N
             assert encoder.encode(parsed) == Encoded(prompt[:shared], chosen[shared:], rejected[shared:])
             found += 1
     assert found > 0
+
+
+SYSTEM_PAIR = Pair((Turn(Role.SYSTEM, " Be brief."), Turn(Role.HUMAN, " Hello")), " Good day.", " Bye.")
+DEAF = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+STRICT = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}"
+
+
+def test_a_system_message_is_rendered_by_a_template_that_has_a_place_for_it() -> None:
+    tokenizer = byte_level(CHATML)
+    encoded = Encoder(tokenizer).encode(SYSTEM_PAIR)
+    assert isinstance(encoded, Encoded)
+    assert "Be brief." in tokenizer.decode(encoded.prompt)
+    long = Pair((*SYSTEM_PAIR.history, Turn(Role.ASSISTANT, " Oh " * 60), Turn(Role.HUMAN, " So?")), " Yes", " No")
+    short = Encoder(tokenizer, 100).encode(long)
+    assert isinstance(short, Encoded)
+    assert short.turns_dropped == 2
+    assert "Be brief." in tokenizer.decode(short.prompt)
+
+
+@pytest.mark.parametrize("template", [None, DEAF, STRICT])
+def test_a_system_message_is_refused_where_it_would_be_lost(template: str | None) -> None:
+    assert Encoder(byte_level(template)).encode(SYSTEM_PAIR) == Refusal.SYSTEM_WITHOUT_TEMPLATE
+
+
+def test_a_marker_inside_of_a_turn_is_refused_where_it_would_begin_another() -> None:
+    pair = Pair((Turn(Role.HUMAN, " Hello"),), " Good day.\n\nHuman: No.", " Bye.")
+    assert Encoder(byte_level()).encode(pair) == Refusal.CONTROL_TOKEN_IN_TEXT
+    assert isinstance(Encoder(byte_level(CHATML)).encode(pair), Encoded)
