@@ -415,6 +415,8 @@ def test_text_is_only_ever_text(watched: Watched, text: str) -> None:
     watched.show("judge")
     for field, value in {"#judge-prompt": text, "#answer-a": text, "#answer-b": f"No {text}"}.items():
         page.fill(field, value)
+    if "\u202e" in text:  # a field orders its text as the browser does, so it is said what is in it
+        expect(page.locator("#judge-prompt + p")).to_contain_text("U+202E, U+202C")
     page.click("#judge-go")
     expect(page.locator(".verdict")).to_be_visible()
     page.locator("#verdict summary").first.click()

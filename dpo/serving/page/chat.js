@@ -2,7 +2,7 @@
 // happens on them; `turn.js` draws, `store.js` keeps.
 
 import { chat } from "./api.js";
-import { $, download, h, notice, say, short } from "./dom.js";
+import { $, download, h, hiddenNote, notice, say, short, write } from "./dom.js";
 import { SIDES, messages, newTurn, open, keeps, preferences, remove, save, state, transcript } from "./store.js";
 import { drawn, settingsHold, startSettings } from "./settings.js";
 import { TurnView } from "./turn.js";
@@ -195,7 +195,7 @@ function submit(event) {
   if (!settingsHold()) return;
   const prompt = $("prompt").value;
   if (running.length || !prompt.trim()) return;
-  $("prompt").value = "";
+  write($("prompt"), "");
   ask(prompt);
 }
 
@@ -218,6 +218,7 @@ export function showExamples(prompts) {
 export function startChat(run, why) {
   actions.why = why;
   startSettings(keep);
+  $("settings").before(hiddenNote($("prompt")));
   $("composer").addEventListener("submit", submit);
   $("chat").addEventListener("keydown", keys);
   $("stop").addEventListener("click", stop);

@@ -47,6 +47,25 @@ export function visible(text) {
 /** A string as plain text, with every hidden character replaced by its code point: for labels and options. */
 export const harmless = (text) => text.replace(HIDDEN, (character) => `[${named(character)}]`);
 
+/** A line that names the hidden characters of a text field, which shows its text as the browser orders it. */
+export function hiddenNote(field) {
+  const note = h("p", { class: "quiet small", hidden: true });
+  const update = () => {
+    const found = [...new Set(field.value.match(HIDDEN)?.map(named))];
+    note.hidden = !found.length;
+    note.textContent = `Holds characters that are not seen: ${found.join(", ")}`;
+  };
+  field.addEventListener("input", update);
+  update();
+  return note;
+}
+
+/** Set a field's value as if it were typed. */
+export function write(field, text) {
+  field.value = text;
+  field.dispatchEvent(new Event("input"));
+}
+
 /** `text` on one line, at most `length` characters. */
 export function short(text, length = 60) {
   const line = [...harmless(text.trim().replace(/\s+/g, " "))];

@@ -2,7 +2,7 @@
 // /v1/compare; the pairs come from the run.
 
 import { post } from "./api.js";
-import { $, h, number, say, short } from "./dom.js";
+import { $, h, hiddenNote, number, say, short, write } from "./dom.js";
 import { explain } from "./tokens.js";
 
 const TURN = /\n\n(Human|Assistant):/;
@@ -15,7 +15,7 @@ let asking = null; // abort controller of the comparison under way
 const fields = () => Object.fromEntries(Object.entries(FIELDS).map(([name, id]) => [name, $(id).value]));
 
 function fill(texts) {
-  for (const [name, id] of Object.entries(FIELDS)) $(id).value = texts[name];
+  for (const [name, id] of Object.entries(FIELDS)) write($(id), texts[name]);
 }
 
 const withoutEnd = (prompt) => prompt.replace(/\n\nAssistant:\s*$/, "").replace(/^\n\n/, "");
@@ -64,8 +64,11 @@ function verdict({ margin, probability, chosen, rejected }, beta, held) {
   const people = held && (held.swapped ? "B" : "A");
   const agreement = people && margin !== 0 &&
     h("p", { class: "quiet" }, `The data prefers ${people}: the policy ${people === winner ? "agrees" : "disagrees"}.`);
-  const bar = h("div", { class: "split", role: "img", "aria-label": `A ${a} percent, B ${100 - a} percent` },
-    h("span", { class: "a" }, "A"), h("span", { class: "b" }, "B"));
+  const bar = h("div", {
+    class: `split ${margin === 0 ? "" : winner.toLowerCase()}`,
+    role: "img",
+    "aria-label": `A ${a} percent, B ${100 - a} percent`,
+  }, h("span", {}, "A"), h("span", {}, "B"));
   bar.style.setProperty("--a", `${100 * probability}%`);
   const [all, one, other] = [margin, chosen.reward, rejected.reward].map((value) => number(value, 2, true));
   const sum = h("p", { class: "quiet small" }, `margin ${all} = ${one} − (${other})`);
@@ -123,6 +126,7 @@ export function showPairs(held) {
 }
 
 export function startJudge() {
+  for (const id of Object.values(FIELDS)) $(id).after(hiddenNote($(id)));
   $("judge-form").addEventListener("submit", judge);
   $("held-out").addEventListener("change", pick);
   $("another").addEventListener("click", () => {

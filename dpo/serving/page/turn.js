@@ -1,7 +1,7 @@
 // Draws one turn: the prompt, and the answers of policy and reference beside each other. Takes a turn of the store and
 // what to do on its buttons; asks nobody.
 
-import { copy, h, number, visible } from "./dom.js";
+import { copy, h, hiddenNote, number, visible } from "./dom.js";
 import { SIDES, keeps, unfit } from "./store.js";
 
 const HEADER = 96; // pixels at the upper edge that the page's header takes at most
@@ -144,6 +144,7 @@ export class TurnView {
   edit() {
     const field = h("textarea", { rows: 2, dir: "auto", "aria-label": "Edit the message" });
     field.value = this.turn.prompt;
+    const note = hiddenNote(field);
     const back = () => {
       form.replaceWith(this.prompt);
       this.editButton.focus();
@@ -156,7 +157,7 @@ export class TurnView {
       if (event.key === "Escape") back();
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
     };
-    const form = h("form", { class: "prompt", submit: send }, field,
+    const form = h("form", { class: "prompt", submit: send }, field, note,
       h("div", { class: "actions" }, h("button", { class: "primary" }, "Ask"),
         h("button", { type: "button", click: back }, "Cancel")));
     field.addEventListener("keydown", keys);
