@@ -184,9 +184,12 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 
     weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
     folder.mkdir(exist_ok=True)
+    config = model.peft_config[NAME]
+    base = Path(str(config.base_model_name_or_path))
+    config.base_model_name_or_path = str(base.resolve() if base.is_dir() else base)  # found from any folder
     weights = {f"base_model.model.{name}": p.contiguous() for name, p in weights.items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    model.peft_config[NAME].save_pretrained(folder)
+    config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
 
 

@@ -222,7 +222,7 @@ class HHRLHF(LightningDataModule):
 
     def _sources(self, fetch: bool) -> list[Source]:
         if self.path == QUICKSTART:
-            folder = _cache() / QUICKSTART
+            folder = cache_folder() / QUICKSTART
             if fetch:
                 rows = {"train": quickstart.TRAIN_ROWS, "test": quickstart.TEST_ROWS}
                 quickstart.write(folder, quickstart.DPO_SEED, **rows)
@@ -233,7 +233,7 @@ class HHRLHF(LightningDataModule):
         return find(folder, self.subsets)
 
     def _folder(self, sources: Sequence[Source]) -> Path:
-        return _cache() / f"tokens-{store.key(sources, self.encoder, self.limit, self.skip_bad)}"
+        return cache_folder() / f"tokens-{store.key(sources, self.encoder, self.limit, self.skip_bad)}"
 
 
 def _check(name: str, value: object, holds: bool, expected: str) -> None:
@@ -241,7 +241,8 @@ def _check(name: str, value: object, holds: bool, expected: str) -> None:
         raise ValueError(f"--data.{name}: expected {expected}, got {value!r}.")
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where files lie that can be made again."""
     return Path(os.environ.get("DPO_CACHE", "~/.cache/dpo-lightning")).expanduser()
 
 

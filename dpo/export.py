@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import __version__, report
+from dpo.adapters import save
 from dpo.models import locate
 from dpo.run import Run, complete
 
@@ -28,14 +29,14 @@ def export(
 
     Args:
         run: Where to, and where the numbers come from.
-        policy: What was trained.
+        policy: What was trained; of a policy with an adapter, the adapter alone is written.
         tokenizer: What it was trained with.
         base: The model it started from.
         data: What it was trained on.
         story: How it was trained, in words.
     """
     with complete(run.export) as folder:
-        policy.save_pretrained(folder)
+        save(policy, folder)
         tokenizer.save_pretrained(folder)
         (folder / "train_config.yaml").write_bytes(run.config.read_bytes())
         (folder / "README.md").write_text(str(card(run, base, data, story)), encoding="utf-8")

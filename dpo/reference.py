@@ -22,7 +22,7 @@ from dpo.sharing import vocabulary
 SAME, ROUNDED, OTHER = 0.0, 1.0, float("inf")
 """How far a reference may be from the policy before the first step: not at all, by rounding, or as far as it is."""
 # What rounding does to a token's log-probability from one batch to another, nats.
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.05}
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.05}
 
 
 def rounding(model: PreTrainedModel) -> float:

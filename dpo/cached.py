@@ -1,0 +1,237 @@
+"""A reference whose log-probabilities are computed once, and read from a file by every run after.
+
+Takes a fixed reference and the rows of a stage; gives a `Comparison` that keeps no model. A file is named by all that
+decides its numbers, so it serves any loss, beta, learning rate and resumed run, but no other reference and no other
+rows. Knows nothing of losses.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from huggingface_hub.utils import WeakFileLock
+from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
+from rich.progress import Progress, track
+from torch import Tensor
+from torch.utils.data import ConcatDataset
+from transformers import PreTrainedModel
+
+from dpo.batch import Batch, Example, collate
+from dpo.cache import Columns, Key, allocate, identify, load, mapped, seal
+from dpo.data import HHRLHF, cache_folder
+from dpo.logps import score
+from dpo.models import Loader
+from dpo.reference import ROUNDED, Comparison, Copy, Frozen, Reference, rounding
+from dpo.run import complete
+
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+SAMPLED = 8  # rows that are scored again whenever a file is read
+MAX_TOKENS = 16384  # of a forward pass, where the data sets no bound
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a stage.
+
+    Attributes:
+        examples: Them, in the order of the data.
+        costs: Tokens of each.
+        ids: Hash of the id of each.
+        lengths: Tokens of its answers.
+        tokens: SHA-256 over all ids and tokens, whatever their order.
+    """
+
+    examples: ConcatDataset[Example]
+    costs: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+    tokens: str
+
+
+def survey(data: HHRLHF, splits: tuple[str, ...]) -> Rows:
+    """Look at every row of some splits once.
+
+    Raises:
+        ValueError: Two of them have the same id.
+    """
+    parts = [data.pairs[split] for split in splits if split in data.pairs]
+    examples: ConcatDataset[Example] = ConcatDataset(parts)  # type: ignore[arg-type]  # map-style without the base
+    ids = np.empty(len(examples), np.int64)
+    lengths = np.empty((len(examples), len(data.answers)), np.int32)
+    total = 0
+    for row in track(range(len(examples)), "Hashing rows", transient=True):
+        example = examples[row]
+        ids[row] = identify(example.id)
+        lengths[row] = [len(answer) for answer in example.answers]
+        text = json.dumps([example.id, list(example.prompt), *map(list, example.answers)])
+        total += int.from_bytes(hashlib.sha256(text.encode()).digest())
+    if len(np.unique(ids)) < len(ids):
+        raise ValueError("--model.reference Cached finds rows by their ids: expected different ones, got one twice.")
+    costs = np.concatenate([np.asarray(part.costs) for part in parts])
+    return Rows(examples, costs, ids, lengths, f"{total % 2**256:064x}")
+
+
+def packs(costs: NDArray[np.int64], max_tokens: int) -> Iterator[list[int]]:
+    """Rows in batches of at most `max_tokens`, longest first (so that what does not fit into memory shows at once)."""
+    pack: list[int] = []
+    room = max_tokens
+    for row in np.argsort(-costs, kind="stable"):
+        if pack and costs[row] > room:
+            yield pack
+            pack, room = [], max_tokens
+        pack.append(int(row))
+        room -= costs[row]
+    yield pack
+
+
+@torch.no_grad()
+def compute(model: PreTrainedModel, rows: Rows, file: Path, key: Key, max_tokens: int, trainer: L.Trainer) -> None:
+    """Score every row and write the file; every process scores its part of the rows into it.
+
+    Raises:
+        ValueError: A log-probability is not finite.
+    """
+    order = np.argsort(rows.ids)
+    totals = rows.lengths.sum(-1, dtype=np.int64)
+    if trainer.is_global_zero:
+        allocate(file, key, rows.ids[order], rows.lengths[order])
+    trainer.strategy.barrier("allocated")
+    columns = mapped(file, "r+")
+    starts = np.empty_like(totals)
+    starts[order] = columns["starts"]
+    with Progress(transient=True, disable=not trainer.is_global_zero) as bar:
+        task = bar.add_task("Reference log-probabilities", total=int(rows.costs.sum()))
+        for pack in islice(packs(rows.costs, max_tokens), trainer.global_rank, None, trainer.world_size):
+            batch = collate([rows.examples[row] for row in pack]).to(model.device)
+            logps = score(model, batch).logps.float().cpu()
+            if not logps.isfinite().all():
+                raise ValueError(f"log-probabilities of the reference are not finite: look at {', '.join(batch.ids)}.")
+            for row, part in zip(pack, logps.split(totals[pack].tolist()), strict=True):
+                columns["values"][starts[row] : starts[row] + totals[row]] = part.numpy()
+            bar.advance(task, float(rows.costs[pack].sum()) * trainer.world_size)
+    trainer.strategy.barrier("computed")
+    if trainer.is_global_zero:
+        seal(file)
+
+
+class Stored(Comparison):
+    """A reference of which only its log-probabilities are left."""
+
+    columns: Columns
+
+    def __init__(self, made: Frozen, folder: str | None) -> None:
+        """Take a reference, whose model leaves memory in `prepare`."""
+        super().__init__()
+        self.made: Frozen | None = made
+        self.folder = Path(folder).expanduser() if folder else None
+        self.origin, self.sha256 = f"{made.origin}, cached", made.sha256
+        self.distance = max(made.distance, ROUNDED)  # its values come out of other batches
+
+    @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        """None from `prepare` on."""
+        return self.made.models if self.made else {}
+
+    @torch.no_grad()
+    def prepare(self, module: L.LightningModule) -> None:
+        """Find or compute the values of all rows of the stage, compare some with the model, and let the model go.
+
+        Raises:
+            ValueError: A file is not what it must be; the message says why.
+        """
+        if self.made is None:
+            return
+        trainer, data = module.trainer, module.trainer.datamodule  # type: ignore[attr-defined]
+        stage = str(trainer.state.fn)
+        assert isinstance(data, HHRLHF)
+        made: Any = trainer.precision_plugin.convert_module(self.made.to(trainer.strategy.root_device))
+        rows = survey(data, SPLITS[stage])
+        key = Key(made.sha256, rows.tokens, f"{trainer.precision} {made.model.dtype}")
+        name = f"{stage}.safetensors" if self.folder else f"reference-{key.name}.safetensors"
+        file = (self.folder or cache_folder()) / name
+        with trainer.precision_plugin.forward_context():
+            fill(made.model, rows, file, key, data.max_tokens or MAX_TOKENS, trainer)
+            self.columns = load(file, key)
+            self._compare(made.model, rows, file)
+        self.made = None
+
+    def _compare(self, model: PreTrainedModel, rows: Rows, file: Path) -> None:
+        sample = dict.fromkeys(np.linspace(0, len(rows.ids) - 1, SAMPLED).astype(int).tolist())
+        batch = collate([rows.examples[row] for row in sample]).to(model.device)
+        found, limit = (score(model, batch).logps - self(batch)).abs().max().item(), rounding(model)
+        if not found <= limit:
+            raise ValueError(
+                f"the cached log-probabilities in {file} are not used, the reference computes others here: expected a "
+                f"difference of at most {limit:g} nats a token in {len(batch)} rows, got {found:g}. Remove the file to "
+                "compute them anew."
+            )
+
+    def forward(self, batch: Batch) -> Float[Tensor, " scored"]:
+        """log p of every scored token, nats.
+
+        Raises:
+            ValueError: A row is not in the file, or its answers have other lengths there.
+        """
+        ids = self.columns["ids"]
+        wanted = np.array([identify(name) for name in batch.ids])
+        rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+        lengths = np.reshape(batch.lengths, (len(rows), -1))
+        there = (ids[rows] == wanted) & (self.columns["lengths"][rows] == lengths).all(-1)
+        if not there.all():
+            missing = [name for name, good in zip(batch.ids, there, strict=True) if not good]
+            raise ValueError(
+                f"the cache holds nothing for {', '.join(missing[:5])} with answers of these lengths: "
+                "expected the rows of the stage that the cache was opened for. Run this stage as a command of its own."
+            )
+        starts = self.columns["starts"][rows]
+        parts = [self.columns["values"][a : a + n] for a, n in zip(starts, lengths.sum(-1), strict=True)]
+        return torch.from_numpy(np.concatenate(parts)).to(batch.targets.device, non_blocking=True)
+
+
+def fill(model: PreTrainedModel, rows: Rows, file: Path, key: Key, max_tokens: int, trainer: L.Trainer) -> None:
+    """Make the file if it is not there; of several runs at a time one makes it and the others wait."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    first = trainer.is_global_zero
+    with WeakFileLock(f"{file}.lock") if first else nullcontext():
+        if trainer.strategy.broadcast(file.exists()):
+            return
+        rank_zero_info(f"Reference: log-probabilities of {len(rows.ids):,} rows go into {file}.")
+        aside = file.with_name(f".{file.name}.tmp")
+        with complete(file) if first else nullcontext(aside) as temporary:
+            compute(model, rows, temporary, key, max_tokens, trainer)
+    trainer.strategy.barrier("cached")
+
+
+@dataclass(frozen=True)
+class Cached(Reference):
+    """Log-probabilities out of a file, computed once in one pass; no reference model is in memory while training.
+
+    Attributes:
+        of: The reference they are of; it must be a fixed one.
+        folder: Where `fit.safetensors`, `validate.safetensors`, ... are or will be; by default files in ``$DPO_CACHE``
+            with names that say what they are of, so that every change of reference or rows has a file of its own.
+    """
+
+    of: Reference = field(default_factory=Copy)
+    folder: str | None = None
+
+    def build(self, policy: PreTrainedModel, loader: Loader) -> Stored:
+        """Make the reference.
+
+        Raises:
+            ValueError: It is none that stays as it is.
+        """
+        made = self.of.build(policy, loader)
+        if not isinstance(made, Frozen):
+            raise ValueError(f"--model.reference Cached: expected a reference that stays as it is, got {self.of}.")
+        return Stored(made, self.folder)
