@@ -186,6 +186,12 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value] if value else []
 
 
+def reason(error: BaseException) -> str:
+    """What is wrong, without jsonargparse's list of all that the option is not."""
+    wrapped = error.__cause__ if "Union subtypes" in str(error) else None
+    return reason(wrapped) if wrapped else f"{type(error).__name__}: {error}"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run a command line; with neither configuration nor model nor data named, the quickstart.
 
@@ -215,7 +221,7 @@ def main(arguments: Sequence[str]) -> int:
             seed_everything_default=0,
         )
     except (ValueError, PreflightError, NonFinite, MisconfigurationException) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(reason(error), file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit) as end:  # Lightning exits with 1 after a Ctrl-C
         if isinstance(end.__context__ or end, KeyboardInterrupt):

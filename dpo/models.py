@@ -40,9 +40,12 @@ def base_of(path: str) -> str | None:
     """The model that the adapter in a folder or on the hub was trained on; None where there is no adapter.
 
     Raises:
-        ValueError: It is an adapter that is more than LoRA.
+        ValueError: It is an adapter that is more than LoRA, or neither a folder nor a hub id.
     """
-    file = find_adapter_config_file(locate(path), local_files_only=Path(locate(path)).is_dir())
+    try:
+        file = find_adapter_config_file(locate(path), local_files_only=Path(locate(path)).is_dir())
+    except OSError as error:
+        raise ValueError(f"expected the folder of a model or its hub id, got {path!r}: {error}") from error
     if file is None:
         return None
     config = json.loads(Path(file).read_text(encoding="utf-8"))

@@ -26,21 +26,33 @@ Rows = tuple[tuple[str, str], ...]
 
 @cache
 def policy(family: str = "llama", seed: int = 0, **config: object) -> Path:
-    """A folder with a tiny random model and the quickstart's tokenizer."""
+    """A folder with a tiny random model of one layer and the quickstart's tokenizer."""
     words = AutoTokenizer.from_pretrained(quickstart.POLICY)
     name = "-".join([family, str(seed), *(f"{key}={value}" for key, value in config.items())])
     folder = _SCRATCH / "models" / name
     words.save_pretrained(folder)
-    make_tiny_model(family, vocab_size=len(words), seed=seed, **config).save_pretrained(folder)
+    make_tiny_model(family, vocab_size=len(words), seed=seed, **{"num_hidden_layers": 1, **config}).save_pretrained(
+        folder
+    )
     return folder
 
 
 @cache
 def pairs(train: int = 24, test: int = 6) -> Path:
-    """A folder of generated dialogues; with the default `val_fraction` about a tenth of train is held out."""
+    """A folder of dialogues; with the default `val_fraction`, 20 of 24 rows are trained on and 4 held out."""
     folder = _SCRATCH / "data" / f"{train}-{test}"
-    write(folder, tuple(quickstart.rows(1, train)), tuple(quickstart.rows(2, test)))
+    write(folder, rows(0, train), rows(train, train + test))
     return folder
+
+
+def rows(first: int, end: int) -> Rows:
+    """Dialogues of one or two exchanges, with answers of different lengths, the better one chosen."""
+    found = []
+    for i in range(first, end):
+        before = f"\n\nHuman: Good day {i}!\n\nAssistant: Hello." * (i % 2)
+        prompt = f"{before}\n\nHuman: How is {i}?\n\nAssistant:"
+        found.append((prompt + " It is very good" * (1 + i % 3) + ".", prompt + " Do not ask me" * (1 + i % 2) + "!"))
+    return tuple(found)
 
 
 def write(folder: Path, train: Rows, test: Rows) -> None:

@@ -85,7 +85,8 @@ def test_classes_have_short_names(lab: Lab) -> None:
     words = ["--model.loss=DPO", "--model.loss.beta=0.2", "--model.loss.label_smoothing=0.1"]
     run = lab.fit("short", *QUICK, *words, "--model.reference=Copy", "--optimizer=SGD", "--optimizer.lr=0.01")
     assert loss_of(run)["class_path"].endswith(".DPO")
-    assert loss_of(run)["init_args"] == {"beta": 0.2, "label_smoothing": 0.1}
+    chosen = loss_of(run)["init_args"]
+    assert (chosen["beta"], chosen["label_smoothing"]) == (0.2, 0.1)
     assert yaml.safe_load(run.config.read_text())["optimizer"]["class_path"] == "torch.optim.SGD"
     assert metrics(run)[0]["train/learning_rate"] == 0.01
 
@@ -103,7 +104,7 @@ def test_another_model_is_the_reference(lab: Lab, capfd: pytest.CaptureFixture[s
 
 
 def test_one_epoch_where_no_length_is_given(lab: Lab) -> None:
-    assert len(metrics(lab.fit("length", "--data.val_fraction=0"))) == 24 // 4
+    assert len(metrics(lab.fit("length", "--data.val_fraction=0"))) == 24 / 4
 
 
 def refused(lab: Lab, capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -142,8 +143,8 @@ def test_unknown_options_and_classes_are_refused_by_name(
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("--model.loss.label_smoothing=0.9", "expected a share of flipped labels in [0, 0.5], got 0.9"),
-        ("--model.loss.beta=0", "beta: expected a number above 0, got 0.0"),
+        ("--model.loss.label_smoothing=0.9", "ValueError: label_smoothing: expected a number in [0, 0.5], got 0.9.\n"),
+        ("--model.loss.beta=0", "ValueError: beta: expected a number in (0, inf), got 0.0.\n"),
         ("--model.loss.beta=many", "beta"),
         ("--data.batch_size=0", "--data.batch_size: expected at least 1 pair, got 0"),
         ("--data.max_length=4", "--data.max_length: expected at least 8 tokens, got 4"),

@@ -37,6 +37,7 @@ def test_everything_lies_in_one_folder(run: Run, lab: Lab) -> None:
         "results.csv",
         "samples.jsonl",
         "held_out.jsonl",
+        "audit.json",
         "checkpoints",
         "export",
     }
