@@ -29,6 +29,7 @@ from dpo.export import export
 from dpo.finite import NonFinite
 from dpo.loggers import MetricsCSV, Rewind, wandb_logger
 from dpo.module import DPO
+from dpo.options import Parser
 from dpo.preflight import Preflight, PreflightError
 from dpo.run import Run, jsonl
 from dpo.schedules import Warmup
@@ -214,6 +215,7 @@ def main(arguments: Sequence[str]) -> int:
             Stage,
             HHRLHF,
             subclass_mode_model=True,
+            parser_class=Parser,
             subclass_mode_data=True,
             save_config_callback=None,
             load_from_checkpoint_support=False,

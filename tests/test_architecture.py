@@ -44,6 +44,7 @@ ORDER = (
     "report",
     "export",
     "hub",
+    "options",
     "precision",
     "cli",
     "rebuild",

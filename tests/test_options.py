@@ -1,0 +1,87 @@
+"""Choosing classes by name: defaults of the one that was chosen, and who takes an option that it does not."""
+
+import pytest
+
+from dpo import losses
+from dpo.losses import PreferenceLoss
+from dpo.module import DPO
+from dpo.options import Parser, relatives
+from dpo.training import Stage
+
+SUM = [
+    "--model.loss=Sum",
+    '--model.loss.losses=[{"class_path": "DPO"}, {"class_path": "NLL"}]',
+    "--model.loss.weights=[1, 0.2]",
+]
+SMOOTHED = "'label_smoothing' is taken by AOT, AOTUnpaired, CPO, DPO, EXO, RobustDPO."
+
+
+def parse(words: list[str]) -> PreferenceLoss:
+    """The loss of a command line, or SystemExit."""
+    parser = Parser(exit_on_error=True)
+    parser.add_subclass_arguments(Stage, "model")
+    parser.set_defaults({"model": {"class_path": f"{DPO.__module__}.DPO"}})
+    return parser.instantiate_classes(parser.parse_args(words)).model.loss
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], losses.DPO()),
+        (["--model.loss=SimPO"], losses.SimPO()),  # not the default's beta of 0.1
+        (["--model.loss=EXO"], losses.EXO()),  # not the default's label_smoothing of 0
+        (["--model.loss=LengthNormalizedDPO"], losses.LengthNormalizedDPO()),
+        (["--model.loss=RobustDPO", "--model.loss.beta=0.3"], losses.RobustDPO(0.3)),
+        (["--model.loss.beta=0.3"], losses.DPO(0.3)),
+        (["--model.loss.beta=0.3", "--model.loss=SimPO"], losses.SimPO(0.3)),  # somebody has asked for it
+        (["--model.loss=IPO", "--model.loss.divergence=ForwardKL"], losses.IPO(divergence=losses.ForwardKL())),
+        (
+            ["--model.loss=DPO", "--model.loss.divergence=Alpha", "--model.loss.divergence.alpha=0.2"],
+            losses.DPO(divergence=losses.Alpha(0.2)),
+        ),
+        (["--model.loss=LD", "--model.loss.loss=IPO", "--model.loss.alpha=0.2"], losses.LD(losses.IPO(), 0.2)),
+        (["--model.loss=WPO", "--model.loss.loss=SimPO"], losses.WPO(losses.SimPO())),
+        (SUM, losses.Sum((losses.DPO(), losses.NLL()), (1.0, 0.2))),
+    ],
+)
+def test_a_loss_is_chosen_by_name(words, expected) -> None:
+    assert parse(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "takers"),
+    [
+        (
+            ["IPO", "--model.loss.label_smoothing=0.1"],
+            SMOOTHED,
+        ),
+        (["LD", "--model.loss.loss=DPO", "--model.loss.loss.tau=0.1"], "'tau' is taken by DiscoPOP."),
+        (["DPO", "--model.loss.alpha=0.1"], "'alpha' is taken by CPO, LD."),
+        (
+            ["NCA", "--model.loss.divergence=ForwardKL"],
+            "'divergence' is taken by DPO, DiscoPOP, EXO, Hinge, IPO, LengthNormalizedDPO, RobustDPO.",
+        ),
+    ],
+)
+def test_an_option_of_another_loss_is_refused_with_those_who_take_it(words, takers, capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse([f"--model.loss={words[0]}", *words[1:]])
+    message = capsys.readouterr().err
+    assert message.count(takers) == 1
+    assert "is not accepted" in message
+
+
+def test_an_option_of_nobody_has_no_takers(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--model.loss=IPO", "--model.loss.nothing=1"])
+    assert "taken by" not in capsys.readouterr().err
+
+
+def test_relatives_are_the_final_classes_of_one_kind() -> None:
+    assert {cls.__name__ for cls in relatives("dpo.losses.divergences.Alpha")} == {
+        "ReverseKL",
+        "ForwardKL",
+        "JensenShannon",
+        "Alpha",
+    }
+    assert list(relatives("torch.optim.SGD")) == list(relatives("nowhere.Nothing")) == []
