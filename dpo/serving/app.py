@@ -7,7 +7,7 @@ import asyncio
 import json
 import math
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +19,9 @@ from starlette.exceptions import HTTPException
 
 from dpo.serving.engine import Unavailable
 from dpo.serving.models import run_report
-from dpo.serving.reply import CHAT, COMPLETION, Json
-from dpo.serving.schema import ChatRequest, CompareRequest, CompletionRequest, Fault, ScoreRequest
-from dpo.serving.service import Asked, Service
+from dpo.serving.reply import CHAT, COMPLETION, Form, Json
+from dpo.serving.schema import ChatRequest, CompareRequest, CompletionRequest, Fault, Generation, ScoreRequest
+from dpo.serving.service import Service
 
 PAGE = {file.name: file.read_bytes() for file in (Path(__file__).parent / "page").glob("*.*")}
 KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -53,27 +53,22 @@ async def models(service: Served) -> Json:
 @work.post("/chat/completions")
 async def chat(service: Served, body: ChatRequest) -> Response:
     """Answer messages."""
-    text, chat = service.text, service.text.encoder.chat
-    prompt = await service.encode(lambda: text.prompt(text.history(None, body.messages)))
-    limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    top = (body.top_logprobs or 0) if body.logprobs else None
-    return await _answer(service, Asked(CHAT, body, prompt, limit, top, body.stops + text.stops, not chat))
+    text = service.text
+    return await _answer(service, CHAT, body, lambda: text.prompt(text.history(None, body.messages)))
 
 
 @work.post("/completions")
 async def completions(service: Served, body: CompletionRequest) -> Response:
     """Go on with a text."""
-    prompt = await service.encode(lambda: service.text.raw(body.prompt))
-    limit = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default
-    return await _answer(service, Asked(COMPLETION, body, prompt, limit, body.logprobs, body.stops, False))
+    return await _answer(service, COMPLETION, body, lambda: service.text.raw(body.prompt))
 
 
-async def _answer(service: Service, asked: Asked) -> Response:
-    if asked.body.model not in service.engines:
+async def _answer(service: Service, form: Form, body: Generation, tokenise: Callable[[], list[int]]) -> Response:
+    if body.model not in service.engines:
         raise Fault(404, "expected the model 'policy' or 'reference'", "model_not_found", "model")
-    reply, pieces = service.reply(asked)
-    reward = service.reward if asked.body.reward else None
-    if asked.body.stream:
+    reply, pieces = service.reply(form, body, await service.encode(tokenise))
+    reward = service.reward if body.reward else None
+    if body.stream:
         return StreamingResponse(reply.stream(pieces, reward), media_type="text/event-stream")
     return json_response(await reply.whole(pieces, reward))
 

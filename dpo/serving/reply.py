@@ -68,11 +68,9 @@ class Piece:
 class Reply:
     """The answer to one request."""
 
-    def __init__(
-        self, form: Form, body: Generation, engine: Engine, text: Text, prompt: list[int], limit: int, logprobs: bool
-    ) -> None:
+    def __init__(self, form: Form, body: Generation, engine: Engine, text: Text, prompt: list[int], limit: int) -> None:
         self.form, self.body, self.engine, self.text, self.prompt = form, body, engine, text, prompt
-        self.limit, self.logprobs = min(limit, text.context - len(prompt)), logprobs
+        self.limit = min(limit, text.context - len(prompt))
         self.generated: list[int] = []
         self.head: Json = {"id": form.prefix + secrets.token_hex(12), "created": int(time.time()), "model": body.model}
 
@@ -104,7 +102,7 @@ class Reply:
         return counts | {"total_tokens": sum(counts.values())}
 
     def _choice(self, content: Json, tokens: list[Json], finish: str | None) -> Json:
-        logprobs = self.form.logprobs(tokens) if self.logprobs else None
+        logprobs = self.form.logprobs(tokens) if self.body.top is not None else None
         return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish}
 
     async def whole(self, pieces: AsyncGenerator[Piece], reward: Reward | None) -> Json:

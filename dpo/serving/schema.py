@@ -3,6 +3,7 @@
 Limits are in characters and numbers of things; tokens are counted where there is a tokenizer (`text`).
 """
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -45,7 +46,7 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class Generation(Strict):
+class Generation(Strict, ABC):
     """What chat and completions share. Temperature 0 is greedy; without a seed every answer is drawn anew."""
 
     model: Annotated[str, Field(json_schema_extra={"enum": ["policy", "reference"]})]
@@ -61,6 +62,16 @@ class Generation(Strict):
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
     user: str | None = None
+
+    @property
+    @abstractmethod
+    def limit(self) -> int | None:
+        """Most tokens of the answer; None is what the context leaves."""
+
+    @property
+    @abstractmethod
+    def top(self) -> int | None:
+        """Alternatives to tell of each token; None where no log-probs are asked for."""
 
     @property
     def stops(self) -> list[str]:
@@ -81,12 +92,32 @@ class ChatRequest(Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
+    @property
+    def limit(self) -> int | None:
+        """`max_completion_tokens` is the newer name."""
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+    @property
+    def top(self) -> int | None:
+        """None without `logprobs`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 class CompletionRequest(Generation):
     """`POST /v1/completions`: the prompt goes to the model as it is."""
 
     prompt: Words
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def limit(self) -> int:
+        """OpenAI's default is 16."""
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    @property
+    def top(self) -> int | None:
+        """`logprobs` is their number."""
+        return self.logprobs
 
 
 class Question(Strict):

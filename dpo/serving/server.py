@@ -50,8 +50,9 @@ def load(options: Options) -> Service:
     sizes = {name: vocabulary(model) for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"policy and reference must share a vocabulary; their sizes are {sizes}.")
-    known = min(model.config.get_text_config().max_position_embeddings for model in models.values())
-    context = min(known, options.max_context or MOST_CONTEXT)
+    configs = [model.config.get_text_config() for model in models.values()]
+    known = [getattr(config, "max_position_embeddings", MOST_CONTEXT) for config in configs]  # some know no limit
+    context = min(*known, options.max_context or MOST_CONTEXT)
     encoder = Encoder(Loader().tokenizer(origin.policy), UNCUT, origin.format, end_ids(origin.policy))
     scorer = Scorer(models)
     engines = {name: Engine(model, options.max_concurrency, context) for name, model in models.items()}

@@ -9,34 +9,20 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 from dpo.batch import Example
 from dpo.serving.engine import Engine
 from dpo.serving.metrics import Metrics
 from dpo.serving.models import Origin
-from dpo.serving.reply import Form, Json, Piece, Reply
+from dpo.serving.reply import CHAT, Form, Json, Piece, Reply
 from dpo.serving.sampling import Draw
 from dpo.serving.schema import Fault, Generation
 from dpo.serving.scorer import Scorer, Scores
-from dpo.serving.text import Text, Writer
+from dpo.serving.text import HUMAN, Text, Writer
 
 T = TypeVar("T")
 RESTART_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a request wants, in tokens: `top` alternatives of each where it wants log-probs."""
-
-    form: Form
-    body: Generation
-    prompt: list[int]
-    limit: int | None
-    top: int | None
-    stops: list[str]
-    skip_space: bool
 
 
 class Service:
@@ -104,17 +90,21 @@ class Service:
         """Tokenise beside the event loop, one at a time."""
         return await asyncio.get_running_loop().run_in_executor(self.encoding, function)
 
-    def reply(self, asked: Asked) -> tuple[Reply, AsyncGenerator[Piece]]:
-        """An answer, and its pieces as they come."""
-        body = asked.body
-        limit = self.text.context if asked.limit is None else asked.limit
-        if limit > self.text.context:
-            message = f"max_tokens: expected at most {self.text.context}, got {limit}"
+    def reply(self, form: Form, body: Generation, prompt: list[int]) -> tuple[Reply, AsyncGenerator[Piece]]:
+        """An answer, and its pieces as they come.
+
+        Raises:
+            Fault: It asks for more tokens than there can be.
+        """
+        text, dialogue = self.text, form is CHAT and not self.text.encoder.chat
+        limit = text.context if body.limit is None else body.limit
+        if limit > text.context:
+            message = f"max_tokens: expected at most {text.context}, got {limit}"
             raise Fault(400, message, "context_length_exceeded", "max_tokens")
         temperature, top_p = (1.0 if value is None else value for value in (body.temperature, body.top_p))
-        draw = Draw(temperature, top_p, secrets.randbits(62) if body.seed is None else body.seed, asked.top)
-        writer = Writer(self.text, asked.prompt, asked.stops, asked.skip_space)
-        reply = Reply(asked.form, body, self.engines[body.model], self.text, asked.prompt, limit, asked.top is not None)
+        draw = Draw(temperature, top_p, secrets.randbits(62) if body.seed is None else body.seed, body.top)
+        writer = Writer(text, prompt, [*body.stops, *([HUMAN] if dialogue else [])], skip_space=dialogue)
+        reply = Reply(form, body, self.engines[body.model], text, prompt, limit)
         return reply, self.metrics.watched(body.model, reply, reply.pieces(draw, writer))
 
     async def score(self, examples: Sequence[Example], tokens: bool) -> list[Json]:

@@ -34,7 +34,6 @@ class Text:
         self.tokenizer: PreTrainedTokenizerFast = encoder.tokenizer
         special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self.control = special.union(self.tokenizer.all_special_tokens)
-        self.stops = [] if encoder.chat else [HUMAN]
 
     def history(self, prompt: str | None, messages: Sequence[Message] | None) -> History:
         """The dialogue that is to be answered."""
