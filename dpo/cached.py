@@ -152,8 +152,8 @@ class Stored(Comparison):
         if self.made is None:
             return
         trainer, data = module.trainer, module.trainer.datamodule  # type: ignore[attr-defined]
-        stage = str(trainer.state.fn)
-        assert isinstance(data, HHRLHF)
+        assert isinstance(data, HHRLHF) and trainer.state.fn
+        stage = trainer.state.fn.value
         made: Any = trainer.precision_plugin.convert_module(self.made.to(trainer.strategy.root_device))
         rows = survey(data, SPLITS[stage])
         key = Key(made.sha256, rows.tokens, f"{trainer.precision} {made.model.dtype}")
