@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from dpo.dialogue import Pair, pair
-from dpo.rows import Row, read
 from tests.browser import (
     BETA,
     CHROMIUM,
@@ -227,15 +226,13 @@ def test_the_conversation_goes_on_with_the_better_answer_and_is_exported(watched
         page.click("#export-pairs")
     file = tmp_path / "train.jsonl"
     download.value.save_as(file)
-    with file.open("rb") as raw:
-        rows = list(read(raw, file))
-    pairs = [pair(row.chosen, row.rejected) for row in rows if isinstance(row, Row)]
-    assert all(isinstance(one, Pair) for one in pairs)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert all(isinstance(pair(**row), Pair) for row in rows)
     opening = f"\n\nHuman: {QUESTION}\n\nAssistant: "
     second = f"{opening}{first['reference']}\n\nHuman: And of France?\n\nAssistant: "
-    assert rows == [
-        Row(1, opening + first["reference"], opening + first["policy"]),
-        Row(2, f"{second}Paris.", f"{second}Who knows?"),
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [
+        (opening + first["reference"], opening + first["policy"]),
+        (f"{second}Paris.", f"{second}Who knows?"),
     ]
     page.click("text=Export")
     with page.expect_download() as download:
@@ -501,7 +498,7 @@ def test_trouble_is_told_in_plain_words(troubled: Watched) -> None:
     assert troubled.said("reference")
     troubled.set(max_tokens=100_000)
     troubled.ask("Hello")
-    expect(told.last).to_contain_text("tokens, got 100000")
+    expect(told.last).to_contain_text("got 100000")
 
 
 def test_the_key_is_asked_for_once(troubled: Watched, address: str) -> None:
