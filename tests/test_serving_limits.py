@@ -149,7 +149,8 @@ def test_only_json_of_this_host_is_taken(running: Running) -> None:
     refused(httpx.post(url, content=json.dumps(CHAT), headers={"content-type": "text/plain"}), 415)
     refused(httpx.get(f"{running.url}/v1/models", headers={"host": "evil.example"}), 421)
     refused(httpx.get(f"{running.url}/v1/models", headers={"host": f"evil.example:{running.url.rsplit(':')[-1]}"}), 421)
-    assert httpx.get(f"{running.url}/v1/models", headers={"host": "localhost:1"}).status_code == 200
+    for host in ("localhost:1", "LOCALHOST", "[::1]", "[::1]:8000", "127.0.0.1"):
+        assert httpx.get(f"{running.url}/v1/models", headers={"host": host}).status_code == 200
     asked = {"origin": "http://evil.example", "access-control-request-method": "POST"}
     assert "access-control-allow-origin" not in httpx.options(url, headers=asked).headers
     refused(httpx.get(url), 405)

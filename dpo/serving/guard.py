@@ -7,6 +7,7 @@ its client leaves.
 import asyncio
 import hashlib
 import hmac
+import re
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import suppress
 from typing import Any
@@ -76,7 +77,7 @@ class Guard:
 
     def _check(self, scope: Message, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        if self.hosts is not None and host.removesuffix(f":{host.rpartition(':')[2]}") not in self.hosts:
+        if self.hosts is not None and re.sub(r":\d+$", "", host) not in self.hosts:
             raise Fault(421, "this name is not served here", "unknown_host")
         given = _digest(headers.get(b"authorization", b""))
         if self.key is not None and scope["path"] not in OPEN and not hmac.compare_digest(given, self.key):

@@ -38,6 +38,10 @@ class Options:
     max_concurrency: int = 64
     max_context: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.max_concurrency < 1 or (self.max_context or 2) < 2:
+            raise ValueError("Expected --max-concurrency of at least 1 and --max-context of at least 2 tokens.")
+
 
 def load(options: Options) -> Service:
     """Read both models and put them to work.
