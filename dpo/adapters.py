@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
-from dpo.models import Loader, known_warnings
+from dpo.models import PEFT_PREFIX, Loader, put_on
 
 NAME = "default"  # of the one adapter of a model: what peft calls it where nothing is said
 ALL_LINEAR = "all-linear"
@@ -130,9 +130,8 @@ def _add(policy: PreTrainedModel, path: str, r: int, alpha: int, targets: tuple[
     from peft import LoraConfig
 
     names = _names(policy, targets)
-    with known_warnings():
-        policy.add_adapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none"))
-    return policy.eval()  # type: ignore[no-any-return]
+    put_on(policy, LoraConfig(r=r, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none"))
+    return policy
 
 
 def _names(policy: PreTrainedModel, targets: tuple[str, ...]) -> list[str]:
@@ -187,7 +186,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     config = model.peft_config[NAME]
     base = Path(str(config.base_model_name_or_path))
     config.base_model_name_or_path = str(base.resolve() if base.is_dir() else base)  # found from any folder
-    weights = {f"base_model.model.{name}": p.contiguous() for name, p in weights.items()}
+    weights = {f"{PEFT_PREFIX}{name}": p.contiguous() for name, p in weights.items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

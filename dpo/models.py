@@ -6,8 +6,6 @@ Weights are read from safetensors and no code that comes with a model is run, un
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,13 +25,18 @@ def locate(path: str) -> str:
     return str(quickstart.POLICY) if path == "quickstart" else str(Path(path).expanduser()) if path[:1] == "~" else path
 
 
-@contextmanager
-def known_warnings() -> Iterator[None]:
-    """Within: adapters are put on without two warnings of peft that say nothing here."""
+def put_on(model: PreTrainedModel, adapter: Any) -> None:
+    """Put an adapter on, by its peft configuration: its weights train in float32, all others are frozen.
+
+    Float32 also beside weights of four bits: small updates are lost in bfloat16. Dropout stays off.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # peft sets it right itself
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # a merged head is untied
-        yield
+        model.add_adapter(adapter)
+    for parameter in model.eval().parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def base_of(path: str) -> str | None:
@@ -52,6 +55,9 @@ def base_of(path: str) -> str | None:
     if config["peft_type"] != "LORA" or config.get("modules_to_save"):
         raise ValueError(f"{path!r}: expected a LoRA adapter without modules_to_save, got {config['peft_type']}.")
     return str(config["base_model_name_or_path"])
+
+
+PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 
 
 @dataclass(frozen=True)
@@ -99,18 +105,25 @@ class Loader:
         return model.eval()  # type: ignore[no-any-return]
 
     def _adapted(self, model: PreTrainedModel, path: str) -> PreTrainedModel:
-        local = Path(path).is_dir()
+        where: dict[str, Any] = {"local_files_only": Path(path).is_dir()}
         try:
-            if not self.pickled_weights:  # without this, a .bin file would do
-                cached_file(path, "adapter_model.safetensors", local_files_only=local)
-            with known_warnings():
-                model.load_adapter(path, is_trainable=True, adapter_kwargs={"local_files_only": local})
-        except (OSError, ValueError, ImportError) as error:
+            from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+
+            if not self.pickled_weights:
+                cached_file(path, "adapter_model.safetensors", **where)  # or a .bin file would be read instead
+            weights = load_peft_weights(path, device="cpu", **where)
+            put_on(model, PeftConfig.from_pretrained(path, inference_mode=False, **where))
+            weights = {name.removeprefix(PEFT_PREFIX): weight for name, weight in weights.items()}
+            found: Any = set_peft_model_state_dict(model, weights)
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise ValueError(
                 f"cannot read an adapter from {path!r}: {error}\nExpected adapter_config.json and "
-                "adapter_model.safetensors, and peft to be installed: pip install 'dpo-lightning[lora]'."
+                "adapter_model.safetensors that fit the base model, and peft: pip install 'dpo-lightning[lora]'."
             ) from error
-        return model.eval()  # type: ignore[no-any-return]
+        lost = [*found.unexpected_keys, *(name for name in found.missing_keys if ".lora_" in name)]
+        if lost:
+            raise ValueError(f"the adapter {path!r} does not fit its base model: no counterpart for {lost[:3]}.")
+        return model
 
     def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
         """Read the tokenizer of a model; an adapter without one has that of its base.
