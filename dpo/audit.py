@@ -15,7 +15,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from dpo.dialogue import Refusal
-from dpo.rows import Fault
+from dpo.formats import Fault
 
 KEPT = "kept"
 """The verdict on a row that is used; the others are the values of `Fault` and `Refusal`."""

@@ -11,10 +11,11 @@ it: it is a target, never an input.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import nan
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 T = TypeVar("T")
@@ -28,11 +29,15 @@ class Example:
         id: Where it came from, ``subset/split:line``.
         prompt: Token ids that all answers share; at least one.
         answers: Token ids of each answer (chosen first), all of them scored; at least one each.
+        weight: By what its loss is multiplied.
+        margin: By how much the chosen answer is better; None where the data do not say.
     """
 
     id: str
     prompt: Sequence[int]
     answers: tuple[Sequence[int], ...]
+    weight: float = 1.0
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class Batch:
         predictors: For every scored token, the index in the row of the token that predicts it.
         targets: The scored tokens, answer after answer.
         lengths: Scored tokens of every answer, on the host.
+        weights: By what the loss of every example is multiplied.
+        margins: By how much the chosen answer of every example is better; NaN where the data do not say.
     """
 
     ids: tuple[str, ...]
@@ -100,12 +107,13 @@ class Batch:
     predictors: Int[Tensor, " scored"]
     targets: Int[Tensor, " scored"]
     lengths: tuple[int, ...]
+    weights: Float[Tensor, " examples"]
+    margins: Float[Tensor, " examples"]
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "predictors", "targets")
-        }
+        tensors = ("tokens", "predictors", "targets", "weights", "margins")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in tensors}
         return replace(self, layout=self.layout.to(device), **moved)
 
     def __len__(self) -> int:
@@ -154,4 +162,6 @@ def collate(examples: Sequence[Example]) -> Batch:
         predictors=torch.tensor(predictors),
         targets=torch.tensor([token for answer in answers for token in answer]),
         lengths=tuple(map(len, answers)),
+        weights=torch.tensor([example.weight for example in examples]),
+        margins=torch.tensor([nan if example.margin is None else example.margin for example in examples]),
     )

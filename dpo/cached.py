@@ -28,11 +28,12 @@ from transformers import PreTrainedModel
 
 from dpo.batch import Batch, Example, collate
 from dpo.cache import Columns, Key, allocate, identify, load, mapped, seal
-from dpo.data import HHRLHF, cache_folder
 from dpo.logps import score
 from dpo.models import Loader
+from dpo.pairs import PairData
 from dpo.reference import ROUNDED, Comparison, Copy, Frozen, Reference, rounding
 from dpo.run import complete
+from dpo.texts import cache_folder
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 SAMPLED = 8  # rows that are scored again whenever a file is read
@@ -58,7 +59,7 @@ class Rows:
     tokens: str
 
 
-def survey(data: HHRLHF, splits: tuple[str, ...]) -> Rows:
+def survey(data: PairData, splits: tuple[str, ...]) -> Rows:
     """Look at every row of some splits once.
 
     Raises:
@@ -152,7 +153,7 @@ class Stored(Comparison):
         if self.made is None:
             return
         trainer, data = module.trainer, module.trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, HHRLHF) and trainer.state.fn
+        assert isinstance(data, PairData) and trainer.state.fn
         stage = trainer.state.fn.value
         made: Any = trainer.precision_plugin.convert_module(self.made.to(trainer.strategy.root_device))
         rows = survey(data, SPLITS[stage])

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dpo.attention import NAME
 from dpo.batch import Batch, Example, collate
-from dpo.data import HHRLHF
 from dpo.logps import score
 from dpo.losses import NoConstant
 from dpo.module import DPO, IN_ONE_PIECE
+from dpo.pairs import PairData
 from dpo.reference import rounding
 from dpo.sharing import difference
 from dpo.training import Stage
@@ -34,7 +34,7 @@ class PreflightError(RuntimeError):
 class Preflight(L.Callback):
     """Checks a run before its first step, unless --model.preflight is false."""
 
-    def __init__(self, data: HHRLHF) -> None:
+    def __init__(self, data: PairData) -> None:
         """Check on pairs of this data."""
         self.data = data
 

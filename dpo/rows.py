@@ -1,55 +1,27 @@
-"""A folder or hub id -> files -> rows, each row either its two dialogues or what is wrong with it.
+"""Sources -> rows, each either its pair or what is wrong with it; the layout of Anthropic/hh-rlhf -> sources.
 
-Takes the layout of Anthropic/hh-rlhf: ``<subset>/{train,test}.jsonl.gz`` (or ``.jsonl``), one JSON object a
-line with the strings ``chosen`` and ``rejected``. Knows nothing of turns, tokens or what to do with bad rows.
+Takes files, here or behind any address that fsspec reads, and ``<subset>/{train,test}.jsonl.gz`` (or ``.jsonl``) of a
+folder or a hub id. Knows nothing of tokens or what to do with bad rows.
 """
 
-import gzip
 import hashlib
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from dpo.columns import Columns, Row
+from dpo.formats import BadLineError, Fault, Fields, fields
+
 SPLITS = ("train", "test")
+HH = Columns(prompt=None, system=None, weight=None, margin=None)
+"""Two whole dialogues and nothing else."""
 _ENDINGS = (".jsonl.gz", ".jsonl")
-
-
-class Fault(StrEnum):
-    """Why a line cannot be read as a row.
-
-    Attributes:
-        INVALID_UTF8: Its bytes, or an escape in a string, are not text.
-        CUT_LINE: The last line, broken and without a line end: the file was cut.
-        BROKEN_JSON: Not a JSON value.
-        REPEATED_KEY: A JSON object names a key twice, so one of two values would be lost.
-        MISSING_FIELD: No ``chosen`` or no ``rejected``.
-        WRONG_TYPE: Not an object, or a field that is not a string.
-    """
-
-    INVALID_UTF8 = "invalid_utf8"
-    CUT_LINE = "cut_line"
-    BROKEN_JSON = "broken_json"
-    REPEATED_KEY = "repeated_key"
-    MISSING_FIELD = "missing_field"
-    WRONG_TYPE = "wrong_type"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A readable line; `line` counts from 1."""
-
-    line: int
-    chosen: str
-    rejected: str
 
 
 @dataclass(frozen=True)
@@ -63,82 +35,47 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Source:
-    """One file of a data set."""
+    """One file of a data set.
+
+    Attributes:
+        subset: To which part it belongs.
+        split: One of `SPLITS`.
+        file: Its path, or an address of a file elsewhere.
+        columns: What stands where in it.
+        version: What tells its content from any other; the hash of its bytes where there is none.
+    """
 
     subset: str
     split: str
-    file: Path
+    file: str
+    columns: Columns = HH
+    version: str = ""
 
-    def sha256(self) -> str:
-        """Hash of the file's bytes."""
-        with self.file.open("rb") as raw:
+    def identity(self) -> str:
+        """What tells its content from any other."""
+        if self.version:
+            return self.version
+        with open(self.file, "rb") as raw:
             return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
-class _BadLineError(Exception):
-    def __init__(self, fault: Fault, detail: str) -> None:
-        super().__init__(fault, detail)
-        self.fault, self.detail = fault, detail
-
-
-def read(raw: BinaryIO, file: Path, limit: int | None = None) -> Iterator[Row | BadRow]:
-    """Read the lines of an open file one after the other, at most `limit`; `file` is its name.
+def read(raw: BinaryIO, file: str | Path, columns: Columns = HH, limit: int | None = None) -> Iterator[Row | BadRow]:
+    """Read the rows of an open file one after the other, at most `limit`; `file` is its name.
 
     Raises:
-        ValueError: The file is empty, or its compression is broken (what is lost then cannot be counted).
+        ValueError: The file is empty or broken as a whole.
     """
-    lines = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
-    number = 0
-    try:
-        for number, line in enumerate(islice(lines, limit), 1):
-            yield _row(number, line)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file}, after line {number}: broken gzip ({error}). Fetch the file again.") from error
-    if not number:
-        raise ValueError(f"{file}, line 1: the file is empty, expected JSON rows. Fetch it again or remove it.")
+    for number, found in enumerate(islice(fields(raw, str(file)), limit), 1):
+        yield _row(columns, number, found)
 
 
-def _row(number: int, line: bytes) -> Row | BadRow:
+def _row(columns: Columns, number: int, found: Fields | BadLineError) -> Row | BadRow:
     try:
-        chosen, rejected = _fields(line)
-    except _BadLineError as bad:
+        if isinstance(found, BadLineError):
+            raise found
+        return columns.row(number, found)
+    except BadLineError as bad:
         return BadRow(number, bad.fault, bad.detail)
-    return Row(number, chosen, rejected)
-
-
-def _fields(line: bytes) -> tuple[str, str]:
-    row = _json(line)
-    if not isinstance(row, dict):
-        raise _BadLineError(Fault.WRONG_TYPE, f"expected a JSON object, got {type(row).__name__}")
-    for name in ("chosen", "rejected"):
-        if name not in row:
-            raise _BadLineError(Fault.MISSING_FIELD, f"no field {name!r} among {sorted(row)}")
-        if not isinstance(row[name], str):
-            got = json.dumps(row[name])[:40]
-            raise _BadLineError(Fault.WRONG_TYPE, f"field {name!r}: expected a string, got {got}")
-    chosen, rejected = row["chosen"], row["rejected"]
-    try:
-        (chosen + rejected).encode()
-    except UnicodeEncodeError as error:  # JSON may spell half a surrogate pair, which is no character
-        raise _BadLineError(Fault.INVALID_UTF8, str(error)) from error
-    return chosen, rejected
-
-
-def _json(line: bytes) -> object:
-    try:
-        return json.loads(line.decode(), object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        raise _BadLineError(Fault.INVALID_UTF8, str(error)) from error
-    except (ValueError, RecursionError) as error:
-        fault = Fault.BROKEN_JSON if line.endswith(b"\n") else Fault.CUT_LINE
-        raise _BadLineError(fault, f"no JSON ({error})") from error
-
-
-def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) < len(items):
-        raise _BadLineError(Fault.REPEATED_KEY, f"a key stands twice among {sorted(key for key, _ in items)}")
-    return found
 
 
 def find(folder: Path, subsets: Sequence[str] | None) -> list[Source]:
@@ -156,7 +93,7 @@ def find(folder: Path, subsets: Sequence[str] | None) -> list[Source]:
             + (f", not {', '.join(unknown)}: choose --data.subsets among those found." if there else ".")
         )
     names = [(subset, split) for subset in wanted for split in SPLITS]
-    return [Source(*name, file) for name in names for file in _files(folder.joinpath(*name))]
+    return [Source(*name, str(file)) for name in names for file in _files(folder.joinpath(*name))]
 
 
 def _files(stem: Path) -> list[Path]:

@@ -1,29 +1,35 @@
 """Rows of files -> tokens on disk: one Arrow file a split, tokenised once, memory-mapped ever after.
 
-Takes sources and an encoder; gives a folder, to be named by the hash of all that decides its content.
-Every line that was read is a row there, an unused one with its reason and no tokens, so that the audit can
-count them all. Knows nothing of batches, validation splits or Lightning.
+Takes sources and an encoder; gives a folder, to be named by the hash of all that decides its content. Every line that
+was read is a row there, an unused one with its reason and no tokens, so that the audit can count them all. Sources are
+read one after the other and straight from where they are, so that neither memory nor disk needs room for any of them:
+what grows is the folder alone. Knows nothing of batches, validation splits or Lightning.
 """
 
 import hashlib
 import json
+import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from rich.progress import Progress
 
 from dpo.audit import KEPT, Audit
-from dpo.dialogue import Pair, Refusal, pair
-from dpo.rows import SPLITS, BadRow, Fault, Row, Source, read
+from dpo.columns import Row
+from dpo.dialogue import Pair, Refusal
+from dpo.formats import Fault
+from dpo.rows import SPLITS, BadRow, Source, read
 from dpo.tokens import Encoded, Encoder
 
-VERSION = 1
+VERSION = 2
 """Of the columns and their meaning; to be raised with any change of them."""
 _BATCH = 256  # rows tokenised together: enough for all cores, little enough for any memory
 
@@ -31,7 +37,7 @@ _TOKENS = List(Value("int32"))
 _FEATURES = Features(
     {
         "subset": Value("string"),
-        "line": Value("int32"),
+        "line": Value("int64"),  # of the subset's files in this split, one behind the other
         "verdict": Value("string"),
         "opening": Value("float64"),  # hash of the first human turn, uniform in [0, 1)
         "chosen_chars": Value("int32"),
@@ -43,13 +49,15 @@ _FEATURES = Features(
         "prompt_cut": Value("bool"),
         "chosen_cut": Value("bool"),
         "rejected_cut": Value("bool"),
+        "weight": Value("float64"),
+        "margin": Value("float64"),  # NaN: none is given
     }
 )
 
 
 def key(sources: Sequence[Source], encoder: Encoder, limit: int | None, skip_bad: bool) -> str:
     """SHA-256 of everything that decides the content of the store."""
-    files = [(source.subset, source.split, source.sha256()) for source in sources]
+    files = [(source.subset, source.split, vars(source.columns), source.identity()) for source in sources]
     content = json.dumps([VERSION, files, encoder.fingerprint, limit, skip_bad])
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -75,7 +83,7 @@ def build(folder: Path, sources: Sequence[Source], encoder: Encoder, limit: int 
             for split in SPLITS:
                 parts = [source for source in sources if source.split == split]
                 tables = (table for part in parts for table in _tokenised(part, encoder, limit, skip_bad, bar))
-                _write(made / f"{split}.arrow", tables)
+                _write(made / f"{split}.arrow", _numbered(tables))
         audits = {split: audit(made, split).as_dict() for split in SPLITS}
         (made / "audit.json").write_text(json.dumps(audits, indent=2) + "\n")
         try:
@@ -103,47 +111,66 @@ def audit(folder: Path, split: str) -> Audit:
     return Audit.of(split, load(folder, split).data.table)
 
 
+def _numbered(tables: Iterable[dict[str, list[Any]]]) -> Iterator[dict[str, list[Any]]]:
+    """Count the lines of a subset on from file to file, so that subset and line name a row."""
+    seen: Counter[str] = Counter()
+    for table in tables:
+        first = seen[table["subset"][0]] + 1
+        table["line"] = list(range(first, first + len(table["subset"])))
+        seen.update(table["subset"])
+        yield table
+
+
 def _tokenised(
     source: Source, encoder: Encoder, limit: int | None, skip_bad: bool, bar: Progress
 ) -> Iterator[dict[str, list[Any]]]:
-    with bar.open(source.file, "rb", description=f"{source.subset}/{source.split}") as raw:
-        rows = read(raw, source.file, limit)
-        while batch := list(islice(rows, _BATCH)):
-            bad = next((row for row in batch if isinstance(row, BadRow)), None)
-            if bad and not skip_bad:
-                raise ValueError(
-                    f"{source.file}, line {bad.line}: {bad.fault}, {bad.detail}. "
-                    "Mend or remove it, or let --data.on_bad_row skip leave out and count such rows."
-                )
-            yield _columns(source, batch, encoder)
-        bar.update(bar.task_ids[-1], completed=source.file.stat().st_size)  # a limit may end it earlier
+    files, path = fsspec.url_to_fs(source.file)
+    size = files.size(path)
+    with files.open(path, "rb") as opened:
+        label = f"{source.subset}/{source.split}"
+        with bar.wrap_file(opened, total=size, description=label) as raw:
+            rows = read(raw, source.file, source.columns, limit)
+            while batch := list(islice(rows, _BATCH)):
+                bad = next((row for row in batch if isinstance(row, BadRow)), None)
+                if bad and not skip_bad:
+                    raise ValueError(
+                        f"{source.file}, line {bad.line}: {bad.fault}, {bad.detail}. "
+                        "Mend or remove it, or let --data.on_bad_row skip leave out and count such rows."
+                    )
+                yield _columns(source, batch, encoder)
+        bar.update(bar.task_ids[-1], completed=size)  # a limit may end it earlier
 
 
 def _columns(source: Source, rows: Sequence[Row | BadRow], encoder: Encoder) -> dict[str, list[Any]]:
-    pairs = [pair(row.chosen, row.rejected) if isinstance(row, Row) else row.fault for row in rows]
-    encoded = iter(encoder.encode_batch([p for p in pairs if isinstance(p, Pair)]))
-    records = []
-    for row, found in zip(rows, pairs, strict=True):
-        values = _used(found, next(encoded)) if isinstance(found, Pair) else _unused(found)
-        records.append({"subset": source.subset, "line": row.line, **values})
+    pairs = [row.pair for row in rows if isinstance(row, Row) and isinstance(row.pair, Pair)]
+    encoded = iter(encoder.encode_batch(pairs))
+    records = [{"subset": source.subset, "line": 0, **_values(row, encoded)} for row in rows]
     return {name: [record[name] for record in records] for name in _FEATURES}
 
 
-def _used(pair: Pair, encoded: Encoded | Refusal) -> dict[str, Any]:
-    if isinstance(encoded, Refusal):
-        return _unused(encoded)
+def _values(row: Row | BadRow, encoded: Iterator[Encoded | Refusal]) -> dict[str, Any]:
+    """What is stored of a row; the next of `encoded` is that of the next pair."""
+    if isinstance(row, BadRow):
+        return _unused(row.fault)
+    if isinstance(row.pair, Refusal):
+        return _unused(row.pair)
+    made = next(encoded)
+    if isinstance(made, Refusal):
+        return _unused(made)
     return {
         "verdict": KEPT,
-        "opening": _uniform(pair.opening),
-        "chosen_chars": len(pair.chosen),
-        "rejected_chars": len(pair.rejected),
-        **vars(encoded),
+        "opening": _uniform(row.pair.opening),
+        "chosen_chars": len(row.pair.chosen),
+        "rejected_chars": len(row.pair.rejected),
+        "weight": row.weight,
+        "margin": math.nan if row.margin is None else row.margin,
+        **vars(made),
     }
 
 
 def _unused(reason: Refusal | Fault) -> dict[str, Any]:
-    nothing = {"opening": 0.0, "chosen_chars": 0, "rejected_chars": 0, **vars(Encoded([], [], []))}
-    return {"verdict": reason.value, **nothing}
+    nothing = {"opening": 0.0, "chosen_chars": 0, "rejected_chars": 0, "weight": 0.0, "margin": math.nan}
+    return {"verdict": reason.value, **nothing, **vars(Encoded([], [], []))}
 
 
 def _uniform(text: str) -> float:

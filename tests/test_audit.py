@@ -8,7 +8,7 @@ from rich.console import Console
 
 from dpo.audit import KEPT, Audit, Lengths
 from dpo.dialogue import Refusal
-from dpo.rows import Fault
+from dpo.formats import Fault
 
 
 def kept(subset: str, prompt: int, chosen: int, rejected: int, **columns: int | bool) -> dict[str, object]:

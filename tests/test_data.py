@@ -9,9 +9,11 @@ from lightning import LightningDataModule, LightningModule, Trainer
 
 from dpo import store
 from dpo.batch import Example
+from dpo.columns import Row
 from dpo.data import HHRLHF
 from dpo.dialogue import Pair, Refusal, pair
-from dpo.rows import BadRow, Fault, Row, find, read
+from dpo.formats import Fault
+from dpo.rows import BadRow, find, read
 from dpo.sampler import Step
 from dpo.tokens import Encoded, Encoder
 from tests.test_dialogue import ODD, ODD_FILE, OF_MESSAGES
