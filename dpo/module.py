@@ -90,14 +90,37 @@ class DPO(Stage):
         """Score both answers of every pair under policy and reference."""
         policy = score(self.policy, batch)
         on_policy = policy.logps.detach() + policy.collision
-        return policy, PairLogps(policy.logps, self.reference(batch), on_policy, batch.lengths)
+        return policy, PairLogps(policy.logps, self.reference(batch), on_policy, batch.lengths, batch.margins)
 
     def losses(self, batch: Batch, means: Means) -> Tensor:
         """The loss of every pair of a micro-batch; everything else about it goes into the means."""
         policy, logps = self.score_pairs(batch)
-        losses = self.loss(logps)
+        losses = batch.weights * self.loss(logps)
         means.update(*sums_and_counts(batch, policy, logps, losses, self.loss.rewards(logps), self.metrics))
         return losses
+
+    def on_before_batch_transfer(self, batch: Step, dataloader_idx: int) -> Step:
+        """Refuse pairs that say more, or less, than the loss can use.
+
+        Raises:
+            ValueError: They have margins, or weights, and the loss takes none; or it takes margins and they have none.
+        """
+        for micro in batch.micro_batches:
+            given = not micro.margins.isnan().any()
+            if len(micro) and given != self.loss.uses_margins:
+                raise ValueError(
+                    f"the data give margins, and {self.loss} takes none: choose --model.loss ODPO, or "
+                    "--data.columns.margin null."
+                    if given
+                    else f"{self.loss} takes margins, and the data give none: name their column with "
+                    "--data.columns.margin (--data PreferencePairs)."
+                )
+            if self.loss.whole_batch and (micro.weights != 1).any():
+                raise ValueError(
+                    f"{self.loss} sorts all pairs together and takes no weights of single pairs: choose another "
+                    "--model.loss, or --data.columns.weight null."
+                )
+        return batch
 
     def on_train_batch_start(self, batch: Step, batch_idx: int) -> None:
         """Refuse a step in parts where the loss is one of the whole step.

@@ -38,7 +38,7 @@ class SFT(Stage):
         return step.scored
 
     def losses(self, batch: Batch, means: Means) -> Tensor:
-        """-log p(answer), nats, of every example; logged per token."""
+        """-log p(answer), nats, of every example times its weight; logged per token, without the weights."""
         scores = score(self.policy, batch)
         losses = -sum_answers(scores.logps, batch.lengths)
         tokens, examples = (
@@ -48,4 +48,4 @@ class SFT(Stage):
         means.update(
             torch.stack([*(x.double().sum() for x in sums), tokens]), torch.stack([tokens, tokens, tokens, examples])
         )
-        return losses
+        return batch.weights * losses

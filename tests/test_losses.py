@@ -22,6 +22,7 @@ from dpo.losses import (
     LD,
     NCA,
     NLL,
+    ODPO,
     ORPO,
     SPPO,
     WPO,
@@ -131,6 +132,7 @@ def js(d: float) -> float:
 GOLDEN = [  # loss, its formula written out, and the same as numbers
     (DPO(), of_h(lambda x: -lS(x)), [0.693147, 0.313262, 0.126928]),
     (DPO(label_smoothing=E), of_h(cdpo), [0.693147, 0.413262, 0.326928]),
+    (ODPO(), of_h(lambda x: -lS(x)), [0.693147, 0.313262, 0.126928]),  # without margins
     (
         RobustDPO(label_smoothing=E),
         of_h(lambda x: (-0.9 * lS(x) + 0.1 * lS(-x)) / 0.8),
@@ -190,6 +192,19 @@ def test_golden_numbers(loss: PreferenceLoss, formula: list[float], numbers: lis
 
 def test_every_loss_has_golden_numbers() -> None:
     assert {type(loss) for loss, *_ in GOLDEN} == {type(loss) for loss in EXAMPLES}
+
+
+def test_a_margin_moves_the_logit() -> None:
+    margins = [1.0, 2.0, -0.5]
+    expected = [-lS(x - m) for x, m in zip((0.0, 1.0, 2.0), margins, strict=True)]
+    assert expected == pytest.approx([1.313262, 1.313262, 0.078889], abs=2e-6)
+    given = replace(THREE, margins=torch.tensor(margins))
+    close(ODPO()(given), expected)
+    close(Sum((ODPO(), NLL()), (1.0, 2.0))(given), [x + 2 * n for x, n in zip(expected, (0.5, 10.0, 1.0), strict=True)])
+    users = {loss for loss in EVERY if loss.uses_margins}
+    assert {type(loss.loss) if isinstance(loss, LD | WPO) else type(loss) for loss in users} == {ODPO}
+    for loss in EVERY:
+        assert torch.equal(loss(given), loss(THREE)) != loss.uses_margins
 
 
 STARTS = [

@@ -8,7 +8,7 @@ final class.
 
 from dpo.losses.answers import AOT, BCO, NCA, SPPO, AOTUnpaired, APODown, APOZero
 from dpo.losses.base import NoConstant, PairLogps, PreferenceLoss
-from dpo.losses.difference import DPO, EXO, IPO, DiscoPOP, Hinge, LengthNormalizedDPO, RobustDPO
+from dpo.losses.difference import DPO, EXO, IPO, ODPO, DiscoPOP, Hinge, LengthNormalizedDPO, RobustDPO
 from dpo.losses.divergences import Alpha, Divergence, ForwardKL, JensenShannon, ReverseKL
 from dpo.losses.modifiers import LD, WPO, Sum
 from dpo.losses.policy import CPO, NLL, ORPO, SimPO
@@ -23,6 +23,7 @@ __all__ = [
     "LD",
     "NCA",
     "NLL",
+    "ODPO",
     "ORPO",
     "SPPO",
     "WPO",

@@ -29,12 +29,14 @@ class PairLogps:
         on_policy: log p(token) - log sum_v p_v^2 under the policy, nats, without a gradient: how likely the token is
             beside one that the policy draws itself.
         counts: Scored tokens of every answer, on the host.
+        margins: By how much the chosen answer of each pair is better, as the data say (NaN where they do not); None for no margin.
     """
 
     policy_tokens: Float[Tensor, " scored"]
     reference_tokens: Float[Tensor, " scored"]
     on_policy: Float[Tensor, " scored"]
     counts: tuple[int, ...]
+    margins: Pairs | None = None
 
     @cached_property
     def policy(self) -> Answers:
@@ -132,6 +134,11 @@ class PreferenceLoss(Checked, ABC):
 
     @property
     @abstractmethod
+    def uses_margins(self) -> bool:
+        """Whether it needs to know by how much the chosen answer is better."""
+
+    @property
+    @abstractmethod
     def whole_batch(self) -> bool:
         """Whether it looks at all pairs of an optimizer step at once, so that the step cannot be cut into parts."""
 
@@ -141,6 +148,7 @@ class ReferenceLoss(PreferenceLoss):
 
     beta: float
     uses_reference = True
+    uses_margins: bool = False
 
     def rewards(self, logps: PairLogps) -> Answers:
         """r = beta D (equation 5 of 2305.18290 without the partition function, which cancels)."""
@@ -164,6 +172,7 @@ class PolicyLoss(PreferenceLoss):
 
     at_start = NoConstant("it depends on what the policy already knows")
     uses_reference = False
+    uses_margins = False
     whole_batch = False
 
 

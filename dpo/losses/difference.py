@@ -10,7 +10,7 @@ from math import log
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo.losses.base import PairLogps, PairLoss, Pairs, difference, parameter, smoothed
+from dpo.losses.base import NoConstant, PairLogps, PairLoss, Pairs, difference, parameter, smoothed
 from dpo.losses.divergences import REVERSE_KL, Divergence
 
 
@@ -37,6 +37,30 @@ class DPO(PairLoss):
         """The loss of each pair."""
         h = difference(self.divergence(logps.logratios))
         return smoothed(self.beta * h, self.label_smoothing)  # 2305.18290 eq. 7; e > 0: ericmitchell.ai/cdpo.pdf eq. 3
+
+
+@dataclass(frozen=True)
+class ODPO(PairLoss):
+    """DPO with an offset: the better the chosen answer, the further the two shall be apart.
+
+    -log S(b h - m), m the margin that the data give for the pair
+
+    Amini et al. 2024, arXiv 2402.10571, the loss of ODPO
+
+    Attributes:
+        beta: How strongly the policy is held near the reference.
+        divergence: Score of a log-ratio.
+    """
+
+    beta: float = parameter(0.1, "(0, inf)")
+    divergence: Divergence = REVERSE_KL
+    at_start = NoConstant("it depends on the margins of the data")
+    uses_margins = True
+
+    def __call__(self, logps: PairLogps) -> Pairs:
+        """The loss of each pair."""
+        margins = 0.0 if logps.margins is None else logps.margins
+        return -F.logsigmoid(self.beta * difference(self.divergence(logps.logratios)) - margins)  # 2402.10571, ODPO
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,11 @@ class Sum(PreferenceLoss):
         return any(loss.uses_reference for loss in self.losses)
 
     @property
+    def uses_margins(self) -> bool:
+        """Whether any loss does."""
+        return any(loss.uses_margins for loss in self.losses)
+
+    @property
     def whole_batch(self) -> bool:
         """Whether any loss does."""
         return any(loss.whole_batch for loss in self.losses)
@@ -81,6 +86,11 @@ class Modifier(PreferenceLoss):
     def uses_reference(self) -> bool:
         """As the loss inside."""
         return self.loss.uses_reference
+
+    @property
+    def uses_margins(self) -> bool:
+        """As the loss inside."""
+        return self.loss.uses_margins
 
     @property
     def whole_batch(self) -> bool:

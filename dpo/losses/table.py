@@ -15,13 +15,13 @@ from rich.text import Text
 
 from dpo.losses.answers import AOT, BCO, NCA, SPPO, AOTUnpaired, APODown, APOZero
 from dpo.losses.base import NoConstant, PairLogps, PreferenceLoss
-from dpo.losses.difference import DPO, EXO, IPO, DiscoPOP, Hinge, LengthNormalizedDPO, RobustDPO
+from dpo.losses.difference import DPO, EXO, IPO, ODPO, DiscoPOP, Hinge, LengthNormalizedDPO, RobustDPO
 from dpo.losses.divergences import Alpha, Divergence, ForwardKL, JensenShannon, ReverseKL
 from dpo.losses.modifiers import LD, WPO, Sum
 from dpo.losses.policy import CPO, NLL, ORPO, SimPO
 
 EXAMPLES: tuple[PreferenceLoss, ...] = (
-    *(DPO(), DPO(label_smoothing=0.1), RobustDPO(), IPO(), Hinge(), EXO(), DiscoPOP(), LengthNormalizedDPO()),
+    *(DPO(), DPO(label_smoothing=0.1), ODPO(), RobustDPO(), IPO(), Hinge(), EXO(), DiscoPOP(), LengthNormalizedDPO()),
     *(NCA(), BCO(), SPPO(), APOZero(), APODown(), AOT(), AOTUnpaired()),
     *(SimPO(), CPO(), ORPO(), NLL()),
     *(Sum((DPO(), BCO(), NLL()), (0.8, 0.2, 1.0)), LD(DPO()), WPO(DPO())),
@@ -34,7 +34,7 @@ WIDTH = 140
 
 
 def three_pairs() -> PairLogps:
-    """The pairs, with answers of one token that are as likely as what the policy draws."""
+    """The pairs, without margins, with answers of one token that are as likely as what the policy draws."""
     policy, reference = torch.tensor(POLICY), torch.tensor(REFERENCE)
     return PairLogps(policy, reference, torch.zeros_like(policy), (1,) * len(policy))
 
