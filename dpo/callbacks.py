@@ -1,58 +1,28 @@
-"""What a person sees while a run goes on: the progress bar, rates, sampled answers; and how a run is stopped in order.
+"""What goes on beside training: records, rates, predictions, and how a run is stopped in order.
 
-Takes what Lightning's hooks give; reads the module's metrics, changes nothing about training.
+Takes what Lightning's hooks give; changes nothing about training.
 """
 
 import json
 import signal
 import time
-from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 import lightning as L
-import torch
 import yaml
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo.data import HHRLHF
+from dpo.pairs import PairData
 from dpo.run import Run, complete, jsonl
 from dpo.sampler import Step
-from dpo.sharing import plain
-from dpo.training import Stage, is_logged
-
-SHOWN = {
-    "loss": "train/loss",
-    "accuracy": "train/rewards/accuracies",
-    "margin": "train/rewards/margins",
-    "tokens/s": "train/tokens_per_second",
-    "val": "val/loss",
-}
-
-
-class Bar(RichProgressBar):
-    """Lightning's bar with what matters in preference training."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        """Without the number of epochs, which is -1 where steps are counted."""
-        return f"Epoch {current_epoch + 1}"
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Loss, reward accuracy, margin and tokens per second of the last logged step, and the last validation loss."""
-        values = trainer.callback_metrics
-        return {name: f"{values[key].item():.4g}" for name, key in SHOWN.items() if key in values}
+from dpo.training import is_logged
 
 
 class Record(L.Callback):
     """Gives the resolved configuration and the audit of the data to every logger, and the audit to the run."""
 
-    def __init__(self, run: Run, data: HHRLHF) -> None:
+    def __init__(self, run: Run, data: PairData) -> None:
         """Take them from here."""
         self.run, self.data = run, data
 
@@ -69,7 +39,7 @@ class Record(L.Callback):
 class Rates(L.Callback):
     """Logs tokens per second, seconds per step and the share of time spent waiting for data, validation left out."""
 
-    def __init__(self, data: HHRLHF) -> None:
+    def __init__(self, data: PairData) -> None:
         """Ask this data how long it kept the loop waiting."""
         self.data = data
         self.paused: float | None = None
@@ -110,77 +80,6 @@ class Rates(L.Callback):
         if self.paused is not None:
             self.began += time.perf_counter() - self.paused
             self.paused = None
-
-
-@torch.no_grad()
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], max_new_tokens: int) -> str:
-    """The model's greedy answer to a prompt of token ids, up to its end or the next human turn."""
-    writer: Any = model  # its `generate` is declared for a private type
-    ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=sorted(ends),
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    ids = torch.tensor([prompt], device=model.device)
-    with plain(model):
-        output = writer.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    text = str(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
-    return text.split("\n\nHuman:")[0].strip()
-
-
-def _as_list(value: int | list[int] | None) -> Sequence[int | None]:
-    return value if isinstance(value, list) else [value]
-
-
-class Samples(L.Callback):
-    """Shows how policy and reference answer the same held-out prompts, at every validation."""
-
-    def __init__(self, run: Run, data: HHRLHF, prompts: int = 3, max_new_tokens: int = 64) -> None:
-        """Choose how much is shown.
-
-        Args:
-            run: Where samples.jsonl is written.
-            data: Where the prompts come from.
-            prompts: Number of prompts, spread evenly over the validation split.
-            max_new_tokens: Longest answer.
-        """
-        self.run, self.data, self.prompts, self.max_new_tokens = run, data, prompts, max_new_tokens
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sample, show, store."""
-        assert isinstance(pl_module, Stage)
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
-            return
-        rows = self._sample(trainer.global_step, pl_module.models())
-        show(rows)
-        jsonl(self.run.samples, rows)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_text("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows])
-
-    def _sample(self, step: int, models: dict[str, PreTrainedModel]) -> list[dict[str, Any]]:
-        """The answers of every model."""
-        pairs, tokenizer = self.data.pairs["val"], self.data.encoder.tokenizer
-        rows = []
-        for index in range(0, len(pairs), -(-len(pairs) // self.prompts)):
-            prompt = list(pairs[index].prompt)
-            answers = {role: answer(model, tokenizer, prompt, self.max_new_tokens) for role, model in models.items()}
-            text = tokenizer.decode(prompt, skip_special_tokens=True)
-            rows.append({"step": step, "id": pairs[index].id, "prompt": text, **answers})
-        return rows
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print prompts with the answers of every model beside each other."""
-    table = Table(title=f"Held-out prompts after {rows[0]['step']} steps", show_lines=True)
-    columns = [name for name in rows[0] if name not in ("step", "id")]
-    for column in columns:
-        table.add_column(column, ratio=1)
-    for row in rows:
-        table.add_row(*(Text(row[column].strip()) for column in columns))
-    Console().print(table)
 
 
 class Predictions(L.Callback):
@@ -230,10 +129,13 @@ class Stop(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """At the end of an optimizer step, stop all devices when one was asked."""
+        """At the end of an optimizer step, stop all devices when one was asked; a stopped run validates once more."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         trainer.should_stop |= trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False)
+        # A run that ends by its number of steps within an epoch validates there too; the ends of epochs do by themselves.
+        due = trainer.is_last_batch or (batch_idx + 1) % trainer.val_check_batch == 0
+        trainer.should_stop |= trainer.global_step == trainer.max_steps and not due
 
     @property
     def exit_code(self) -> int:

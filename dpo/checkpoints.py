@@ -66,7 +66,8 @@ def local_file(path: str | Path) -> Path:
         ValueError: It is not a file on this machine.
     """
     if "://" in str(path) or not Path(path).is_file():
-        raise ValueError(f"--ckpt_path: expected last, best or a checkpoint file on this machine, got {path}.")
+        hint = " The first validation of a run writes it." if Path(path).name == "best.ckpt" else ""
+        raise ValueError(f"--ckpt_path: expected last, best or a checkpoint file on this machine, got {path}.{hint}")
     return Path(path)
 
 
@@ -99,7 +100,8 @@ class LastAndBest(Checkpoint):
         if loss < self.best:
             self.best = loss
             self._save(trainer, "best")
-        self._save(trainer, "last")
+        if not (trainer.should_stop and trainer.is_last_batch):  # Lightning takes an epoch that ends so for unfinished
+            self._save(trainer, "last")
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """After the last batch save, before the validation that may follow."""

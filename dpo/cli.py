@@ -22,8 +22,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from dpo import report
-from dpo.callbacks import Bar, Predictions, Rates, Record, Samples, Stop
+from dpo.cached import Cached
+from dpo.callbacks import Predictions, Rates, Record, Stop
 from dpo.checkpoints import AtomicIO, LastAndBest, local_file
+from dpo.console import Bar, Lines, Samples
 from dpo.data import HHRLHF
 from dpo.export import export
 from dpo.finite import NonFinite
@@ -41,8 +43,10 @@ NOISE = {  # what Lightning says about things that are as they should be here
     "the summary counts parameters": "Precision .* is not supported by the model summary",
     "collating a step takes far less time than training on it": "The .* does not have many workers",
     "torch and Lightning": ".*treespec, LeafSpec.*",
+    "what is left at the end of a run is logged there": "The number of training batches .* smaller than the logging",
 }
-SHORT_NAMES = (DPO, SFT, HHRLHF, Warmup)  # imported here, so the command line knows them by their last name
+CHATTER = ("litlogger", "GPU available", "TPU available")
+SHORT_NAMES = (DPO, SFT, HHRLHF, Cached, Warmup)  # imported here, so the command line knows them by their last name
 HELD_OUT = 50  # validation pairs that are stored as text, for whoever serves the run
 NAMED = ("last", "best")  # checkpoints of a run that need no path
 Name = restricted_string_type("Name", r"^(?!latest$)\w[\w.+-]*$", docstring="A folder name other than latest.")
@@ -53,6 +57,7 @@ TRAINER = {
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
     "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
 }
 
 
@@ -114,7 +119,7 @@ class CLI(LightningCLI):
         ]
         theirs = self.config_init[self.subcommand].trainer
         if theirs.enable_progress_bar is not False:
-            ours.append(Bar())
+            ours += [Bar(), Lines()]
         trainer = super().instantiate_trainer(
             callbacks=ours + as_list(theirs.callbacks),
             plugins=[AtomicIO(), *as_list(theirs.plugins)],
@@ -157,7 +162,7 @@ class CLI(LightningCLI):
         report.show(rows, f"Results of {self.run.folder.name}")
         folder = export(
             self.run,
-            self.model.policy,
+            self.model.adapter.exported(self.model.policy),
             self.datamodule.tokenizer,
             base=self.model.policy_path,
             data=self.datamodule.path,
@@ -168,12 +173,18 @@ class CLI(LightningCLI):
         print(f"Checkpoints: {self.run.checkpoints}\nHugging Face folder: {folder}")
 
     def after_validate(self) -> None:
-        """Store the values."""
+        """Store and print the values."""
         self._finish("val")
+        self._print("val")
 
     def after_test(self) -> None:
-        """Store the values."""
+        """Store and print the values."""
         self._finish("test")
+        self._print("test")
+
+    @rank_zero_only
+    def _print(self, stage: str) -> None:
+        report.show_values({name: float(value) for name, value in self.trainer.callback_metrics.items()}, stage)
 
 
 def owner(root: Path, checkpoint: str | Path) -> str | None:
@@ -206,7 +217,7 @@ def main(arguments: Sequence[str]) -> int:
     for message in NOISE.values():
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
+        lambda record: not any(word in record.getMessage() for word in CHATTER)
     )
     transformers.logging.disable_progress_bar()  # of loading and saving, beside ours
     sys.argv[1:] = words  # not as `args`: processes that Lightning starts read them here

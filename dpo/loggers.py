@@ -115,6 +115,7 @@ def wandb_logger(run: Run) -> WandbLogger:
         rank_zero_info(
             f"Weights & Biases is offline; to upload the curves later: wandb sync {run.folder / 'wandb'}/offline-run-*"
         )
-    logger = WandbLogger(name=run.folder.name, project="dpo", save_dir=run.folder, mode=mode)
+    quiet = wandb.Settings(silent=mode == "offline", console="off")
+    logger = WandbLogger(name=run.folder.name, project="dpo", save_dir=run.folder, mode=mode, settings=quiet)
     logger._wandb_init.pop("anonymous")  # Lightning passes it on, and wandb remarks that it does nothing
     return logger

@@ -4,6 +4,7 @@ Takes the rows of metrics.csv. Knows nothing of how they were made.
 """
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -66,7 +67,7 @@ def show(rows: Rows, title: str) -> None:
     console = Console()
     header, *values = rows
     short = [header, *map(_short, values[-20:])]
-    if console.width < 140:
+    if console.width < 185:
         short = list(zip(header, *short[1:][-4:], strict=True))
     table = Table(title=title)
     for name in short[0]:
@@ -74,6 +75,16 @@ def show(rows: Rows, title: str) -> None:
     for line in short[1:]:
         table.add_row(*line)
     console.print(table)
+
+
+def show_values(values: Mapping[str, float], stage: str) -> None:
+    """Print what a validation or test measured, one metric a line."""
+    table = Table("metric", title=f"Results of the {'validation' if stage == 'val' else stage} pairs")
+    table.add_column("value", justify="right")
+    for name, value in values.items():
+        if name.startswith(f"{stage}/"):
+            table.add_row(name, f"{value:.4f}")
+    Console().print(table)
 
 
 def _short(row: tuple[str, ...]) -> tuple[str, ...]:

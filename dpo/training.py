@@ -139,8 +139,15 @@ class Stage(L.LightningModule, ABC):
         return super().load_state_dict(state, strict=False, assign=assign)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer of the parameters that train, and its schedule."""
-        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        """The optimizer of the parameters that train, and its schedule.
+
+        Raises:
+            ValueError: There are none.
+        """
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError("the policy is frozen: expected parameters that need a gradient, got none. Unfreeze it.")
+        optimizer = self.optimizer(trained)
         if self.lr_scheduler is None:
             return optimizer
         return {
@@ -203,11 +210,18 @@ class Stage(L.LightningModule, ABC):
     def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
         """Log the means since the last logged step."""
         if is_logged(self.trainer, batch_idx):
-            rates = {
-                "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
-                "grad_norm": self.grad_norm.item(),
-            }
-            self.report("train", self.train_means, rates)
+            self._report_training()
+
+    def on_train_epoch_end(self) -> None:
+        """Log what the last steps of the run have left."""
+        ends = self.trainer.current_epoch + 1 == self.trainer.max_epochs
+        ends |= self.trainer.should_stop or self.trainer.global_step == self.trainer.max_steps
+        if ends and self.train_means.counts.any():
+            self._report_training()
+
+    def _report_training(self) -> None:
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.report("train", self.train_means, {"learning_rate": rate, "grad_norm": self.grad_norm.item()})
 
     def report(self, stage: str, means: Means, more: Mapping[str, float] = MappingProxyType({})) -> None:
         """Log means under the names of a stage, at the number of optimizer steps taken, and start them anew."""

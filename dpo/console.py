@@ -1,0 +1,143 @@
+"""What a person sees while a run goes on: the progress bar, or lines, and sampled answers.
+
+Takes what Lightning's hooks give; reads the metrics of a stage and its models, changes nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo.pairs import PairData
+from dpo.run import Run, jsonl
+from dpo.sharing import plain
+from dpo.training import Stage
+
+COLUMNS = ("prompt", "reference", "policy")
+SHOWN = {
+    "loss": "train/loss",
+    "accuracy": "train/rewards/accuracies",
+    "margin": "train/rewards/margins",
+    "tokens/s": "train/tokens_per_second",
+    "val": "val/loss",
+}
+
+
+class Bar(RichProgressBar):
+    """Lightning's bar with what matters in preference training."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Without the number of epochs, which is -1 where steps are counted."""
+        return f"Epoch {current_epoch + 1}"
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Loss, reward accuracy, margin and tokens per second of the last logged step, and the last validation loss."""
+        return shown(trainer)
+
+
+class Lines(L.Callback):
+    """The same as lines, one per logged step, where the output is no terminal and a bar would show once, at the end."""
+
+    def __init__(self) -> None:
+        """Nothing is printed yet."""
+        self.printed = 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Print what was logged when the last batch ended."""
+        self._print(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the last step."""
+        self._print(trainer)
+
+    def _print(self, trainer: L.Trainer) -> None:
+        fresh = trainer.global_step != self.printed and trainer.callback_metrics.get("train/loss") is not None
+        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if fresh and due and trainer.is_global_zero and not Console().is_terminal:
+            values = "  ".join(f"{name} {value}" for name, value in shown(trainer).items())
+            print(f"step {trainer.global_step}/{int(trainer.estimated_stepping_batches)}  {values}", flush=True)
+            self.printed = trainer.global_step
+
+
+def shown(trainer: L.Trainer) -> dict[str, str]:
+    """What is worth a look, as far as it is known by now."""
+    values = trainer.callback_metrics
+    return {name: f"{values[key].item():.4g}" for name, key in SHOWN.items() if key in values}
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], max_new_tokens: int) -> str:
+    """The model's greedy answer to a prompt of token ids, up to its end or the next human turn."""
+    writer: Any = model  # its `generate` is declared for a private type
+    ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    ids = torch.tensor([prompt], device=model.device)
+    with plain(model):
+        output = writer.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    text = str(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+    return text.split("\n\nHuman:")[0].strip()
+
+
+def _as_list(value: int | list[int] | None) -> Sequence[int | None]:
+    return value if isinstance(value, list) else [value]
+
+
+class Samples(L.Callback):
+    """Shows how policy and reference answer the same held-out prompts, at every validation."""
+
+    def __init__(self, run: Run, data: PairData, prompts: int = 3, max_new_tokens: int = 64) -> None:
+        """Choose how much is shown.
+
+        Args:
+            run: Where samples.jsonl is written.
+            data: Where the prompts come from.
+            prompts: Number of prompts, spread evenly over the validation split.
+            max_new_tokens: Longest answer.
+        """
+        self.run, self.data, self.prompts, self.max_new_tokens = run, data, prompts, max_new_tokens
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Sample, show, store."""
+        assert isinstance(pl_module, Stage)
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        rows = self._sample(trainer.global_step, pl_module.models())
+        show(rows)
+        jsonl(self.run.samples, rows)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_text("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows])
+
+    def _sample(self, step: int, models: dict[str, PreTrainedModel]) -> list[dict[str, Any]]:
+        """The answers of every model."""
+        pairs, tokenizer = self.data.pairs["val"], self.data.encoder.tokenizer
+        rows = []
+        for index in range(0, len(pairs), -(-len(pairs) // self.prompts)):
+            prompt = list(pairs[index].prompt)
+            answers = {role: answer(model, tokenizer, prompt, self.max_new_tokens) for role, model in models.items()}
+            text = tokenizer.decode(prompt, skip_special_tokens=True)
+            rows.append({"step": step, "id": pairs[index].id, "prompt": text, **answers})
+        return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print prompts with the answers of every model beside each other."""
+    table = Table(title=f"Held-out prompts after {rows[0]['step']} steps", show_lines=True)
+    columns = sorted((name for name in rows[0] if name not in ("step", "id")), key=COLUMNS.index)
+    for column in columns:
+        table.add_column(column, ratio=1)
+    for row in rows:
+        table.add_row(*(Text(row[column].strip()) for column in columns))
+    Console().print(table)
