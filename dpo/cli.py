@@ -42,6 +42,7 @@ NOISE = {  # what Lightning says about things that are as they should be here
     "policy and reference are in eval mode by design (dropout off)": "Found .* module.s. in eval mode",
     "the summary counts parameters": "Precision .* is not supported by the model summary",
     "collating a step takes far less time than training on it": "The .* does not have many workers",
+    "a loss looks at its pairs before they are moved": "You have overridden `on_before_batch_transfer`",
     "torch and Lightning": ".*treespec, LeafSpec.*",
     "what is left at the end of a run is logged there": "The number of training batches .* smaller than the logging",
 }
