@@ -1,0 +1,110 @@
+"""How a run ends in order when it is stopped: by Ctrl-C, by SIGTERM, and by a second one at once; and its rates."""
+
+import json
+import os
+import signal
+import time
+
+import lightning as L
+import pytest
+
+from dpo.run import Run
+from tests.runs import Lab, checkpoint, metrics
+
+WORDS = ["--trainer.max_epochs=2", "--data.val_fraction=0"]  # of six steps each
+
+
+class Press(L.Callback):
+    """Sends this process a signal, some times, when a step begins that is not the first."""
+
+    def __init__(self, number: int, times: int = 1, batch: int = 1) -> None:
+        self.number, self.times, self.batch = number, times, batch
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        if batch_idx == self.batch:
+            for _ in range(self.times):
+                signal.raise_signal(self.number)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("runs"))
+
+
+def pressed(number: int, **more: int) -> list[str]:
+    settings = "".join(f", {name}: {value}" for name, value in more.items())
+    press = f"{{class_path: tests.test_callbacks.Press, init_args: {{number: {number}{settings}}}}}"
+    return [f"--trainer.callbacks=[{press}]"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_ends_in_order(lab: Lab, capsys: pytest.CaptureFixture[str], number: int, code: int) -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    name = f"--name=stopped-{code}"
+    assert lab.main("fit", name, *WORDS, *pressed(number)) == code
+    run = Run(lab.folder / f"stopped-{code}")
+    assert "Stopping after this step" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(run)] == [1, 2], "the step is finished, no other is begun"
+    assert checkpoint(run)["global_step"] == 2
+    assert (run.folder / "results.md").exists()
+    assert (run.export / "model.safetensors").exists()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert lab.main("fit", name, *WORDS, "--ckpt_path=last") == 0
+    assert [row["step"] for row in metrics(run)] == [*range(1, 13)]
+
+
+def test_a_stopped_run_is_validated_after_it_is_saved(lab: Lab) -> None:
+    assert lab.main("fit", "--name=validated", *pressed(signal.SIGINT)) == 130
+    run = Run(lab.folder / "validated")
+    assert json.loads(run.results.read_text())["val/loss"] == pytest.approx(metrics(run)[-1]["val/loss"])
+    assert (run.checkpoints / "best.ckpt").exists()
+
+
+def test_a_stop_waits_for_the_end_of_the_optimizer_step(lab: Lab) -> None:
+    words = ["--trainer.accumulate_grad_batches=2", *pressed(signal.SIGINT, batch=2)]  # the first half of step 2
+    assert lab.main("fit", "--name=halves", *WORDS, *words) == 130
+    assert checkpoint(Run(lab.folder / "halves"))["global_step"] == 2
+
+
+def test_a_second_stop_ends_at_once(lab: Lab) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    assert lab.main("fit", "--name=twice", *WORDS, *pressed(signal.SIGINT, times=2)) == 130
+    run = Run(lab.folder / "twice")
+    assert [row["step"] for row in metrics(run)] == [1]
+    assert not run.export.exists()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_process_ends_with_the_code_of_the_signal(lab: Lab, number: int, code: int) -> None:
+    run = Run(lab.folder / f"process-{code}")
+    process = lab.start("fit", f"--name={run.folder.name}", "--trainer.max_epochs=1000", "--data.val_fraction=0")
+    try:
+        deadline = time.monotonic() + 120
+        while not run.metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+        printed, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == code, printed
+    assert "Traceback" not in printed
+    assert checkpoint(run)["global_step"] == metrics(run)[-1]["step"]
+    assert (run.export / "model.safetensors").exists()
+
+
+def test_rates_are_logged_and_plausible(lab: Lab) -> None:
+    began = time.perf_counter()
+    run = lab.fit("rates", "--data.val_fraction=0", "--trainer.log_every_n_steps=2")
+    seconds = time.perf_counter() - began
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert 0 < sum(2 * row["train/time/step"] for row in rows) < seconds
+    for row in rows:
+        assert 0 <= row["train/time/data"] <= 1
+        # every pair has a prompt and two answers: its tokens, of 2 steps of 4 pairs, in their time
+        tokens = row["train/tokens_per_second"] * 2 * row["train/time/step"]
+        answers = 2 * 4 * (row["train/length/chosen"] + row["train/length/rejected"])
+        assert answers < tokens < answers + 2 * 4 * 60

@@ -1,0 +1,127 @@
+"""How models are read: in float32, from safetensors, without their code; and what stands in the way is said."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo import quickstart
+from dpo.models import Loader, adapt_layers, end_ids, locate, weights_sha256
+from tests.conftest import make_tiny_model
+from tests.runs import policy
+
+
+def test_a_model_is_read_in_float32_with_dropout_off(tmp_path: Path) -> None:
+    make_tiny_model("gpt2").to(torch.bfloat16).train().save_pretrained(tmp_path)
+    model = Loader().model(str(tmp_path))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not any(part.training for part in model.modules())
+
+
+def test_quickstart_is_the_shipped_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("quickstart") == str(quickstart.POLICY)
+    assert locate("~/model") == str(tmp_path / "model")
+    assert locate("someone/model") == "someone/model"
+    assert weights_sha256(Loader().model("quickstart")) == weights_sha256(Loader().model(str(quickstart.POLICY)))
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "someone/not-here", "./nowhere"])
+def test_what_is_not_there_is_named(path: str) -> None:
+    with pytest.raises(ValueError, match=path):
+        Loader().model(path)
+    with pytest.raises(ValueError, match=path):
+        Loader().tokenizer(path)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    make_tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"cannot read a tokenizer from '{tmp_path}'"):
+        Loader().tokenizer(str(tmp_path))
+
+
+def test_pickled_weights_are_read_only_where_that_is_said(tmp_path: Path) -> None:
+    model = make_tiny_model()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"--model\.pickled_weights true"):
+        Loader().model(str(tmp_path))
+    assert weights_sha256(Loader(pickled_weights=True).model(str(tmp_path))) == weights_sha256(model)
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path(__file__).with_name("executed").touch() if False else Path("executed").touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_model_is_run_only_where_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "own"
+    make_tiny_model().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(CODE)
+    with pytest.raises(ValueError, match=r"--model\.trust_remote_code true"):
+        Loader().model(str(folder))
+    assert not Path("executed").exists()
+    assert type(Loader(trust_remote_code=True).model(str(folder))).__name__ == "OwnModel"
+    assert Path("executed").exists()
+
+
+def test_the_hash_is_of_every_name_type_shape_and_byte() -> None:
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+
+    same, value, buffer, dtype = build(), build(), build(), build()
+    with torch.no_grad():
+        value[0].weight[1, 1] += 1e-6
+        buffer[1].running_mean[0] = 1e-6
+    dtype[0].double()
+    name = torch.nn.ModuleDict({"0": build()[0], "2": build()[1]})
+    shape = build()
+    shape[0].weight.data = shape[0].weight.data.reshape(2, 3)
+    hashes = [weights_sha256(model) for model in (build(), value, buffer, dtype, name, shape)]
+    assert weights_sha256(same) == hashes[0]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_the_hash_is_that_of_the_weights_and_not_of_the_file(tmp_path: Path) -> None:
+    shutil.copytree(policy(), tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").write_text("another file")
+    first, second = (Loader().model(str(folder)) for folder in (policy(), tmp_path / "copy"))
+    assert weights_sha256(first) == weights_sha256(second)
+
+
+@pytest.mark.parametrize("ends", [2, [2, 5], None])
+def test_the_ids_that_end_an_answer_are_those_of_the_generation_config(tmp_path: Path, ends: object) -> None:
+    model = make_tiny_model()
+    model.generation_config.eos_token_id = ends
+    model.save_pretrained(tmp_path)
+    assert end_ids(str(tmp_path)) == ([] if ends is None else [2] if ends == 2 else ends)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "config.json").rename(tmp_path / "other.json")
+    assert end_ids(str(tmp_path)) == []
+
+
+def test_recomputed_layers_give_the_same_gradients() -> None:
+    ids = torch.arange(3, 40)[None]
+    gradients = []
+    for recomputed in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(policy())
+        adapt_layers(model, compiled=False, recomputed=recomputed)
+        model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

@@ -1,0 +1,186 @@
+"""Set-ups that are broken on purpose: each is refused before the first step, with what was expected, got and to do."""
+
+from dataclasses import dataclass
+from math import log
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo import preflight
+from dpo.batch import Example
+from dpo.losses import DPO, PairLogps
+from dpo.models import Loader
+from dpo.preflight import PreflightError
+from dpo.reference import SAME, Frozen, Reference
+from dpo.run import Run
+from tests.runs import Lab, metrics, policy, write
+
+
+class AsIs(Frozen):
+    """What a reference is before anybody has frozen it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model, "broken on purpose", SAME)
+        self.model.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class Itself(Reference):
+    """The policy's own object."""
+
+    def build(self, policy: PreTrainedModel, loader: Loader) -> AsIs:
+        return AsIs(policy)
+
+
+@dataclass(frozen=True)
+class Unfrozen(Reference):
+    """A copy that still wants gradients."""
+
+    def build(self, policy: PreTrainedModel, loader: Loader) -> AsIs:
+        return AsIs(loader.model(policy.config._name_or_path))
+
+
+@dataclass(frozen=True)
+class FreezesPolicy(Reference):
+    """The policy's own object, frozen."""
+
+    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
+        return Frozen(policy, "broken on purpose", SAME)
+
+
+@dataclass(frozen=True)
+class Moved(Reference):
+    """A copy that is not the policy any more."""
+
+    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
+        model = loader.model(policy.config._name_or_path)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(1.01)
+        return Frozen(model, "broken on purpose", SAME)
+
+
+@dataclass(frozen=True)
+class Dropout(Reference):
+    """A good copy of a policy whose dropout is left on."""
+
+    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
+        frozen = Frozen(loader.model(policy.config._name_or_path), "a copy", SAME)
+        policy.train()
+        return frozen
+
+
+@dataclass(frozen=True)
+class Shifted(DPO):
+    """DPO with a constant too much."""
+
+    def __call__(self, logps: PairLogps) -> Tensor:
+        return super().__call__(logps) + 0.01
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("runs"))
+
+
+ONE = ["--trainer.max_steps=1", "--data.val_fraction=0"]
+
+
+def refused(lab: Lab, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What is said of a run that is stopped before its first step."""
+    capsys.readouterr()
+    name = f"run{len(list(lab.folder.iterdir()))}"
+    assert lab.main("fit", f"--name={name}", *ONE, *words) == 1
+    run = Run(lab.folder / name)
+    assert not run.metrics.exists() and not run.checkpoints.exists()
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("broken", ["Itself", "Unfrozen"])
+def test_a_reference_that_would_train(lab: Lab, capsys: pytest.CaptureFixture[str], broken: str) -> None:
+    message = refused(lab, capsys, f"--model.reference=tests.test_preflight.{broken}")
+    assert "preflight: the reference: expected frozen and not in the optimizer, got ['" in message
+    assert "Copy it instead of passing the policy itself." in message
+
+
+def test_a_policy_that_does_not_train(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(lab, capsys, "--model.reference=tests.test_preflight.FreezesPolicy")
+    assert "the policy is frozen: expected parameters that need a gradient, got none." in message
+
+
+def test_a_reference_that_is_not_the_policy(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(lab, capsys, "--model.reference=tests.test_preflight.Moved")
+    assert "log-probabilities under the policy and under the reference that it equals" in message
+    assert "The reference is not the policy." in message
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {"attention_dropout": 0.5}),  # functional dropout, which no nn.Dropout shows
+        ("gpt2", {"resid_pdrop": 0.5}),
+    ],
+)
+def test_dropout_that_is_on(
+    lab: Lab, capsys: pytest.CaptureFixture[str], family: str, config: dict[str, float]
+) -> None:
+    words = [f"--model.policy={policy(family, **config)}", "--model.sharing=false"]
+    message = refused(lab, capsys, *words, "--model.reference=tests.test_preflight.Dropout")
+    assert "preflight: two passes over one batch: expected equal bits, got " in message
+    assert "Some dropout or noise is on: turn it off in the model." in message
+
+
+def test_dropout_in_a_configuration_is_off(lab: Lab) -> None:
+    lab.fit("dropout", *ONE, f"--model.policy={policy('gpt2', resid_pdrop=0.5)}")
+
+
+def test_a_loss_that_is_not_what_it_says(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(lab, capsys, "--model.loss=tests.test_preflight.Shifted")
+    assert "preflight: the loss at step 0: expected 0.693147, got [0.7031" in message
+    assert "The loss is not what it says." in message
+
+
+def test_shared_prompts_that_differ(
+    lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "difference", lambda *_: 0.5)
+    message = refused(lab, capsys)
+    assert "shared prompts against separate sequences: expected hidden states within 0.0001, got 5.0e-01." in message
+    assert "Use --model.sharing false." in message
+
+
+def test_more_tokens_than_the_policy_has_positions(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(lab, capsys, "--data.max_length=300")
+    assert "--data.max_length: expected at most the 256 positions that the policy was made for, got 300." in message
+
+
+def test_an_end_inside_an_answer() -> None:
+    with pytest.raises(PreflightError, match=r"the answers of a/train:1: expected no end of .*, got \[2\]\."):
+        list(preflight._answers([Example("a/train:1", [5], ([6, 2, 7, 2], [8, 2]))], (2,)))
+
+
+def test_answers_that_are_the_same() -> None:
+    with pytest.raises(PreflightError, match=r"expected different token ids, got the same\. Raise --data\.max_length"):
+        list(preflight._answers([Example("a/train:1", [5], ([6, 2], [6, 2]))], (2,)))
+
+
+def test_every_message_says_how_to_go_on_regardless(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(lab, capsys, "--model.loss=tests.test_preflight.Shifted")
+    assert message.startswith("PreflightError: preflight: ")
+    assert message.endswith("(--model.preflight false skips all checks.)")
+    run = lab.fit("regardless", *ONE, "--model.loss=tests.test_preflight.Shifted", "--model.preflight=false")
+    assert metrics(run)[0]["train/loss"] == pytest.approx(log(2) + 0.01)
+
+
+def test_a_good_run_says_what_was_checked(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    lab.fit("good", *ONE)
+    (said,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Preflight: ")]
+    for part in ("every answer ends once", "all others are frozen", "agree to the bit", "the loss is 0.693147"):
+        assert part in said
+
+
+def test_fewer_rows_than_it_looks_at_are_enough(lab: Lab, tmp_path) -> None:
+    row = ("\n\nHuman: Hi.\n\nAssistant: Hello.", "\n\nHuman: Hi.\n\nAssistant: No.")
+    write(tmp_path, (row,), (row,))
+    lab.fit("few", *ONE, f"--data.path={tmp_path}", "--data.batch_size=1")

@@ -1,0 +1,291 @@
+"""References: what each is, that the fixed ones stay to the bit, and that moving ones are where the formula says."""
+
+import logging
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo import adapters
+from dpo.adapters import LoRA
+from dpo.batch import Example, collate
+from dpo.cached import Cached
+from dpo.logps import score
+from dpo.models import Loader, weights_sha256
+from dpo.reference import AdapterOff, Copy, Follower, Frozen, Model, Moving, Nothing, Reference
+from dpo.run import Run
+from dpo.sharing import share_if_exact
+from tests.runs import Lab, checkpoint, policy, weights
+
+BATCH = collate([Example("a", [5, 6, 7], ([8, 9, 2], [10, 2])), Example("b", [11, 12], ([13, 2], [14, 15, 2]))])
+LORA = ["--model.adapter=LoRA", "--model.adapter.r=4", "--model.adapter.targets=[q_proj,lm_head]"]
+FIT = ["--trainer.max_steps=6", "--trainer.val_check_interval=2", "--optimizer.lr=1e-2"]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("runs"))
+
+
+def read(adapter: LoRA | None = None, path: Path | None = None) -> PreTrainedModel:
+    path = str(path or policy())
+    return adapter.read(Loader(), path) if adapter else Loader().model(path)
+
+
+@torch.no_grad()
+def train(model: PreTrainedModel, seed: int = 0) -> None:
+    """Change every weight that trains."""
+    draw = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.add_(torch.randn(p.shape, generator=draw) / 10)
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> PreTrainedModel:
+    """A policy that is an adapter with an effect, as it was loaded."""
+    model = read(LoRA(4, 8, ("q_proj", "lm_head")))
+    train(model)
+    adapters.save(model, tmp_path / "adapter")
+    return read(path=tmp_path / "adapter")
+
+
+# What each is.
+
+
+def test_a_copy_of_a_full_policy_shares_nothing_and_stays() -> None:
+    model = read()
+    reference = Copy().build(model, Loader())
+    before = reference(BATCH)
+    assert torch.equal(before, score(model, BATCH).logps.detach()) and not before.requires_grad
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in reference.model.parameters()}
+    train(model)
+    assert torch.equal(reference(BATCH), before) and reference.sha256 == weights_sha256(reference.model)
+    assert reference.sha256 == weights_sha256(read()) and reference.origin == "frozen copy of the policy"
+
+
+def test_beside_a_new_adapter_it_is_the_base_without_a_second_model() -> None:
+    model = read(LoRA(4, 8, ("q_proj", "lm_head")))
+    reference = Copy().build(model, Loader())
+    assert {p.data_ptr() for p in reference.parameters()} <= {p.data_ptr() for p in model.parameters()}
+    assert reference.origin == "the policy with its adapter off, weights shared"
+    assert reference.sha256 == weights_sha256(read()), "the same reference as that of full training"
+    before = reference(BATCH)
+    assert torch.equal(before, score(model, BATCH).logps.detach())
+    train(model)
+    assert torch.equal(reference(BATCH), before) and torch.equal(before, score(read(), BATCH).logps.detach())
+
+
+def test_beside_a_loaded_adapter_it_is_that_adapter_as_it_was(loaded: PreTrainedModel) -> None:
+    reference = Copy().build(loaded, Loader())
+    before = reference(BATCH)
+    assert torch.equal(before, score(loaded, BATCH).logps.detach())
+    assert not torch.allclose(before, score(read(), BATCH).logps, atol=1e-2), "not the base"
+    copies = {p.data_ptr() for p in reference.parameters()} - {p.data_ptr() for p in loaded.parameters()}
+    assert len(copies) == sum(p.requires_grad for p in loaded.parameters()), "only the adapter is there twice"
+    train(loaded, seed=1)
+    assert torch.equal(reference(BATCH), before)
+
+
+def test_the_adapter_can_be_off_even_if_it_was_trained_before(loaded: PreTrainedModel) -> None:
+    reference = AdapterOff().build(loaded, Loader())
+    assert torch.equal(reference(BATCH), score(read(), BATCH).logps.detach())
+    assert reference.distance == float("inf"), "nobody expects it to equal the policy"
+
+
+def test_without_an_adapter_none_can_be_off() -> None:
+    with pytest.raises(ValueError, match="AdapterOff: the policy has no adapter"):
+        AdapterOff().build(read(), Loader())
+
+
+def test_another_model_must_speak_the_same_vocabulary(
+    tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    tiny_model(vocab_size=64).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a vocabulary of 64 tokens, the policy one of"):
+        Model(str(tmp_path)).build(read(), Loader())
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_interleaved_passes_do_not_disturb_each_other(loaded: PreTrainedModel, sharing: bool) -> None:
+    """The graph of the policy's pass is still good after a pass of the reference, which shares its weights."""
+    reference, alone = Copy().build(loaded, Loader()), deepcopy(loaded)
+    for model in (loaded, reference.model, alone):
+        assert not sharing or share_if_exact(model) == ""
+    score(alone, BATCH).logps.sum().backward()
+    logps = score(loaded, BATCH).logps
+    reference(BATCH)
+    logps.sum().backward()
+    expected = dict(alone.named_parameters())
+    for name, p in loaded.named_parameters():
+        assert (p.grad is None) == (not p.requires_grad)
+        assert p.grad is None or torch.equal(p.grad, expected[name].grad)
+    assert all(p.grad is None for p in reference.parameters() if not any(p is own for own in loaded.parameters()))
+
+
+# Moving references.
+
+
+@pytest.mark.parametrize(("alpha", "tau"), [(0.3, 2), (1.0, 3), (0.01, 1)], ids=["soft", "hard", "average"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapter"])
+def test_a_moving_reference_is_where_the_formula_says(alpha: float, tau: int, adapted: bool) -> None:
+    model = read(LoRA(4, 8, ("q_proj", "lm_head")) if adapted else None)
+    reference = Moving(alpha, tau).build(model, Loader())
+    expected = {name: p.clone() for name, p in adapters.merged(model).named_parameters()}
+    assert torch.equal(reference(BATCH), score(model, BATCH).logps.detach())
+    for step in range(1, 7):
+        train(model, seed=step)
+        reference.follow(model, step)
+        if step % tau == 0:  # pi_ref <- alpha pi + (1 - alpha) pi_ref
+            now = dict(adapters.merged(model).named_parameters())
+            expected = {name: p.lerp(now[name], alpha) for name, p in expected.items()}
+        for name, p in reference.model.named_parameters():
+            assert torch.equal(p, expected[name]), (step, name)
+    assert not torch.allclose(reference(BATCH), score(read(), BATCH).logps, atol=1e-3)
+
+
+def test_after_a_hard_update_the_reference_is_the_policy() -> None:
+    model = read(LoRA(4, 8, ("q_proj",)))
+    reference = Moving(alpha=1.0, tau=1).build(model, Loader())
+    train(model)
+    reference.follow(model, 1)
+    torch.testing.assert_close(reference(BATCH), score(model, BATCH).logps, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_mixed_and_not_the_factors_of_an_adapter() -> None:
+    """(B1 A1 + B2 A2) / 2 is what moves; ((B1 + B2) / 2) ((A1 + A2) / 2) is another matrix."""
+    model = read(LoRA(4, 4, ("q_proj",)))
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    train(model, seed=1)
+    reference = Moving(alpha=0.5, tau=1).build(model, Loader())
+    first = [layer.lora_B["default"].weight.clone(), layer.lora_A["default"].weight.clone()]
+    train(model, seed=2)
+    second = [layer.lora_B["default"].weight, layer.lora_A["default"].weight]
+    reference.follow(model, 1)
+    found = reference.model.get_parameter("model.layers.0.self_attn.q_proj.weight")
+    base = layer.base_layer.weight
+    torch.testing.assert_close(found, base + (first[0] @ first[1] + second[0] @ second[1]) / 2)
+    (b, a) = ((x + y) / 2 for x, y in zip(first, second, strict=True))
+    assert not torch.allclose(found, base + b @ a, atol=1e-3)
+
+
+def test_beside_an_adapter_only_the_layers_that_it_is_on_are_copied() -> None:
+    model = read(LoRA(4, 8, ("q_proj",)))
+    reference = Moving().build(model, Loader())
+    assert reference.changing() == {f"model.model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
+    own = {p.data_ptr() for p in model.parameters()}
+    assert sum(p.data_ptr() not in own for p in reference.parameters()) == 2
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": 0}, {"alpha": 1.5}, {"tau": 0}])
+def test_impossible_movements_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"expected alpha in \(0, 1\] and tau of 1 step or more"):
+        Moving(**wrong)
+
+
+@pytest.mark.parametrize("of", [Moving(), Nothing(), Cached()])
+def test_only_fixed_references_are_cached(of: Reference) -> None:
+    with pytest.raises(ValueError, match="Cached: expected a reference that stays as it is"):
+        Cached(of).build(read(), Loader())
+
+
+# Whole runs.
+
+
+def module_of(lab: Lab, name: str, *words: str) -> Any:
+    """Train through the command line; the module as it is then."""
+    import dpo.cli
+
+    seen = {}
+    after = dpo.cli.CLI.after_fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo.cli.CLI, "after_fit", lambda cli: (seen.update(cli=cli), after(cli))[1])
+        lab.fit(name, *FIT, *words)
+    return seen["cli"].model
+
+
+@pytest.mark.parametrize("words", [[], LORA, ["--model.sharing=false", *LORA]], ids=["full", "adapter", "separate"])
+def test_a_fixed_reference_is_the_same_to_the_bit_after_training(lab: Lab, words: list[str]) -> None:
+    module = module_of(lab, f"fixed{len(words)}", *words)
+    assert isinstance(module.reference, Frozen)
+    found, start = module.reference.model.state_dict(), read().state_dict()
+    assert found.keys() == start.keys() and all(torch.equal(found[name], start[name]) for name in start)
+    assert weights_sha256(module.reference.model) == module.reference.sha256
+
+
+def recorded(lab: Lab, name: str, *words: str) -> tuple[list[int], list[dict[str, Tensor]], Any]:
+    """Train with a moving reference; the steps at which it was told to follow, and the policy's weights then."""
+    steps: list[int] = []
+    then: list[dict[str, Tensor]] = []
+    follow = Follower.follow
+
+    def recording(self: Follower, model: PreTrainedModel, step: int) -> None:
+        steps.append(step)
+        then.append({n: adapters.effective(model, n).detach().clone() for n in self.moving})
+        follow(self, model, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Follower, "follow", recording)
+        module = module_of(lab, name, "--model.reference=Moving", *words)
+    return steps, then, module
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapter"])
+def test_it_follows_once_an_optimizer_step(lab: Lab, adapted: bool) -> None:
+    words = ["--model.reference.alpha=0.5", "--model.reference.tau=2", "--trainer.accumulate_grad_batches=2"]
+    steps, then, module = recorded(lab, f"moving{adapted}", *words, *(LORA if adapted else []))
+    assert steps == [1, 2, 3, 4, 5, 6]
+    start = read().state_dict()
+    for name in module.reference.moving:
+        expected = start[name]
+        for index in (1, 3, 5):  # after steps 2, 4 and 6
+            expected = expected.lerp(then[index][name], 0.5)
+        found = module.reference.model.get_parameter(name)
+        assert torch.equal(found, expected) and not torch.equal(found, start[name]), name
+        saved = weights(Run(lab.folder / f"moving{adapted}"))
+        assert torch.equal(saved[f"reference.model.{name}"], expected)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model.reference=Moving", "--model.reference.tau=2"],
+        ["--model.reference=Moving", "--model.reference.tau=2", *LORA],
+        ["--model.reference=Moving", "--model.reference.tau=1", "--model.reference.alpha=0.01"],
+        ["--model.reference=Cached"],
+        ["--model.reference=Cached", *LORA],
+        ["--model.reference=AdapterOff", *LORA],
+    ],
+    ids=["moving", "moving-adapter", "average", "cached", "cached-adapter", "off"],
+)
+def test_resuming_is_exact(lab: Lab, words: list[str], request: pytest.FixtureRequest) -> None:
+    name = request.node.callspec.id
+    whole = lab.fit(f"{name}-whole", *FIT, *words)
+    part = lab.fit(f"{name}-part", *FIT, *words, "--trainer.max_steps=3")  # between two updates
+    last = part.checkpoints / "last.ckpt"
+    assert lab.main("fit", *FIT, *words, f"--ckpt_path={last}") == 0
+    expected, found = checkpoint(whole), checkpoint(part)
+    assert expected["state_dict"].keys() == found["state_dict"].keys()
+    assert all(torch.equal(value, found["state_dict"][n]) for n, value in expected["state_dict"].items())
+    assert any(n.startswith("reference.") for n in found["state_dict"]) == ("Moving" in words[0])
+
+
+def test_every_run_says_what_its_reference_is(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    other = policy(seed=1)
+    said = {
+        "frozen copy of the policy": [],
+        "the policy with its adapter off, weights shared": LORA,
+        "moving, 0.6 of the policy every 512 steps, now a copy of it": ["--model.reference=Moving"],
+        "frozen copy of the policy, cached": ["--model.reference=Cached"],
+        f"the model {other}": [f"--model.reference={other}"],
+    }
+    for number, (origin, words) in enumerate(said.items()):
+        lab.fit(f"says{number}", "--trainer.max_steps=1", "--data.val_fraction=0", *words)
+        sha = weights_sha256(read(path=other if "model" in origin else None))
+        assert f"Reference: {origin}, SHA-256 of its weights {sha[:16]}." in caplog.text

@@ -1,0 +1,80 @@
+"""The table of results, from a metrics.csv that is written here."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from dpo import report
+from dpo.loggers import MetricsCSV
+from dpo.run import Run
+
+SIDES = [f"{what}/{side}" for what in ("rewards", "logps", "logits") for side in ("chosen", "rejected")]
+PAIRS = (*SIDES, "rewards/accuracies", "rewards/margins")
+
+
+def values(stage: str, loss: float) -> dict[str, float]:
+    """Numbers that tell their places: loss 0.5 has rewards/chosen 0.501, and so on."""
+    return {f"{stage}/loss": loss} | {f"{stage}/{name}": loss + (i + 1) / 1000 for i, name in enumerate(PAIRS)}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Four steps, of which every second is logged, validated at 3 and 4."""
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    log.log_metrics(values("train", 0.8), step=2)
+    log.log_metrics(values("val", 0.7), step=3)
+    log.log_metrics(values("train", 0.6), step=4)
+    log.log_metrics(values("val", 0.5), step=4)
+    return Run(tmp_path)
+
+
+TEN = ("step", "training loss", "validation loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies")
+TEN += ("rewards/margins", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected")
+
+
+def test_a_row_is_a_validation_and_the_last_training_loss_before(run: Run) -> None:
+    header, *rows = report.results(run.metrics)
+    assert header == TEN
+    assert [row[:4] for row in rows] == [("3", "0.8", "0.7", "0.701"), ("4", "0.6", "0.5", "0.501")]
+    place = {name: 0.5 + (i + 1) / 1000 for i, name in enumerate(PAIRS)}
+    assert [float(value) for value in rows[1][3:]] == pytest.approx([place[name] for name in header[3:]])
+
+
+def test_it_is_written_as_csv_and_markdown(run: Run) -> None:
+    rows = report.write(run)
+    with (run.folder / "results.csv").open(newline="") as file:
+        assert [tuple(row) for row in csv.reader(file)] == rows
+    lines = (run.folder / "results.md").read_text().splitlines()
+    assert lines[0] == f"| {' | '.join(TEN)} |"
+    assert lines[2].startswith("| 3 | 0.8000 | 0.7000 | 0.7010 |")
+    assert {line.count("|") for line in lines} == {len(TEN) + 1}
+    assert len(lines) == 2 + 2
+
+
+def test_without_validation_the_rows_are_the_logged_steps(tmp_path: Path) -> None:
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    for step in (10, 20):
+        log.log_metrics(values("train", step / 100), step=step)
+    header, *rows = report.results(log.path)
+    assert header == TEN
+    assert [row[:4] for row in rows] == [("10", "0.1", "", "0.101"), ("20", "0.2", "", "0.201")]
+
+
+def test_a_run_that_logged_nothing_has_an_empty_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = report.write(Run(tmp_path))
+    assert len(rows) == 1
+    report.show(rows, "Results")
+    assert "Results" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", ["60", "100", "200"])
+def test_every_number_is_shown_at_any_width(
+    run: Run, width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    report.show(report.results(run.metrics), "Results of one")
+    shown = capsys.readouterr().out
+    assert "Results of one" in shown and "…" not in shown
+    for number in ("0.8000", "0.7010", "0.6000", *(f"{0.5 + (i + 1) / 1000:.4f}" for i in range(len(PAIRS)))):
+        assert number in shown
