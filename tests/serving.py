@@ -19,9 +19,11 @@ from dpo.serving.server import Options, Server, load
 from dpo.serving.service import Service
 
 CONFIG = """model:
-  policy: quickstart
-  reference: {class_path: dpo.reference.Copy}
-  loss: {class_path: dpo.losses.DPO, init_args: {beta: 0.25}}
+  class_path: dpo.module.DPO
+  init_args:
+    policy: quickstart
+    reference: {class_path: dpo.reference.Copy}
+    loss: {class_path: dpo.losses.DPO, init_args: {beta: 0.25}}
 data:
   init_args: {format: auto}
 """

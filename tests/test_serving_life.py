@@ -14,6 +14,7 @@ import pytest
 import serve
 from dpo.serving import models
 from dpo.serving.server import Options
+from tests.runs import Lab, policy
 from tests.serving import Running, run_server, trained_server, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,15 +187,24 @@ def test_help_fits_a_screen() -> None:
 
 
 def test_the_reference_is_what_the_run_was_trained_against(tmp_path: Path) -> None:
-    def found(config: str, reference: str | None = None) -> str:
-        (tmp_path / "train_config.yaml").write_text(config)
+    def found(options: str, reference: str | None = None) -> str:
+        stage = f"model: {{class_path: dpo.module.DPO, init_args: {{{options}}}}}"
+        (tmp_path / "train_config.yaml").write_text(stage)
         return models.find(str(tmp_path), reference, demo=False).reference
 
-    copy = "model: {policy: some/base, reference: {class_path: dpo.reference.Copy}}"
+    copy = "policy: some/base, reference: {class_path: dpo.reference.Copy}"
     assert found(copy) == "some/base"
     assert found(copy, "other/base") == "other/base"
-    assert found("model: {policy: a, reference: {class_path: dpo.reference.Model, init_args: {path: b/c}}}") == "b/c"
-    assert found("model: {policy: a, reference: b/d}") == "b/d"
-    assert found("model: {policy: quickstart}").endswith("policy")
+    assert found("policy: a, reference: {class_path: dpo.reference.Model, init_args: {path: b/c}}") == "b/c"
+    assert found("policy: a, reference: b/d") == "b/d"
+    assert found("policy: quickstart").endswith("policy")
     with pytest.raises(ValueError, match="--reference"):
-        found("{}")
+        found("")
+
+
+def test_what_a_run_writes_is_what_the_server_reads(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    run = lab.fit("real", "--trainer.max_steps=1", "--model.loss.beta=0.3", "--data.format=hh")
+    origin = models.find(str(run.export), None, demo=False)
+    assert (origin.beta, origin.format, origin.reference) == (0.3, "hh", str(policy()))
+    assert origin.run is not None and origin.run.folder == run.folder.resolve()

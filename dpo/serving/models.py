@@ -46,12 +46,13 @@ class Origin:
     @property
     def beta(self) -> float:
         """What the run's rewards are scaled with."""
-        return float(self.config.get("model", {}).get("loss", {}).get("init_args", {}).get("beta", 0.1))
+        loss = _options(_options(self.config.get("model")).get("loss"))
+        return float(loss.get("beta", 0.1))
 
     @property
     def format(self) -> Any:
         """How the run made text of dialogues: hh, chat or auto."""
-        return self.config.get("data", {}).get("init_args", {}).get("format", "auto")
+        return _options(self.config.get("data")).get("format", "auto")
 
 
 def find(model: str | None, reference: str | None, demo: bool) -> Origin:
@@ -75,11 +76,17 @@ def find(model: str | None, reference: str | None, demo: bool) -> Origin:
     return Origin(policy, locate(reference or _reference(config)), config, run)
 
 
+def _options(choice: Any) -> dict[str, Any]:
+    """The options of a class that was chosen in a configuration; none where nothing or a plain value was."""
+    return choice.get("init_args") or {} if isinstance(choice, dict) else {}
+
+
 def _reference(config: dict[str, Any]) -> str:
     """What a run was trained against: a model of its own, or what the policy was before."""
-    chosen = config.get("model", {}).get("reference")
-    named = chosen if isinstance(chosen, str) else ((chosen or {}).get("init_args") or {}).get("path")
-    found = named or config.get("model", {}).get("policy")
+    stage = _options(config.get("model"))
+    chosen = stage.get("reference")
+    named = chosen if isinstance(chosen, str) else _options(chosen).get("path")
+    found = named or stage.get("policy")
     if not found:
         raise ValueError("Nothing says what the model was trained against: name it with --reference.")
     return str(found)
