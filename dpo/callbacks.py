@@ -6,13 +6,17 @@ Takes what Lightning's hooks give; changes nothing about training.
 import json
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
+import pyarrow as pa
 import yaml
 from lightning.pytorch.utilities import rank_zero_info
+from pyarrow import parquet
 
+from dpo.online import load, mark
 from dpo.pairs import PairData
 from dpo.run import Run, complete, jsonl
 from dpo.sampler import Step
@@ -83,26 +87,44 @@ class Rates(L.Callback):
 
 
 class Predictions(L.Callback):
-    """Writes what `predict` finds of every pair to predictions.jsonl."""
+    """Writes what `predict` finds of every pair, or the answers to every prompt, into the run's folder."""
 
-    def __init__(self, run: Run) -> None:
-        """Write into the folder of a run."""
-        self.run = run
+    def __init__(self, run: Run, output: str = "predictions.jsonl", scorer: str | None = None) -> None:
+        """Choose what is written.
+
+        Args:
+            run: Into its folder.
+            output: Name of the file, which ends in .jsonl or .parquet.
+            scorer: ``module:function`` that marks the best and the worst answer to every prompt.
+
+        Raises:
+            ValueError: There is no such function, or no such format.
+        """
+        if Path(output).name != output or not output.endswith((".jsonl", ".parquet")):
+            raise ValueError(f"--output: expected the name of a file that ends in .jsonl or .parquet, got {output!r}.")
+        self.run, self.output = run, run.folder / output
+        self.rows = self.output.with_suffix(".jsonl")
+        self.scorer = load(scorer) if scorer else None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin anew."""
         if trainer.is_global_zero:
             self.run.folder.mkdir(parents=True, exist_ok=True)
-            self.run.predictions.unlink(missing_ok=True)
+            self.rows.unlink(missing_ok=True)
         trainer.strategy.barrier()
 
     def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        """Add the pairs of a step; every device adds its own."""
-        jsonl(self.run.predictions, outputs)
+        """Add the rows of a step; every device adds its own."""
+        jsonl(self.rows, [mark(row, self.scorer) for row in outputs] if self.scorer else outputs)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where they are."""
-        rank_zero_info(f"Predictions: {self.run.predictions}")
+        trainer.strategy.barrier()
+        if trainer.is_global_zero and self.rows != self.output:
+            with complete(self.output) as temporary, self.rows.open(encoding="utf-8") as lines:
+                parquet.write_table(pa.Table.from_pylist(list(map(json.loads, lines))), temporary)
+            self.rows.unlink()
+        rank_zero_info(f"Predictions: {self.output}")
 
 
 class Stop(L.Callback):

@@ -23,19 +23,21 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from dpo import report
 from dpo.cached import Cached
-from dpo.callbacks import Predictions, Rates, Record, Stop
-from dpo.checkpoints import AtomicIO, LastAndBest, local_file
-from dpo.console import Bar, Lines, Samples
-from dpo.data import HHRLHF
+from dpo.callbacks import Predictions, Stop
+from dpo.checkpoints import AtomicIO, local_file
+from dpo.data import HHRLHF, PreferencePairs
 from dpo.export import export
 from dpo.finite import NonFinite
-from dpo.loggers import MetricsCSV, Rewind, wandb_logger
+from dpo.loggers import MetricsCSV, wandb_logger
 from dpo.module import DPO
 from dpo.options import Parser
-from dpo.preflight import Preflight, PreflightError
+from dpo.preflight import PreflightError
+from dpo.prompts import Prompts
 from dpo.run import Run, jsonl
 from dpo.schedules import Warmup
 from dpo.sft import SFT
+from dpo.standard import callbacks
+from dpo.texts import TextData
 from dpo.training import Stage
 
 NOISE = {  # what Lightning says about things that are as they should be here
@@ -47,7 +49,8 @@ NOISE = {  # what Lightning says about things that are as they should be here
     "what is left at the end of a run is logged there": "The number of training batches .* smaller than the logging",
 }
 CHATTER = ("litlogger", "GPU available", "TPU available")
-SHORT_NAMES = (DPO, SFT, HHRLHF, Cached, Warmup)  # imported here, so the command line knows them by their last name
+# Imported here, so that the command line knows them by their last name.
+SHORT_NAMES = (DPO, SFT, HHRLHF, PreferencePairs, Prompts, Cached, Warmup)
 HELD_OUT = 50  # validation pairs that are stored as text, for whoever serves the run
 NAMED = ("last", "best")  # checkpoints of a run that need no path
 Name = restricted_string_type("Name", r"^(?!latest$)\w[\w.+-]*$", docstring="A folder name other than latest.")
@@ -86,6 +89,13 @@ class CLI(LightningCLI):
             {"model": {"class_path": "dpo.module.DPO"}, "data": {"class_path": "dpo.data.HHRLHF"}, "optimizer": ADAMW}
         )
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Add what `predict` alone takes."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_class_arguments(Predictions, None, skip={"run"}, instantiate=False)
+        return parser
+
     def before_instantiate_classes(self) -> None:
         """Find the folder of the run and the checkpoint before anything is read or written."""
         config = self.config[self.subcommand]
@@ -108,19 +118,8 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Give the trainer what every run has, in front of what the user adds."""
         self.stop, self.log = Stop(), MetricsCSV(self.run.metrics)
-        ours = [
-            Rewind(self.log),
-            Preflight(self.datamodule),
-            Record(self.run, self.datamodule),
-            Rates(self.datamodule),
-            Samples(self.run, self.datamodule),
-            Predictions(self.run),
-            self.stop,
-            LastAndBest(self.run),
-        ]
-        theirs = self.config_init[self.subcommand].trainer
-        if theirs.enable_progress_bar is not False:
-            ours += [Bar(), Lines()]
+        verb, theirs = str(self.subcommand), self.config_init[self.subcommand].trainer
+        ours = callbacks(verb, self.config[verb], self.run, self.datamodule, self.log, self.stop)
         trainer = super().instantiate_trainer(
             callbacks=ours + as_list(theirs.callbacks),
             plugins=[AtomicIO(), *as_list(theirs.plugins)],
@@ -225,7 +224,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         cli = CLI(
             Stage,
-            HHRLHF,
+            TextData,
             subclass_mode_model=True,
             parser_class=Parser,
             subclass_mode_data=True,

@@ -5,6 +5,7 @@ Takes `Step`s, gives gradients and metrics. Knows nothing of text, files or what
 
 from typing import Any
 
+import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -15,6 +16,8 @@ from dpo.batch import Batch
 from dpo.logps import TokenScores, score
 from dpo.losses import PairLogps, PreferenceLoss
 from dpo.metrics import Means, sums_and_counts
+from dpo.online import answered
+from dpo.prompts import Questions
 from dpo.reference import Comparison, Copy, Model, Nothing, Reference
 from dpo.sampler import Step
 from dpo.training import Stage
@@ -92,6 +95,17 @@ class DPO(Stage):
         on_policy = policy.logps.detach() + policy.collision
         return policy, PairLogps(policy.logps, self.reference(batch), on_policy, batch.lengths, batch.margins)
 
+    def judge(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability under policy and reference, nats, and reward of every answer, as if beside itself."""
+        policy = score(self.policy, batch)
+        on_policy = policy.logps + policy.collision
+        ours, theirs, draws = (
+            torch.cat([part for part in values.split(batch.lengths) for _ in range(2)])
+            for values in (policy.logps, self.reference(batch), on_policy)
+        )
+        logps = PairLogps(ours, theirs, draws, tuple(n for n in batch.lengths for _ in range(2)))
+        return logps.policy[:, 0], logps.reference[:, 0], self.loss.rewards(logps)[:, 0]
+
     def losses(self, batch: Batch, means: Means) -> Tensor:
         """The loss of every pair of a micro-batch; everything else about it goes into the means."""
         policy, logps = self.score_pairs(batch)
@@ -99,13 +113,13 @@ class DPO(Stage):
         means.update(*sums_and_counts(batch, policy, logps, losses, self.loss.rewards(logps), self.metrics))
         return losses
 
-    def on_before_batch_transfer(self, batch: Step, dataloader_idx: int) -> Step:
+    def on_before_batch_transfer(self, batch: Step | Questions, dataloader_idx: int) -> Step | Questions:
         """Refuse pairs that say more, or less, than the loss can use.
 
         Raises:
             ValueError: They have margins, or weights, and the loss takes none; or it takes margins and they have none.
         """
-        for micro in batch.micro_batches:
+        for micro in batch.micro_batches if isinstance(batch, Step) else ():
             given = not micro.margins.isnan().any()
             if len(micro) and given != self.loss.uses_margins:
                 raise ValueError(
@@ -147,8 +161,10 @@ class DPO(Stage):
         """The pairs of the optimizer step."""
         return step.pairs
 
-    def predict_step(self, step: Step, batch_idx: int) -> list[dict[str, Any]]:
-        """Log-probabilities and implicit rewards of every pair."""
+    def predict_step(self, step: Step | Questions, batch_idx: int) -> list[dict[str, Any]]:
+        """Of questions: answers. Of pairs: log-probabilities and implicit rewards."""
+        if isinstance(step, Questions):
+            return answered(step, self.trainer.datamodule.encoder, self.models(), self.judge)  # type: ignore[attr-defined]
         rows: list[dict[str, Any]] = []
         for batch in step.micro_batches:
             _, logps = self.score_pairs(batch)

@@ -1,0 +1,35 @@
+"""What stands beside training in every run, without being asked for: the callbacks of each verb.
+
+Takes the verb, the run and its data. `dpo.cli` is its only caller.
+"""
+
+from typing import Any
+
+import lightning as L
+
+from dpo.callbacks import Predictions, Rates, Record, Stop
+from dpo.checkpoints import LastAndBest
+from dpo.console import Bar, Lines, Samples
+from dpo.loggers import MetricsCSV, Rewind
+from dpo.pairs import PairData
+from dpo.preflight import Preflight
+from dpo.run import Run
+from dpo.texts import TextData
+
+
+def callbacks(verb: str, config: Any, run: Run, data: TextData, log: MetricsCSV, stop: Stop) -> list[L.Callback]:
+    """In the order in which they are called; `config` is what the command line says.
+
+    Raises:
+        ValueError: The data are no pairs, and the verb needs them.
+    """
+    found: list[L.Callback] = [stop, LastAndBest(run)]
+    if verb == "predict":
+        found.append(Predictions(run, config.output, config.scorer))
+    elif not isinstance(data, PairData):
+        raise ValueError(f"{verb}: expected preference pairs, got --data {type(data).__name__}, which is for predict.")
+    elif verb == "fit":
+        found = [Rewind(log), Preflight(data), Record(run, data), Rates(data), Samples(run, data), *found]
+    if config.trainer.enable_progress_bar is not False:
+        found += [Bar(), Lines()]
+    return found

@@ -1,0 +1,282 @@
+"""One round of sample, mark and train; what is written, what a scorer may do, and what answers are."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo import quickstart
+from dpo.batch import Example, collate
+from dpo.columns import Columns
+from dpo.data import PreferencePairs
+from dpo.dialogue import Refusal
+from dpo.generation import Answer, write
+from dpo.logps import score
+from dpo.online import load, mark
+from dpo.prompts import GREEDY, Prompts, Question, Sampling
+from dpo.run import Run
+from dpo.sharing import share_if_exact
+from dpo.tokens import Encoder
+from tests.runs import Lab, metrics
+
+PROMPTS = ["Which city is the capital of Japan?", "What is the best way to make tea?", "I am sad. What can I do?"]
+SMALL = ["--data.sampling.answers=3", "--data.sampling.max_new_tokens=24", "--data.max_length=128"]
+
+
+def by_length(prompt: str, answers: list[str]) -> list[float]:
+    """The scorer of these tests: longer is better; it is shown the dialogue."""
+    assert prompt.startswith("\n\nHuman: ") and prompt.endswith("\n\nAssistant:")
+    return [len(answer) for answer in answers]
+
+
+def all_alike(prompt: str, answers: list[str]) -> list[float]:
+    return [1.0] * len(answers)
+
+
+def one_too_few(prompt: str, answers: list[str]) -> list[float]:
+    return [1.0] * (len(answers) - 1)
+
+
+NOT_A_FUNCTION = 3
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    called = [{"role": "user", "content": "Hi."}, {"role": "tool", "content": "1"}]
+    rows = [{"prompt": text} for text in PROMPTS] + [{"prompt": called}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("runs"))
+
+
+def predict(lab: Lab, prompts: Path, name: str, *more: str) -> int:
+    data = ["--model.policy=quickstart", "--data=Prompts", f"--data.path={prompts}", "--data.batch_size=2", *SMALL]
+    base = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", f"--name={name}"]
+    return lab.only("predict", f"--trainer.default_root_dir={lab.folder}", *base, *data, *more)
+
+
+@pytest.fixture(scope="module")
+def sampled(lab: Lab, prompts: Path) -> Run:
+    assert predict(lab, prompts, "sampled", "--scorer=tests.test_online:by_length") == 0
+    return Run(lab.folder / "sampled")
+
+
+def rows_of(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.predictions.read_text(encoding="utf-8").splitlines()]
+
+
+def read_back(path: Path) -> PreferencePairs:
+    data = PreferencePairs("quickstart", str(path), max_length=128, val_fraction=0.0)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_every_prompt_is_answered_by_both_models(sampled: Run) -> None:
+    rows = rows_of(sampled)
+    assert [row["id"] for row in rows] == ["prompts:1", "prompts:2", "prompts:3"]
+    for row, prompt in zip(rows, PROMPTS, strict=True):
+        assert row["prompt"] == f"\n\nHuman: {prompt}\n\nAssistant:"
+        assert [answer["from"] for answer in row["answers"]] == ["policy"] * 3 + ["reference"] * 3
+        assert len({answer["text"] for answer in row["answers"]}) > 1
+        for answer in row["answers"]:
+            assert answer["logps"]["policy"] < 0
+            assert answer["logps"]["policy"] == pytest.approx(answer["logps"]["reference"])  # equal before training
+            assert answer["reward"] == pytest.approx(0, abs=1e-5)
+
+
+def test_log_probabilities_are_the_scorers(sampled: Run) -> None:
+    """Greedy answers are made again and scored here."""
+    model = AutoModelForCausalLM.from_pretrained(quickstart.POLICY).eval()
+    encoder = Encoder(AutoTokenizer.from_pretrained(quickstart.POLICY), 104)
+    share_if_exact(model)
+    data = Prompts("quickstart", "unused", sampling=Sampling(3, max_new_tokens=24), max_length=128)
+    row = rows_of(sampled)[0]
+    history = Columns().history(row)
+    assert not isinstance(history, Refusal) and data.encoder.max_length == 104
+    ids = encoder.tokenizer(row["prompt"], add_special_tokens=True)["input_ids"]
+    for answer in row["answers"]:
+        again = encoder.tokenizer(" " + answer["text"], add_special_tokens=False)["input_ids"]
+        if len(again) + 1 != answer["tokens"] or not answer["complete"]:
+            continue  # written in other tokens than it is read in
+        batch = collate([Example("a", ids, ([*again, encoder.end_ids[0]],))])
+        found = score(model, batch).logps.sum().item()
+        assert found == pytest.approx(answer["logps"]["policy"], rel=1e-4)
+        break
+    else:
+        pytest.fail("no answer could be compared")
+
+
+def test_the_best_and_the_worst_complete_answer_are_marked(sampled: Run) -> None:
+    for row in rows_of(sampled):
+        able = [answer for answer in row["answers"] if answer["complete"] and answer["text"]]
+        assert [answer["score"] for answer in able] == [len(answer["text"]) for answer in able]
+        assert len(row["chosen"]) == max(len(answer["text"]) for answer in able)
+        assert len(row["rejected"]) == min(len(answer["text"]) for answer in able)
+
+
+def test_a_round_of_sampling_marking_and_training(lab: Lab, sampled: Run) -> None:
+    data = read_back(sampled.predictions)
+    counts = data.audits["train"].counts["total"]
+    assert (counts.read, counts.kept) == (3, 3)
+    example, row = data.pairs["train"][0], rows_of(sampled)[0]
+    decode = data.tokenizer.decode
+    assert decode(list(example.prompt), skip_special_tokens=True).strip() == row["prompt"].strip()
+    for ids, side in zip(example.answers, ("chosen", "rejected"), strict=True):
+        assert decode(list(ids), skip_special_tokens=True).strip() == row[side]
+    words = [f"--data.path={sampled.predictions}", "--data.batch_size=3", "--data.val_fraction=0"]
+    base = [f"--trainer.default_root_dir={lab.folder}", "--trainer.accelerator=cpu", "--trainer.max_epochs=6"]
+    quick = ["--model.policy=quickstart", "--optimizer.lr=1e-4", "--trainer.enable_progress_bar=false"]
+    logs = ["--trainer.log_every_n_steps=1", "--name=trained", "--data=PreferencePairs", "--data.max_length=128"]
+    assert lab.only("fit", *logs, *base, *quick, *words) == 0
+    losses = [row["train/loss"] for row in metrics(Run(lab.folder / "trained")) if "train/loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < losses[0]
+
+
+def test_the_next_round_begins_with_what_was_trained(lab: Lab, prompts: Path, sampled: Run) -> None:
+    """Policy and reference differ now, and the rewards say so."""
+    trained = lab.folder / "trained"
+    if not trained.is_dir():
+        pytest.skip("the round did not run")
+    checkpoint = f"--ckpt_path={trained / 'checkpoints' / 'last.ckpt'}"
+    assert predict(lab, prompts, "second", checkpoint) == 0
+    answers = [answer for row in rows_of(Run(lab.folder / "second")) for answer in row["answers"]]
+    for answer in answers:
+        ratio = answer["logps"]["policy"] - answer["logps"]["reference"]
+        assert answer["reward"] == pytest.approx(0.1 * ratio, abs=1e-4)
+    assert any(abs(answer["reward"]) > 1e-3 for answer in answers)
+
+
+def test_unmarked_rows_are_counted_when_they_are_read_back(lab: Lab, prompts: Path) -> None:
+    """A tie marks nothing. And Parquet holds the same as JSON lines."""
+    assert predict(lab, prompts, "ties", "--scorer=tests.test_online:all_alike", "--output=answers.parquet") == 0
+    assert [file.name for file in (lab.folder / "ties").iterdir()] == ["answers.parquet"]
+    data = read_back(lab.folder / "ties" / "answers.parquet")
+    counts = data.audits["train"].counts["total"]
+    assert (counts.read, counts.kept, counts.refused["unmarked"]) == (3, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--scorer=nowhere:at_all"], "--scorer: expected module:function"),
+        (["--scorer=tests.test_online"], "--scorer: expected module:function"),
+        (["--scorer=tests.test_online:NOT_A_FUNCTION"], "--scorer: expected a function"),
+        (["--scorer=tests.test_online:one_too_few"], "finite numbers, one for each answer"),
+        (["--output=answers.csv"], "--output: expected the name of a file that ends in .jsonl or .parquet"),
+        (["--output=../a.jsonl"], "--output: expected the name of a file"),
+        (["--data.sampling.temperature=0"], "more than 0, or all answers would be the same"),
+        (["--data.sampling.top_p=2"], "--data.sampling.top_p: expected a probability"),
+        (["--data.sampling.max_new_tokens=125"], "--data.max_length: expected sampling.max_new_tokens + at least 8"),
+        (["--data.path=/nowhere.jsonl"], "no file, folder or pattern '/nowhere.jsonl' is here"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    lab: Lab, prompts: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    try:
+        code = predict(lab, prompts, "refused", *words)
+    except SystemExit as end:
+        code = end.code
+    assert code in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_prompts_train_nothing(lab: Lab, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"--trainer.default_root_dir={lab.folder}", "--model.policy=quickstart", "--data=Prompts"]
+    assert lab.only("fit", *words, f"--data.path={prompts}", "--name=nothing") == 1
+    assert "expected preference pairs, got --data Prompts" in capsys.readouterr().err
+
+
+def test_a_scorer_marks_no_pairs() -> None:
+    with pytest.raises(ValueError, match="expected --data Prompts, got pairs"):
+        mark({"id": "a", "logps": [0.0, 0.0], "rewards": [0.0, 0.0]}, load("tests.test_online:by_length"))
+
+
+def test_an_answer_that_was_cut_is_not_marked() -> None:
+    answers = [{"text": text, "complete": complete} for text, complete in (("aaaa", False), ("a", True), ("aa", True))]
+    row = {"prompt": "b", "chosen": None, "rejected": None, "answers": answers}
+    marked = mark(row, by_length)
+    assert (marked["chosen"], marked["rejected"]) == ("aa", "a")
+    assert [answer["score"] for answer in marked["answers"]] == [None, 1.0, 2.0]
+    assert mark({**row, "answers": answers[:1]}, by_length)["chosen"] is None
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def speaker() -> tuple[Any, Encoder]:
+    model = AutoModelForCausalLM.from_pretrained(quickstart.POLICY).eval()
+    return model, Encoder(AutoTokenizer.from_pretrained(quickstart.POLICY), 104)
+
+
+def questions(encoder: Encoder) -> list[list[int]]:
+    return [encoder.tokenizer(prompt)["input_ids"] for prompt in quickstart.SAMPLE_PROMPTS]
+
+
+def test_answers_do_not_depend_on_what_is_answered_beside(speaker: tuple[Any, Encoder]) -> None:
+    """Prompts of different lengths are padded; the greedy answers are those to each alone."""
+    model, encoder = speaker
+    prompts = questions(encoder)
+    together = write(model, encoder, prompts, GREEDY, 0)
+    assert together == [write(model, encoder, [prompt], GREEDY, 0)[0] for prompt in prompts]
+    assert all(isinstance(answer, Answer) and answer.text for (answer,) in together)
+
+
+def test_an_answer_ends_where_the_next_human_turn_begins(
+    speaker: tuple[Any, Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, encoder = speaker
+    said = encoder.tokenizer(" Kyoto.\n\nHuman: And then?", add_special_tokens=False)["input_ids"]
+    prompt = questions(encoder)[0]
+    end = encoder.end_ids[0]
+
+    def generate(ids: torch.Tensor, **_: object) -> torch.Tensor:
+        asked, padding = ids[0].tolist(), [end] * (len(said) - 1)
+        return torch.tensor([[*asked, *said, end], [*asked, said[0], end, *padding]])
+
+    monkeypatch.setattr(model, "generate", generate)
+    (first, second), = write(model, encoder, [prompt], Sampling(2), 0)  # fmt: skip
+    assert (first.text, first.complete, first.tokens[-1]) == ("Kyoto.", True, end)
+    assert encoder.tokenizer.decode(first.tokens, skip_special_tokens=True).strip() == "Kyoto."
+    assert (second.tokens, second.complete) == ([said[0], end], True)
+
+
+def test_the_seed_decides(speaker: tuple[Any, Encoder]) -> None:
+    first, same, other = (write(*speaker, questions(speaker[1]), Sampling(2, max_new_tokens=8), n) for n in (0, 0, 1))
+    assert first == same != other
+
+
+def test_sampling_is_from_the_model_alone(speaker: tuple[Any, Encoder]) -> None:
+    """The generation config that comes with a model has no say: at a high temperature everything is drawn."""
+    model, encoder = speaker
+    prompt = questions(encoder)[:1]
+    model.generation_config.top_k, model.generation_config.repetition_penalty = 1, 1.5
+    (answers,) = write(model, encoder, prompt, Sampling(8, temperature=1.5, max_new_tokens=4), 0)
+    assert len({tuple(answer.tokens) for answer in answers}) > 1
+    (narrow,) = write(model, encoder, prompt, Sampling(8, top_p=1e-6, max_new_tokens=4), 0)
+    assert len({tuple(answer.tokens) for answer in narrow}) == 1
+
+
+def test_histories_of_pairs_are_prompts(tmp_path: Path) -> None:
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"prompt": [{"role": "no"}]}) + "\n")
+    options = {"sampling": Sampling(max_new_tokens=8), "max_length": 64}
+    data = Prompts("quickstart", str(tmp_path), on_bad_row="skip", **options)
+    data.prepare_data()
+    ((batch),) = data.predict_dataloader()
+    assert [(q.id, q.prompt) for q in batch.asked] == [("prompts:1", "\n\nHuman: a\n\nAssistant:")]
+    assert isinstance(batch.asked[0], Question)
+    with pytest.raises(ValueError, match="line 2: wrong_type"):
+        Prompts("quickstart", str(tmp_path), **options).predict_dataloader()
