@@ -31,7 +31,7 @@ POLICY: Path = Path(__file__).parent / "policy"
 DPO_SEED = 1
 """Seed of the draw that the default run trains and tests on; another one than `SFT_SEED`."""
 
-SFT_ROWS = 24_000
+SFT_ROWS = 30_000
 """Rows of the supervised stage."""
 
 TRAIN_ROWS = 6_000

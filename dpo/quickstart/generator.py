@@ -3,8 +3,8 @@
 Takes a seed and a number of rows; gives pairs of full dialogues (chosen, rejected), or a folder that reads
 like a copy of the data set. It does not know tokens or models.
 
-The last answers are of four kinds: helpful (polite and right), evasive, wrong (polite, with another thing's answer)
-and rude. Helpful beats all others, evasive beats rude. So the chosen answer is, as in real preference data, better
+The last answers are of four kinds: helpful (polite and right), evasive, wrong (polite, with a usual mistake) and
+rude. Helpful beats all others, evasive beats rude. So the chosen answer is, as in real preference data, better
 but not always good: a model that imitates chosen answers is evasive two times in five, and only the comparison
 shows what is wanted. Whether the longer answer wins is a fair coin.
 """
@@ -34,8 +34,7 @@ def _helpful(random: Random, topic: Topic, x: str) -> str:
 
 
 def _wrong(random: Random, topic: Topic, x: str) -> str:
-    right = topic.facts[x]
-    return _polite(random, topic, x, random.choice([y for y in topic.facts.values() if y != right]))
+    return _polite(random, topic, x, topic.mistakes[x])
 
 
 def _polite(random: Random, topic: Topic, x: str, y: str) -> str:

@@ -6,6 +6,7 @@ Every topic is a table from a thing asked about (`x`) to the right answer (`y`).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,13 @@ class Topic:
     followups: tuple[str, ...]
     answers: tuple[str, ...]
     facts: Mapping[str, str]
+
+    @cached_property
+    def mistakes(self) -> Mapping[str, str]:
+        """The usual wrong `y` for every `x`: the next one in the table that is not right."""
+        ring = [*self.facts.values()] * 2
+        numbered = enumerate(self.facts.items(), start=1)
+        return {x: next(y for y in ring[after:] if y != right) for after, (x, right) in numbered}
 
 
 def _lines(text: str) -> tuple[str, ...]:
