@@ -82,7 +82,8 @@ class DPO(Stage):
     def prepare_models(self) -> None:
         """Make the reference of the policy as it is before it has learned anything."""
         self.reference = self.reference_choice.build(self.policy, self.loader)
-        rank_zero_info(f"Reference: {self.reference.origin}, SHA-256 of its weights {self.reference.sha256[:16]}.")
+        weights = f", SHA-256 of its weights {self.reference.sha256[:16]}" if self.reference.sha256 else ""
+        rank_zero_info(f"Reference: {self.reference.origin}{weights}.")
         super().prepare_models()
 
     def models(self) -> dict[str, PreTrainedModel]:
