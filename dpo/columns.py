@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Columns:
-    """In which column what stands; null: in none, whatever is there.
+    """In which column what stands; an empty name: in none, whatever is there.
 
     All but `chosen` and `rejected` may be missing from the data, unless a name other than the default is given here.
 
@@ -51,12 +51,12 @@ class Columns:
         margin: A number: by how much the chosen answer is better, for losses that take a margin.
     """
 
-    prompt: str | None = "prompt"
+    prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
-    system: str | None = "system"
-    weight: str | None = "weight"
-    margin: str | None = "margin"
+    system: str = "system"
+    weight: str = "weight"
+    margin: str = "margin"
 
     def row(self, line: int, found: Fields) -> Row:
         """Read a row.
@@ -88,7 +88,7 @@ class Columns:
         return whole if isinstance(whole, Refusal) else whole[:-1]
 
     def _require(self, found: Fields, *names: str) -> None:
-        renamed = [value for each in fields(self) if (value := self.__dict__[each.name]) not in (None, each.default)]
+        renamed = [value for each in fields(self) if (value := self.__dict__[each.name]) not in ("", each.default)]
         for name in (*names, *renamed):
             if name not in found:
                 expected = ", ".join(filter(None, (self.prompt, self.chosen, self.rejected)))
@@ -99,12 +99,12 @@ class Columns:
                 )
 
     def _system(self, found: Fields) -> Turns:
-        text = found.get(self.system) if self.system else None
+        text = found.get(self.system) if self.system else ""
         return (Turn(Role.SYSTEM, f" {_text(self.system, text).strip()}"),) if text else ()
 
     def _prompt(self, found: Fields) -> Turns | Refusal:
         """Its turns; none where there is no such column."""
-        if self.prompt is None or self.prompt not in found:
+        if not self.prompt or self.prompt not in found:
             return ()
         value = found[self.prompt]
         if not isinstance(value, str) or not value.startswith(HUMAN):
@@ -120,7 +120,7 @@ class Columns:
         if isinstance(said, Refusal):
             return said
         if said[0].role is Role.ASSISTANT:
-            if not given and self.prompt is not None:
+            if not given and self.prompt:
                 self._require(found, self.prompt)
             said = given + said
         elif not _within(given, said):
@@ -160,7 +160,7 @@ def _turn(name: str, message: dict[str, Any]) -> Turn:
     return Turn(_ROLES[role], f" {_text(name, content).strip()}")
 
 
-def _text(name: str | None, value: object) -> str:
+def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise BadLineError(Fault.WRONG_TYPE, f"column {name!r}: expected text, got {str(value)[:40]!r}")
     try:
@@ -176,8 +176,8 @@ def _within(given: Turns, said: Turns) -> bool:
     return any(theirs[i : i + len(ours)] == ours for i in range(len(theirs) - len(ours) + 1))
 
 
-def _number(found: Fields, name: str | None, least: float) -> float | None:
-    if name is None or name not in found:
+def _number(found: Fields, name: str, least: float) -> float | None:
+    if not name or name not in found:
         return None
     value = found[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:

@@ -6,7 +6,6 @@ what the fields mean.
 """
 
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterator
@@ -76,8 +75,9 @@ def _rows(raw: BinaryIO, name: str) -> Iterator[Fields | BadLineError]:
     opened: Any = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
     if not name.removesuffix(".gz").endswith(".json"):
         return map(_line, opened)
-    text = io.BufferedReader(opened)
-    return _array(text.read(), name) if text.peek(64).lstrip().startswith(b"[") else map(_line, text)
+    start = opened.read(64).lstrip()
+    opened.seek(0)
+    return _array(opened.read(), name) if start.startswith(b"[") else map(_line, opened)
 
 
 def _of_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[Fields]:

@@ -125,7 +125,7 @@ class DPO(Stage):
             if len(micro) and given != self.loss.uses_margins:
                 raise ValueError(
                     f"the data give margins, and {self.loss} takes none: choose --model.loss ODPO, or "
-                    "--data.columns.margin null."
+                    "--data.columns.margin= (nothing)."
                     if given
                     else f"{self.loss} takes margins, and the data give none: name their column with "
                     "--data.columns.margin (--data PreferencePairs)."
@@ -133,7 +133,7 @@ class DPO(Stage):
             if self.loss.whole_batch and (micro.weights != 1).any():
                 raise ValueError(
                     f"{self.loss} sorts all pairs together and takes no weights of single pairs: choose another "
-                    "--model.loss, or --data.columns.weight null."
+                    "--model.loss, or --data.columns.weight= (nothing)."
                 )
         return batch
 

@@ -148,7 +148,7 @@ class PairData(TextData, ABC):
         if unknown.any() and not unknown.all():
             raise ValueError(
                 f"a margin is given for {(~unknown).sum()} of {len(unknown)} pairs of {split}: give one for every "
-                "pair, or leave them out with --data.columns.margin null."
+                "pair, or leave them out with --data.columns.margin= (nothing)."
             )
         held_out = columns["opening"] < self.val_fraction if split == "train" else np.zeros_like(kept)
         for name, wanted in ((split, kept & ~held_out), ("val", kept & held_out)):

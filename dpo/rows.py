@@ -19,7 +19,7 @@ from dpo.columns import Columns, Row
 from dpo.formats import BadLineError, Fault, Fields, fields
 
 SPLITS = ("train", "test")
-HH = Columns(prompt=None, system=None, weight=None, margin=None)
+HH = Columns(prompt="", system="", weight="", margin="")
 """Two whole dialogues and nothing else."""
 _ENDINGS = (".jsonl.gz", ".jsonl")
 
