@@ -7,7 +7,7 @@ rows. Knows nothing of losses.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -33,9 +33,10 @@ from dpo.models import Loader
 from dpo.pairs import PairData
 from dpo.reference import ROUNDED, Comparison, Copy, Frozen, Reference, rounding
 from dpo.run import complete
+from dpo.sampler import Pairs
 from dpo.texts import cache_folder
 
-SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}  # of each stage that reads the cache
 SAMPLED = 8  # rows that are scored again whenever a file is read
 MAX_TOKENS = 16384  # of a forward pass, where the data sets no bound
 
@@ -59,16 +60,15 @@ class Rows:
     tokens: str
 
 
-def survey(data: PairData, splits: tuple[str, ...]) -> Rows:
-    """Look at every row of some splits once.
+def survey(parts: Sequence[Pairs]) -> Rows:
+    """Look at every row once.
 
     Raises:
         ValueError: Two of them have the same id.
     """
-    parts = [data.pairs[split] for split in splits if split in data.pairs]
     examples: ConcatDataset[Example] = ConcatDataset(parts)  # type: ignore[arg-type]  # map-style without the base
     ids = np.empty(len(examples), np.int64)
-    lengths = np.empty((len(examples), len(data.answers)), np.int32)
+    lengths = np.empty((len(examples), len(examples[0].answers)), np.int32)
     total = 0
     for row in track(range(len(examples)), "Hashing rows", transient=True):
         example = examples[row]
@@ -150,53 +150,62 @@ class Stored(Comparison):
         Raises:
             ValueError: A file is not what it must be; the message says why.
         """
-        if self.made is None:
-            return
         trainer, data = module.trainer, module.trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, PairData) and trainer.state.fn
-        stage = trainer.state.fn.value
+        stage = trainer.state.fn.value  # type: ignore[union-attr]  # a stage is running
+        if self.made is None or stage not in SPLITS:
+            return
+        assert isinstance(data, PairData)
         made: Any = trainer.precision_plugin.convert_module(self.made.to(trainer.strategy.root_device))
-        rows = survey(data, SPLITS[stage])
+        rows = survey([data.pairs[split] for split in SPLITS[stage] if split in data.pairs])
         key = Key(made.sha256, rows.tokens, f"{trainer.precision} {made.model.dtype}")
         name = f"{stage}.safetensors" if self.folder else f"reference-{key.name}.safetensors"
         file = (self.folder or cache_folder()) / name
         with trainer.precision_plugin.forward_context():
             fill(made.model, rows, file, key, data.max_tokens or MAX_TOKENS, trainer)
-            self.columns = load(file, key)
-            self._compare(made.model, rows, file)
-        self.made = None
-
-    def _compare(self, model: PreTrainedModel, rows: Rows, file: Path) -> None:
-        sample = dict.fromkeys(np.linspace(0, len(rows.ids) - 1, SAMPLED).astype(int).tolist())
-        batch = collate([rows.examples[row] for row in sample]).to(model.device)
-        found, limit = (score(model, batch).logps - self(batch)).abs().max().item(), rounding(model)
-        if not found <= limit:
-            raise ValueError(
-                f"the cached log-probabilities in {file} are not used, the reference computes others here: expected a "
-                f"difference of at most {limit:g} nats a token in {len(batch)} rows, got {found:g}. Remove the file to "
-                "compute them anew."
-            )
+            columns = load(file, key)
+            compare(columns, made.model, rows, file)
+        self.columns, self.made = columns, None
 
     def forward(self, batch: Batch) -> Float[Tensor, " scored"]:
-        """log p of every scored token, nats.
+        """log p of every scored token, nats: from the file, or by the model where no rows are known in advance."""
+        return self.made(batch) if self.made else look_up(self.columns, batch)
 
-        Raises:
-            ValueError: A row is not in the file, or its answers have other lengths there.
-        """
-        ids = self.columns["ids"]
-        wanted = np.array([identify(name) for name in batch.ids])
-        rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
-        lengths = np.reshape(batch.lengths, (len(rows), -1))
-        there = (ids[rows] == wanted) & (self.columns["lengths"][rows] == lengths).all(-1)
-        if not there.all():
-            missing = [name for name, good in zip(batch.ids, there, strict=True) if not good]
-            raise ValueError(
-                f"the cache holds nothing for {', '.join(missing[:5])} with answers of these lengths: "
-                "expected the rows of the stage that the cache was opened for. Run this stage as a command of its own."
-            )
-        starts = self.columns["starts"][rows]
-        parts = [self.columns["values"][a : a + n] for a, n in zip(starts, lengths.sum(-1), strict=True)]
-        return torch.from_numpy(np.concatenate(parts)).to(batch.targets.device, non_blocking=True)
+
+def look_up(columns: Columns, batch: Batch) -> Float[Tensor, " scored"]:
+    """The values of every scored token of a batch.
+
+    Raises:
+        ValueError: A row is not in the file, or its answers have other lengths there.
+    """
+    wanted = np.array([identify(name) for name in batch.ids])
+    rows = np.minimum(np.searchsorted(columns["ids"], wanted), len(columns["ids"]) - 1)
+    lengths = np.reshape(batch.lengths, (len(rows), -1))
+    there = (columns["ids"][rows] == wanted) & (columns["lengths"][rows] == lengths).all(-1)
+    if not there.all():
+        missing = [name for name, good in zip(batch.ids, there, strict=True) if not good]
+        raise ValueError(
+            f"the cache holds nothing for {', '.join(missing[:5])} with answers of these lengths: expected the rows of "
+            "the stage that it was opened for. Run this stage as a command of its own."
+        )
+    parts = [columns["values"][a : a + n] for a, n in zip(columns["starts"][rows], lengths.sum(-1), strict=True)]
+    return torch.from_numpy(np.concatenate(parts)).to(batch.targets.device, non_blocking=True)
+
+
+def compare(columns: Columns, model: PreTrainedModel, rows: Rows, file: Path) -> None:
+    """Score some rows again.
+
+    Raises:
+        ValueError: The model computes other values than those in the file.
+    """
+    sample = dict.fromkeys(np.linspace(0, len(rows.ids) - 1, SAMPLED).astype(int).tolist())
+    batch = collate([rows.examples[row] for row in sample]).to(model.device)
+    found, limit = (score(model, batch).logps - look_up(columns, batch)).abs().max().item(), rounding(model)
+    if not found <= limit:
+        raise ValueError(
+            f"the cached log-probabilities in {file} are not used, the reference computes others here: expected a "
+            f"difference of at most {limit:g} nats a token in {len(batch)} rows, got {found:g}. Remove the file to "
+            "compute them anew."
+        )
 
 
 def fill(model: PreTrainedModel, rows: Rows, file: Path, key: Key, max_tokens: int, trainer: L.Trainer) -> None:
