@@ -53,7 +53,8 @@ class Engine:
 
     Args:
         model: Used by the batching thread alone: a forward from another thread would lose its causal mask.
-        slots: Requests whose whole context fits into the cache at a time, as far as `CACHE_BYTES` reach.
+        slots: Requests at a time. Half of their contexts fit into the cache, as far as `CACHE_BYTES` reach; when it is
+            full some requests leave it, and come back with what they have said.
         context: Most tokens of prompt and answer.
     """
 
@@ -63,7 +64,7 @@ class Engine:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token_bytes = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
-        tokens = max(2 * context, min(slots * context, CACHE_BYTES // token_bytes))
+        tokens = max(2 * context, min(slots * context // 2, CACHE_BYTES // token_bytes))  # few use all of theirs
         self.batching = ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=-(-tokens // PAGE),

@@ -77,6 +77,7 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
             (state.logit_processor_kwargs["draw"], len(state.initial_tokens) + len(state.generated_tokens))
             for state in states
         ]
+        self.do_processing = not all(draw.plain for draw, _ in self.rows)
         return arg_storage
 
     def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
