@@ -3,21 +3,21 @@
 Takes what Lightning's hooks give; reads the metrics of a stage and its models, changes nothing.
 """
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from dpo.generation import write
 from dpo.pairs import PairData
+from dpo.prompts import GREEDY
 from dpo.run import Run, jsonl
-from dpo.sharing import plain
 from dpo.training import Stage
 
 COLUMNS = ("prompt", "reference", "policy")
@@ -72,28 +72,6 @@ def shown(trainer: L.Trainer) -> dict[str, str]:
     return {name: f"{values[key].item():.4g}" for name, key in SHOWN.items() if key in values}
 
 
-@torch.no_grad()
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], max_new_tokens: int) -> str:
-    """The model's greedy answer to a prompt of token ids, up to its end or the next human turn."""
-    writer: Any = model  # its `generate` is declared for a private type
-    ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=sorted(ends),
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    ids = torch.tensor([prompt], device=model.device)
-    with plain(model):
-        output = writer.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    text = str(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
-    return text.split("\n\nHuman:")[0].strip()
-
-
-def _as_list(value: int | list[int] | None) -> Sequence[int | None]:
-    return value if isinstance(value, list) else [value]
-
-
 class Samples(L.Callback):
     """Shows how policy and reference answer the same held-out prompts, at every validation."""
 
@@ -122,14 +100,22 @@ class Samples(L.Callback):
 
     def _sample(self, step: int, models: dict[str, PreTrainedModel]) -> list[dict[str, Any]]:
         """The answers of every model."""
-        pairs, tokenizer = self.data.pairs["val"], self.data.encoder.tokenizer
-        rows = []
-        for index in range(0, len(pairs), -(-len(pairs) // self.prompts)):
-            prompt = list(pairs[index].prompt)
-            answers = {role: answer(model, tokenizer, prompt, self.max_new_tokens) for role, model in models.items()}
-            text = tokenizer.decode(prompt, skip_special_tokens=True)
-            rows.append({"step": step, "id": pairs[index].id, "prompt": text, **answers})
-        return rows
+        pairs, encoder = self.data.pairs["val"], self.data.encoder
+        asked = [pairs[index] for index in range(0, len(pairs), -(-len(pairs) // self.prompts))]
+        prompts, sampling = [pair.prompt for pair in asked], replace(GREEDY, max_new_tokens=self.max_new_tokens)
+        texts = {
+            role: [answer.text for (answer,) in write(model, encoder, prompts, sampling, seed=0)]
+            for role, model in models.items()
+        }
+        return [
+            {
+                "step": step,
+                "id": pair.id,
+                "prompt": encoder.tokenizer.decode(list(pair.prompt), skip_special_tokens=True),
+                **{role: answers[number] for role, answers in texts.items()},
+            }
+            for number, pair in enumerate(asked)
+        ]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
