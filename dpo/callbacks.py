@@ -155,8 +155,8 @@ class Stop(L.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         trainer.should_stop |= trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False)
-        # A run that ends by its number of steps within an epoch validates there too; the ends of epochs do by themselves.
-        due = trainer.is_last_batch or (batch_idx + 1) % trainer.val_check_batch == 0
+        # A run that ends by its number of steps within an epoch validates there too; ends of epochs do by themselves.
+        due = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
         trainer.should_stop |= trainer.global_step == trainer.max_steps and not due
 
     @property

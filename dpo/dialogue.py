@@ -1,7 +1,7 @@
 """Two dialogues -> one `Pair` (a shared history and two answers), or the named reason why not.
 
-Takes hh-rlhf's text as published and gives it back unchanged (``pair.prompt + pair.chosen`` is the chosen dialogue, byte
-for byte), or turns that come from elsewhere. Knows nothing of files, tokens or models.
+Takes hh-rlhf's text as published and gives it back unchanged (``pair.prompt + pair.chosen`` is the chosen dialogue,
+byte for byte), or turns that come from elsewhere. Knows nothing of files, tokens or models.
 """
 
 import re

@@ -122,7 +122,7 @@ def score(model: PreTrainedModel, batch: Batch) -> TokenScores:
     to_logits = head(model, output)
 
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        scores: tuple[Tensor, ...] = _TokenLogps.apply(to_logits(hidden), targets)
+        scores: tuple[Tensor, ...] = _TokenLogps.apply(to_logits(hidden), targets)  # type: ignore[no-untyped-call]
         return scores
 
     rows = max(1, CHUNK_ELEMENTS // model.get_output_embeddings().weight.shape[0])

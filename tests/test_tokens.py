@@ -263,7 +263,10 @@ def test_ids_are_those_of_trl_on_real_rows(hh_rlhf: Path, pretrained: Path) -> N
 
 SYSTEM_PAIR = Pair((Turn(Role.SYSTEM, " Be brief."), Turn(Role.HUMAN, " Hello")), " Good day.", " Bye.")
 DEAF = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
-STRICT = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}"
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "{{ m.content }}{% endfor %}"
+)
 
 
 def test_a_system_message_is_rendered_by_a_template_that_has_a_place_for_it() -> None:

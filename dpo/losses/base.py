@@ -29,7 +29,7 @@ class PairLogps:
         on_policy: log p(token) - log sum_v p_v^2 under the policy, nats, without a gradient: how likely the token is
             beside one that the policy draws itself.
         counts: Scored tokens of every answer, on the host.
-        margins: By how much the chosen answer of each pair is better, NaN where the data do not say; None for no margin.
+        margins: By how much the chosen answer of each pair is better, NaN where the data do not say; None: no margin.
     """
 
     policy_tokens: Float[Tensor, " scored"]

@@ -1,0 +1,382 @@
+"""A DPO step of this project against TRL 1.16, in alternation, and against the floor of its arithmetic.
+
+`python benchmarks/training.py [--cases real-float32 ...] [--rounds 3] [--steps 8]` (extra `peers`; real rows where
+DPO_HH_RLHF names a folder) writes benchmarks/results/training.json and training.md. Every side is a process of its own:
+the same model, pairs, order, optimizer, batch and maximum length. Ratios of one round are comparable, absolute figures
+are the machine's.
+
+The floor is the time of the matrix products that cannot be avoided: distinct tokens through the backbone forward,
+backward (twice) and forward in the reference, answer positions through the head as often; at the rate of plain products
+of these shapes, measured in the same run.
+"""
+
+import argparse
+import gzip
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+WARM = 2  # steps that are not counted
+SIDES = ("ours", "ours-cached", "trl", "trl-best")
+Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a Llama of this size, these rows, this batch."""
+
+    rows: str = "real"
+    precision: str = "float32"
+    vocabulary: int = 16_384
+    width: int = 512
+    inner: int = 1_408
+    layers: int = 8
+    batch: int = 8
+    max_length: int = 512
+
+
+QUICK = {"vocabulary": 1_280, "width": 128, "inner": 384, "layers": 4, "batch": 32, "max_length": 256}
+CASES = {
+    "real-float32": Case(),
+    "real-bf16": Case(precision="bf16"),
+    "real-128k-float32": Case(vocabulary=131_072),
+    "long-prompts-float32": Case(rows="long", max_length=1_152),
+    "long-answers-float32": Case(rows="short", max_length=512),
+    "batch64-float32": Case(batch=64),
+    "quickstart-float32": Case(rows="quickstart", **QUICK),
+}
+
+
+def real_rows() -> Iterator[Row]:
+    """Rows of hh-rlhf, whole pairs only."""
+    sys.path.insert(0, str(ROOT))
+    from dpo.dialogue import Pair, pair
+
+    folder = os.environ.get("DPO_HH_RLHF")
+    if not folder:
+        sys.exit("DPO_HH_RLHF names no folder with hh-rlhf's layout; choose --cases without real rows.")
+    with gzip.open(Path(folder) / "harmless-base" / "train.jsonl.gz", "rt", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            if isinstance(pair(row["chosen"], row["rejected"]), Pair):
+                yield row["chosen"], row["rejected"]
+
+
+def made_rows(prompt: int, answer: int) -> Iterator[Row]:
+    """Rows of about so many tokens: words that are one token each."""
+    for number in range(10_000):
+        words = [" alpha", " beta", " gamma", " delta"]
+        head = "\n\nHuman:" + "".join(words[(number + i * i) % 4] for i in range(prompt)) + "\n\nAssistant:"
+        yield (
+            head + "".join(words[(number + i) % 4] for i in range(answer)),
+            head + "".join(words[(number + 3 * i + 1) % 4] for i in range(answer)),
+        )
+
+
+def rows_of(kind: str, count: int) -> list[Row]:
+    """Rows of a kind."""
+    sys.path.insert(0, str(ROOT))
+    from dpo import quickstart
+
+    sources: dict[str, Callable[[], Iterator[Row]]] = {
+        "real": real_rows,
+        "long": lambda: made_rows(1_016, 63),
+        "short": lambda: made_rows(9, 255),
+        "quickstart": lambda: quickstart.rows(1, count),
+    }
+    return list(islice(sources[kind](), count))
+
+
+def prepare(folder: Path, case: Case, steps: int) -> None:
+    """Write rows, tokenizer and random weights."""
+    rows = rows_of(case.rows, case.batch * steps)
+    data = folder / "data" / "rows"
+    data.mkdir(parents=True)
+    with gzip.open(data / "train.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n" for chosen, rejected in rows)
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    size = min(case.vocabulary, 16_384)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator((text for row in rows_of(case.rows, 1_500) for text in row), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=case.vocabulary, hidden_size=case.width, intermediate_size=case.inner, num_hidden_layers=case.layers,
+        num_attention_heads=case.width // 64 or 2, max_position_embeddings=2_048, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+
+
+def run_ours(folder: Path, case: Case, steps: int, cached: bool) -> dict[str, object]:
+    """Train through the command line; times as it logs them."""
+    sys.path.insert(0, str(ROOT))
+    from dpo.cli import main
+    from dpo.loggers import read_metrics
+
+    name = f"run-{time.time_ns()}"
+    words = [
+        "fit", "--name", name, "--trainer.default_root_dir", str(folder / "runs"),
+        "--model.policy", str(folder / "model"), "--data.path", str(folder / "data"),
+        "--data.shuffle", "false", "--data.val_fraction", "0",
+        "--data.batch_size", str(case.batch), "--data.max_length", str(case.max_length), "--optimizer.lr", "1e-5",
+        "--optimizer.fused", "true", "--trainer.max_steps", str(steps), "--trainer.log_every_n_steps", "1",
+        "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+        "--trainer.precision", "bf16-mixed" if case.precision == "bf16" else "32-true",
+        *(["--model.reference", "Cached"] if cached else []),
+    ]  # fmt: skip
+    if code := main(words):
+        sys.exit(code)
+    rows = read_metrics(folder / "runs" / name / "metrics.csv")[WARM:]
+    times = [float(row["train/time/step"]) for row in rows]
+    rates = [float(row["train/tokens_per_second"]) for row in rows]
+    lengths = [float(row["train/length/chosen"]) + float(row["train/length/rejected"]) for row in rows]
+    return {
+        "seconds": times,
+        "tokens": [rate * seconds for rate, seconds in zip(rates, times, strict=True)],
+        "scored": [length * case.batch for length in lengths],
+        "loss": float(rows[-1]["train/loss"]),
+    }
+
+
+def run_trl(folder: Path, case: Case, steps: int, best: bool) -> dict[str, object]:
+    """Train with TRL's defaults, or with its best settings here: no checkpointing, precomputed reference."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class Clock(TrainerCallback):
+        """When every step began and ended."""
+
+        seconds: list[float] = []  # noqa: RUF012
+
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            self.seconds.append(time.perf_counter() - self.began)
+
+    mark = "\n\nAssistant:"
+    with gzip.open(folder / "data" / "rows" / "train.jsonl.gz", "rt", encoding="utf-8") as file:
+        pairs = [json.loads(line) for line in file]
+    ends = [pair["chosen"].rindex(mark) + len(mark) for pair in pairs]
+    data = [
+        {"prompt": pair["chosen"][:end], "chosen": pair["chosen"][end:], "rejected": pair["rejected"][end:]}
+        for pair, end in zip(pairs, ends, strict=True)
+    ]
+    chosen = {"gradient_checkpointing": False, "precompute_ref_log_probs": True} if best else {}
+    config = DPOConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=case.batch,
+        max_length=case.max_length,
+        max_steps=steps,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        use_cpu=True,
+        bf16=case.precision == "bf16",
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **chosen,
+    )
+    clock = Clock()
+    trainer = DPOTrainer(
+        model=str(folder / "model"), args=config, train_dataset=Dataset.from_list(data), callbacks=[clock],
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"seconds": clock.seconds[WARM:], "loss": losses[-1]}
+
+
+def side(name: str, folder: Path, case: Case, steps: int) -> None:
+    """One side in this process; its figures on the last line."""
+    if name.startswith("ours"):
+        found = run_ours(folder, case, steps, cached=name == "ours-cached")
+    else:
+        found = run_trl(folder, case, steps, best=name == "trl-best")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print("\n" + json.dumps({**found, "peak_bytes": peak}))
+
+
+def measure(name: str, folder: Path, case_name: str, steps: int) -> dict[str, object]:
+    """Run one side as a process."""
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        name,
+        "--folder",
+        str(folder),
+        "--cases",
+        case_name,
+        "--steps",
+        str(steps),
+    ]
+    environment = os.environ | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "DPO_CACHE": str(folder / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def floor_seconds(case: Case, tokens: float, scored: float, reference: bool) -> float:
+    """Time of the unavoidable matrix products of one step, on this machine now."""
+    kind = torch.bfloat16 if case.precision == "bf16" else torch.float32
+
+    def product(n: int, k: int, m: int) -> float:
+        a, b = torch.randn(n, k, dtype=kind), torch.randn(k, m, dtype=kind)
+        torch.mm(a, b)
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    def passes(n: int, k: int, m: int) -> float:  # forward, gradient of the input, gradient of the weight, reference
+        return product(n, k, m) * (1 + reference) + product(n, m, k) + product(k, n, m)
+
+    t, s, d, i = round(tokens), round(scored), case.width, case.inner
+    layer = 4 * passes(t, d, d) + 2 * passes(t, d, i) + passes(t, i, d)
+    return case.layers * layer + passes(s, d, case.vocabulary)
+
+
+def run_case(name: str, rounds: int, steps: int, sides: list[str]) -> dict[str, object]:
+    """All sides of a case, in alternation; the floor measured in every round."""
+    case = CASES[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(folder, case, steps)
+        found: dict[str, list[dict[str, object]]] = {each: [] for each in sides}
+        floors = []
+        for number in range(rounds):
+            for each in sides:
+                found[each].append(measure(each, folder, name, steps))
+                print(f"{name} round {number + 1}: {each} {median_step(found[each][-1]):.3f} s/step", flush=True)
+            ours = found["ours"][-1]
+            floors.append(floor_seconds(case, mean(ours["tokens"]), mean(ours["scored"]), reference=True))
+    return summary(case, found, floors)
+
+
+def mean(values: object) -> float:
+    """Of a list of numbers out of JSON."""
+    assert isinstance(values, list)
+    return statistics.mean(values)
+
+
+def median_step(result: dict[str, object]) -> float:
+    """Seconds of a side's median step."""
+    seconds = result["seconds"]
+    assert isinstance(seconds, list)
+    return statistics.median(seconds)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def summary(case: Case, found: dict[str, list[dict[str, object]]], floors: list[float]) -> dict[str, object]:
+    """Ratios round by round."""
+    ours = found["ours"]
+    steps = [median_step(result) for result in ours]
+    table: dict[str, object] = {
+        "pairs_per_second": spread([case.batch / step for step in steps]),
+        "tokens_per_second": spread([mean(result["tokens"]) / step for result, step in zip(ours, steps, strict=True)]),
+        "floor_over_measured": spread([floor / step for floor, step in zip(floors, steps, strict=True)]),
+        "peak_GB": {each: max(float(str(r["peak_bytes"])) for r in results) / 1e9 for each, results in found.items()},
+    }
+    for each, results in found.items():
+        if each != "ours":
+            table[f"{each} / ours"] = spread([median_step(r) / step for r, step in zip(results, steps, strict=True)])
+            table[f"loss of {each} - ours"] = float(str(results[-1]["loss"])) - float(str(ours[-1]["loss"]))
+    return table
+
+
+def machine() -> dict[str, object]:
+    """Where this was measured."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lightning", "trl")}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **versions,
+        "date": str(date.today()),
+    }
+
+
+def markdown(results: dict[str, dict[str, object]], about: dict[str, object], command: str) -> str:
+    """One line per case and figure."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, dict) and "median" in value:
+            return f"{value['median']:.3g} ({value['least']:.3g} to {value['most']:.3g})"
+        if isinstance(value, dict):
+            return ", ".join(f"{name} {number:.2f}" for name, number in value.items())
+        return f"{value:.1e}"
+
+    lines = [f"| {case} | {name} | {cell(value)} |" for case, table in results.items() for name, value in table.items()]
+    where = ", ".join(f"{name} {value}" for name, value in about.items())
+    head = f"# Training, against TRL\n\n`{command}`; {where}\n\n"
+    head += "| case | figure | median (range over rounds) |\n|---|---|---|\n"
+    return head + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what was asked for and store it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        side(options.side, options.folder, CASES[options.cases[0]], options.steps)
+        return
+    RESULTS.mkdir(exist_ok=True)
+    stored = RESULTS / "training.json"
+    before = json.loads(stored.read_text())["results"] if stored.exists() else {}
+    results = {name: run_case(name, options.rounds, options.steps, options.sides) for name in options.cases}
+    results = {**before, **results}
+    about, command = machine(), "python " + " ".join(["benchmarks/training.py", *sys.argv[1:]])
+    stored.write_text(json.dumps({"machine": about, "command": command, "results": results}, indent=2) + "\n")
+    (RESULTS / "training.md").write_text(markdown(results, about, command))
+    print((RESULTS / "training.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
