@@ -1,8 +1,10 @@
 """Preference losses: numbers of the papers, closed-form gradients, and what must hold for any log-probabilities."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +48,7 @@ from dpo.losses import (
 )
 from dpo.losses.table import DIVERGENCES, EXAMPLES, paragraphs
 
+ROOT = Path(__file__).resolve().parent.parent
 # Three pairs whose log-ratios differ by h = 0, 10, 20 nats.
 POLICY = [[-0.5, -0.1], [-10.0, -30.0], [-1.0, -21.0]]
 REFERENCE = [[-0.5, -0.1], [-10.1, -20.1], [-0.1, -0.1]]
@@ -61,6 +64,11 @@ EVERY = (
     *(WPO(loss) for loss in EXAMPLES if not loss.whole_batch),
     *(CPO(label_smoothing=0.2), AOT(label_smoothing=0.2), IPO(divergence=Alpha(3.0))),
 )
+def named(value: object) -> str | None:
+    """An id that every process makes alike: a function's address is none."""
+    return repr(value) if isinstance(value, PreferenceLoss) else None
+
+
 every_loss = pytest.mark.parametrize("loss", EVERY, ids=repr)
 
 nats = st.floats(-1e4, 0, width=32)
@@ -296,7 +304,7 @@ x_of = {  # derivative by x = beta h, as a function of x
 }
 
 
-@pytest.mark.parametrize(("loss", "slope"), x_of.items(), ids=repr)
+@pytest.mark.parametrize(("loss", "slope"), x_of.items(), ids=named)
 def test_gradient_of_losses_of_the_difference(loss: PreferenceLoss, slope: Callable[[float], float]) -> None:
     h = torch.tensor([-12.0, -1.0, 0.0, 3.0, 25.0], dtype=torch.float64)
     given = logps(torch.stack([h - 7, torch.full_like(h, -7)], 1), torch.full((5, 2), -7.0), torch.float64)
@@ -314,7 +322,7 @@ slopes_of_answers = {  # derivatives by D_w and by D_l
 }
 
 
-@pytest.mark.parametrize(("loss", "slopes"), slopes_of_answers.items(), ids=repr)
+@pytest.mark.parametrize(("loss", "slopes"), slopes_of_answers.items(), ids=named)
 def test_gradient_of_losses_of_answers(loss: PreferenceLoss, slopes: Callable) -> None:
     expected = [slope for w, r in zip(CHOSEN, REJECTED, strict=True) for slope in slopes(w, r)]
     close(gradient(loss, THREE), expected)
@@ -515,7 +523,7 @@ def test_the_table_holds_every_loss() -> None:
     assert {type(score) for score in DIVERGENCES} == {x for x in named if issubclass(x, Divergence)} - {Divergence}
 
 
-@pytest.mark.parametrize("loss", {type(loss) for loss in EXAMPLES}, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("loss", dict.fromkeys(map(type, EXAMPLES)), ids=lambda loss: loss.__name__)
 def test_every_loss_says_what_it_is_its_formula_and_its_source(loss: type) -> None:
     what, formula, source = paragraphs(loss)
     assert what.endswith(".") and formula and "arXiv" in source
@@ -526,3 +534,25 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for found in (*(type(loss).__name__ for loss in EXAMPLES), "2.761231", "[log p - log sum_v p_v^2]"):
         assert found in text
+
+
+TESTED = ("losses", "logps", "reference")
+EQUATIONS = [
+    [cell.strip(" `") for cell in line.strip("|").split("|")]
+    for line in (ROOT / "docs" / "equations.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("| 2") or "`dpo/" in line
+]
+
+
+@pytest.mark.parametrize(("equation", "symbol", "file", "test"), EQUATIONS, ids=lambda cell: cell)
+def test_the_document_of_equations_holds(equation: str, symbol: str, file: str, test: str) -> None:
+    code = (ROOT / file).read_text(encoding="utf-8")
+    assert f"class {symbol}(" in code or f"def {symbol}(" in code
+    tests = "".join((ROOT / "tests" / f"test_{name}.py").read_text(encoding="utf-8") for name in TESTED)
+    assert f"def {test}(" in tests
+    number = re.match(r"(\d{4}\.\d{5}|ericmitchell\S+)", equation)
+    assert not number or number[1] in code
+
+
+def test_every_loss_stands_in_the_document_of_equations() -> None:
+    assert {type(loss).__name__ for loss in EXAMPLES} <= {symbol for _, symbol, *_ in EQUATIONS}

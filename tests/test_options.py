@@ -59,7 +59,7 @@ def test_a_loss_is_chosen_by_name(words, expected) -> None:
         (["DPO", "--model.loss.alpha=0.1"], "'alpha' is taken by CPO, LD."),
         (
             ["NCA", "--model.loss.divergence=ForwardKL"],
-            "'divergence' is taken by DPO, DiscoPOP, EXO, Hinge, IPO, LengthNormalizedDPO, RobustDPO.",
+            "'divergence' is taken by DPO, DiscoPOP, EXO, Hinge, IPO, LengthNormalizedDPO, ODPO, RobustDPO.",
         ),
     ],
 )
