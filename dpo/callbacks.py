@@ -151,10 +151,12 @@ class Stop(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """At the end of an optimizer step, stop all devices when one was asked; a stopped run validates once more."""
+        """At the end of an optimizer step, stop all devices when one was asked."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        trainer.should_stop |= trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False)
+        if trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # whoever sends a signal may not wait for a validation
         # A run that ends by its number of steps within an epoch validates there too; ends of epochs do by themselves.
         due = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
         trainer.should_stop |= trainer.global_step == trainer.max_steps and not due

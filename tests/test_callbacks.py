@@ -55,11 +55,17 @@ def test_a_stop_ends_in_order(lab: Lab, capsys: pytest.CaptureFixture[str], numb
     assert [row["step"] for row in metrics(run)] == [*range(1, 13)]
 
 
-def test_a_stopped_run_is_validated_after_it_is_saved(lab: Lab) -> None:
-    assert lab.main("fit", "--name=validated", *pressed(signal.SIGINT)) == 130
-    run = Run(lab.folder / "validated")
-    assert json.loads(run.results.read_text())["val/loss"] == pytest.approx(metrics(run)[-1]["val/loss"])
-    assert (run.checkpoints / "best.ckpt").exists()
+def test_a_stop_does_not_wait_for_a_validation(lab: Lab) -> None:
+    words = ["--name=hurried", "--trainer.val_check_interval=1", *pressed(signal.SIGTERM, batch=2)]
+    assert lab.main("fit", *words) == 143
+    run = Run(lab.folder / "hurried")
+    assert ["val/loss" in row for row in metrics(run)] == [True, True, False]
+    assert checkpoint(run)["global_step"] == 3
+    assert len((run.folder / "results.csv").read_text().splitlines()) == 1 + 2
+    results = json.loads(run.results.read_text())
+    assert results["val/loss"] == pytest.approx(metrics(run)[1]["val/loss"])
+    assert lab.main("fit", *words[:2], "--ckpt_path=last") == 0
+    assert ["val/loss" in row for row in metrics(run)] == [True, True, False, True, True]
 
 
 def test_a_stop_waits_for_the_end_of_the_optimizer_step(lab: Lab) -> None:
