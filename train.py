@@ -1,8 +1,12 @@
 """`python train.py fit | validate | test | predict`: see `--help` and `fit --print_config`."""
 
+import os
 import sys
 
-from dpo.cli import main
+# Threads that wait for work sleep: spinning, they take the cores of everything else on a shared machine, and of each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
 if __name__ == "__main__":
+    from dpo.cli import main
+
     sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,8 @@ from dpo.cli import main as train
 from dpo.run import complete
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart_sft.yaml"
-SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+TRAINED = ("config.json", "generation_config.json", "model.safetensors")
+UNTRAINED = ("tokenizer.json", "tokenizer_config.json")
 
 
 def rebuild(to: Path, extra: Sequence[str] = ()) -> None:
@@ -31,8 +32,9 @@ def rebuild(to: Path, extra: Sequence[str] = ()) -> None:
         to.parent.mkdir(parents=True, exist_ok=True)
         with complete(to) as folder:
             folder.mkdir()
-            for name in SHIPPED:
-                shutil.copyfile(runs / "sft" / "export" / name, folder / name)
+            for source, names in ((runs / "sft" / "export", TRAINED), (blank, UNTRAINED)):
+                for name in names:
+                    shutil.copyfile(source / name, folder / name)
     print(f"Quickstart policy: {to}")
 
 

@@ -66,7 +66,7 @@ EVERY = (
 )
 def named(value: object) -> str | None:
     """An id that every process makes alike: a function's address is none."""
-    return repr(value) if isinstance(value, PreferenceLoss) else None
+    return repr(value) if isinstance(value, PreferenceLoss | Divergence) else None
 
 
 every_loss = pytest.mark.parametrize("loss", EVERY, ids=repr)
@@ -423,7 +423,7 @@ def test_losses_per_token_do_not_see_length(loss: PreferenceLoss) -> None:
         (Alpha(0.5), lambda d: math.exp(-0.5 * d)),
         (Alpha(2.0), lambda d: math.exp(d)),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_scores_are_0_at_0_and_rise(score: Divergence, slope: Callable[[float], float]) -> None:
     d = torch.tensor([[-20.0, -1.0], [0.0, 0.0], [1.0, 10.0]], dtype=torch.float64, requires_grad=True)
