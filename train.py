@@ -3,7 +3,7 @@
 import os
 import sys
 
-# Threads that wait for work sleep: spinning, they take the cores of everything else on a shared machine, and of each other.
+# Threads that wait for work sleep; spinning, they take the cores of everything else on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
 if __name__ == "__main__":
