@@ -24,11 +24,12 @@ from dpo.metrics import Derived, Means
 from dpo.models import Loader, adapt_layers
 from dpo.sampler import Step
 from dpo.sharing import share_if_exact
+from dpo.slim import Slim
 
 AS_LOADED: Adapter = lazy_instance(AsLoaded)  # the default of the command line, made when it is used
 
 
-class Stage(L.LightningModule, ABC):
+class Stage(Slim, ABC):
     """A stage of training a policy.
 
     Attributes:
@@ -72,7 +73,6 @@ class Stage(L.LightningModule, ABC):
             lr_scheduler: Makes the learning rate schedule of an optimizer; it advances every optimizer step.
         """
         super().__init__()
-        self.strict_loading = False  # not all is in checkpoints; load_state_dict checks that what trains is
         self.adapter = adapter
         self.loader = Loader(trust_remote_code, pickled_weights)
         self.policy_path, self.sharing, self.preflight = policy, sharing, preflight
@@ -113,30 +113,6 @@ class Stage(L.LightningModule, ABC):
             reason = share_if_exact(model) if self.sharing else "--model.sharing is false"
             if reason:
                 rank_zero_info(f"The {role} runs every answer as a sequence of its own: {reason}.")
-
-    def changing(self) -> set[str]:
-        """Names of the weights that training changes, which are those in a checkpoint; all others are read again."""
-        return {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """What training changes."""
-        changing = self.changing()
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in changing}
-
-    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
-        """All that training changes must be there, and nothing else.
-
-        Raises:
-            ValueError: Weights are missing or left over.
-        """
-        changing = self.changing()
-        missing, left_over = sorted(changing - state.keys()), sorted(state.keys() - changing)
-        if missing or left_over:
-            raise ValueError(
-                f"this checkpoint is of another model: weights missing {missing[:3]}, left over {left_over[:3]}. "
-                "Give the --model.policy and --model.adapter that the run was started with."
-            )
-        return super().load_state_dict(state, strict=False, assign=assign)
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the parameters that train, and its schedule.

@@ -42,6 +42,7 @@ ORDER = (
     "metrics",
     "schedules",
     "finite",
+    "slim",
     "training",
     "module",
     "sft",
