@@ -14,7 +14,8 @@ The way of a raw row to the loss:
 Around it:
 
 - files to steps: `rows`, `store`, `audit`, `data`, `sampler`; `quickstart` makes files of its own
-- models and the step: `models`, `sharing`, `reference`, `metrics`, `finite`, `module`, `preflight`
+- models and the step: `models`, `adapters`, `sharing`, `reference`, `cache`, `cached`, `metrics`, `finite`, `slim`,
+  `training`, `module`, `sft`, `preflight`
 - a run and what it leaves: `run`, `checkpoints`, `loggers`, `callbacks`, `report`, `export`, `cli`, `hub`
 """
 
