@@ -31,7 +31,12 @@ def _service(request: Request) -> Service:
     return request.app.state.service  # type: ignore[no-any-return]
 
 
+def _size(request: Request) -> int:
+    return request.scope["body_bytes"]  # type: ignore[no-any-return]
+
+
 Served = Annotated[Service, Depends(_service)]
+Size = Annotated[int, Depends(_size)]
 
 
 async def _admitted(service: Served) -> AsyncIterator[None]:
@@ -51,22 +56,24 @@ async def models(service: Served) -> Json:
 
 
 @work.post("/chat/completions")
-async def chat(service: Served, body: ChatRequest) -> Response:
+async def chat(service: Served, size: Size, body: ChatRequest) -> Response:
     """Answer messages."""
     text = service.text
-    return await _answer(service, CHAT, body, lambda: text.prompt(text.history(None, body.messages)))
+    return await _answer(service, CHAT, body, lambda: text.prompt(text.history(None, body.messages)), size)
 
 
 @work.post("/completions")
-async def completions(service: Served, body: CompletionRequest) -> Response:
+async def completions(service: Served, size: Size, body: CompletionRequest) -> Response:
     """Go on with a text."""
-    return await _answer(service, COMPLETION, body, lambda: service.text.raw(body.prompt))
+    return await _answer(service, COMPLETION, body, lambda: service.text.raw(body.prompt), size)
 
 
-async def _answer(service: Service, form: Form, body: Generation, tokenise: Callable[[], list[int]]) -> Response:
+async def _answer(
+    service: Service, form: Form, body: Generation, tokenise: Callable[[], list[int]], size: int
+) -> Response:
     if body.model not in service.engines:
         raise Fault(404, "expected the model 'policy' or 'reference'", "model_not_found", "model")
-    reply, pieces = service.reply(form, body, await service.encode(tokenise))
+    reply, pieces = service.reply(form, body, await service.encode(tokenise, size))
     reward = service.reward if body.reward else None
     if body.stream:
         return StreamingResponse(reply.stream(pieces, reward), media_type="text/event-stream")
@@ -74,22 +81,22 @@ async def _answer(service: Service, form: Form, body: Generation, tokenise: Call
 
 
 @work.post("/score")
-async def score(service: Served, body: ScoreRequest) -> Json:
+async def score(service: Served, size: Size, body: ScoreRequest) -> Json:
     """The log-prob of answers under both models, and their rewards."""
     text = service.text
     answers = [(answer, f"answers.{i}") for i, answer in enumerate(body.answers)]
     examples = await service.encode(
-        lambda: [text.single(text.history(body.prompt, body.messages), *answer) for answer in answers]
+        lambda: [text.single(text.history(body.prompt, body.messages), *answer) for answer in answers], size
     )
     return {"object": "score", "beta": service.origin.beta, "answers": await service.score(examples, body.tokens)}
 
 
 @work.post("/compare")
-async def compare(service: Served, body: CompareRequest) -> Json:
+async def compare(service: Served, size: Size, body: CompareRequest) -> Json:
     """Which of two answers the policy prefers, and how surely."""
     text, pairs = service.text, [(pair, f"pairs.{i}") for i, pair in enumerate(body.pairs)]
     examples = await service.encode(
-        lambda: [text.pair(text.history(p.prompt, p.messages), p.chosen, p.rejected, name) for p, name in pairs]
+        lambda: [text.pair(text.history(p.prompt, p.messages), p.chosen, p.rejected, name) for p, name in pairs], size
     )
     answers = await service.score(examples, body.tokens)
     compared = [_compared(*both) for both in zip(answers[::2], answers[1::2], strict=True)]

@@ -113,6 +113,7 @@ class Guard:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
+        scope["body_bytes"] = len(body)
         answering, leaving = asyncio.create_task(self.app(scope, replay, send)), asyncio.create_task(gone())
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)

@@ -23,6 +23,7 @@ from dpo.serving.text import HUMAN, Text, Writer
 
 T = TypeVar("T")
 RESTART_SECONDS = 1.0
+SHORT_BYTES = 8192  # about 5 ms of tokenising
 
 
 class Service:
@@ -86,8 +87,10 @@ class Service:
         finally:
             self.admitted -= 1
 
-    async def encode(self, function: Callable[[], T]) -> T:
-        """Tokenise beside the event loop, one at a time."""
+    async def encode(self, function: Callable[[], T], size: int) -> T:
+        """Tokenise: what is long beside the event loop, one at a time; a thread for each short text would cost more."""
+        if size <= SHORT_BYTES:
+            return function()
         return await asyncio.get_running_loop().run_in_executor(self.encoding, function)
 
     def reply(self, form: Form, body: Generation, prompt: list[int]) -> tuple[Reply, AsyncGenerator[Piece]]:
