@@ -71,7 +71,7 @@ def load(name: str) -> Scorer:
         found = import_module(module).__dict__[function]
     except (ImportError, KeyError, ValueError) as error:
         raise ValueError(
-            f"--scorer: expected module:function that can be imported, got {name!r} ({error!r})."
+            f"--scorer: expected module:function, beside train.py or on PYTHONPATH, got {name!r}: {error!r}."
         ) from error
     if not callable(found):
         raise ValueError(f"--scorer: expected a function, {name!r} is {found!r}.")

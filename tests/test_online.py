@@ -169,8 +169,8 @@ def test_unmarked_rows_are_counted_when_they_are_read_back(lab: Lab, prompts: Pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--scorer=nowhere:at_all"], "--scorer: expected module:function"),
-        (["--scorer=tests.test_online"], "--scorer: expected module:function"),
+        (["--scorer=nowhere:at_all"], "--scorer: expected module:function,"),
+        (["--scorer=tests.test_online"], "--scorer: expected module:function,"),
         (["--scorer=tests.test_online:NOT_A_FUNCTION"], "--scorer: expected a function"),
         (["--scorer=tests.test_online:one_too_few"], "finite numbers, one for each answer"),
         (["--output=answers.csv"], "--output: expected the name of a file that ends in .jsonl or .parquet"),
