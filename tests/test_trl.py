@@ -9,9 +9,10 @@ import csv
 import gzip
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from transformers import AutoTokenizer
@@ -30,6 +31,7 @@ SIDES = [f"{what}/{side}" for what in ("rewards", "logps", "logits") for side in
 METRICS = {name: name for name in ("loss", *SIDES, "rewards/margins", "rewards/accuracies", "entropy")}
 METRICS["mean_token_accuracy"] = "token_accuracy"  # TRL's name: ours
 RATES = {"grad_norm": "grad_norm", "learning_rate": "learning_rate"}  # of training only
+SIGMOID = {"model.loss": "DPO", "model.loss.beta": BETA}
 OPTIMIZERS = {"AdamW": "adamw_torch", "SGD": "sgd"}  # our name: TRL's
 
 
@@ -67,8 +69,14 @@ def compare(
     *,
     val_fraction: float = 0.0,
     reference: Path | None = None,
+    loss: Mapping[str, object] = SIGMOID,
+    trls: Mapping[str, object] = MappingProxyType({}),
+    names: Mapping[str, str] = METRICS | RATES,
 ) -> list[dict[str, float]]:
-    """Train on both sides and ask for equal numbers; TRL's steps."""
+    """Train on both sides and ask for equal numbers; TRL's steps.
+
+    `loss` and `trls` are options of our and of TRL's side; `names` is what is compared of training steps.
+    """
     data = folder / "data"
     (data / "pairs").mkdir(parents=True)
     text = "".join(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n" for chosen, rejected in rows)
@@ -77,8 +85,7 @@ def compare(
         "name": "ours",
         "model.policy": policy,
         **({"model.reference": reference} if reference else {}),
-        "model.loss": "DPO",
-        "model.loss.beta": BETA,
+        **loss,
         "data.path": data,
         "data.shuffle": "false",
         "data.batch_size": BATCH,
@@ -106,7 +113,6 @@ def compare(
         reference,
         train_rows,
         held_out,
-        beta=BETA,
         optim=OPTIMIZERS[optimizer],
         learning_rate=rate,
         weight_decay=0.0,
@@ -114,11 +120,11 @@ def compare(
         max_length=MAX_LENGTH,
         max_steps=STEPS,
         eval_steps=STEPS,
-        per_device_train_batch_size=BATCH,
+        **{"beta": BETA, "per_device_train_batch_size": BATCH, **trls},
     )
     assert len(ours) == len(steps) == STEPS
     assert max(abs(step["rewards/rejected"]) for step in steps) > 0.1  # so much has moved that agreement says something
-    check(ours, "train/", steps, "", METRICS | RATES)
+    check(ours, "train/", steps, "", names)
     if held_out:
         assert len(evaluations) == 1
         check([row for row in ours if row["val/loss"]], "val/", evaluations, "eval_", METRICS)
@@ -135,7 +141,7 @@ def parts(data: HHRLHF, rows: list[trl_side.Row]) -> tuple[list[trl_side.Row], l
     return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
 
 
-def check(ours: list[dict], stage: str, trls: trl_side.Log, prefix: str, names: dict[str, str]) -> None:
+def check(ours: list[dict], stage: str, trls: trl_side.Log, prefix: str, names: Mapping[str, str]) -> None:
     for i, (row, entry) in enumerate(zip(ours, trls, strict=True), 1):
         got = {f"{name}, row {i}": float(row[stage + own]) for name, own in names.items()}
         expected = {f"{name}, row {i}": entry[prefix + name] for name in names}
