@@ -340,6 +340,7 @@ def test_a_pass_that_breaks_off_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["fit.safetensors.lock"]
 
 
+@pytest.mark.slow  # four runs, two of them in two processes
 def test_two_processes_write_the_file_of_one(lab: Lab, folder: Path) -> None:
     two = lab.folder / "two"
     process = lab.start(

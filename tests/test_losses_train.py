@@ -10,7 +10,7 @@ from tests.runs import ROOT, Lab
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 LOSSES = sorted((ROOT / "configs" / "losses").glob("*.yaml"))
-FAST = {"ipo", "simpo", "aot", "mpo", "ld"}  # one of each kind; all others are run by `make test-slow`
+FAST = {"ipo", "simpo", "ld", "nca"}  # one of each kind; all others are run by `make test-slow`
 NO_REFERENCE = {"simpo", "cpo", "orpo"}
 SMALL = [
     *("--model.policy=quickstart", "--data.path=quickstart", "--data.limit=500", "--data.batch_size=8"),

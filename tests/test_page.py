@@ -31,6 +31,7 @@ from tests.browser import (
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt install chromium")
 expect = playwright.expect
+expect.set_options(timeout=20_000)  # machines that run tests are busy
 
 SIDES = ("policy", "reference")
 QUESTION = "What is the capital of Italy?"
