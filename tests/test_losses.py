@@ -64,6 +64,8 @@ EVERY = (
     *(WPO(loss) for loss in EXAMPLES if not loss.whole_batch),
     *(CPO(label_smoothing=0.2), AOT(label_smoothing=0.2), IPO(divergence=Alpha(3.0))),
 )
+
+
 def named(value: object) -> str | None:
     """An id that every process makes alike: a function's address is none."""
     return repr(value) if isinstance(value, PreferenceLoss | Divergence) else None
