@@ -134,3 +134,9 @@ def test_no_file_is_longer_than_250_lines(file: Path) -> None:
 @pytest.mark.parametrize("name", ["train.py", "serve.py"])
 def test_command_lines_stay_under_50_lines(name: str) -> None:
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) < 50
+
+
+def test_the_map_names_every_module() -> None:
+    text = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    missing = {unit(file) for file in FILES} - ENTRANCES - {name for name in ORDER if f"`{name}`" in text}
+    assert not missing, f"say in dpo/__init__.py what {sorted(missing)} are for"
