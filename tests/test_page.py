@@ -480,6 +480,7 @@ def test_trouble_is_told_in_plain_words(troubled: Watched) -> None:
         page.unroute_all()
         page.route("**/v1/chat/completions", lambda route: route.fulfill(**reply))
         troubled.ask("Hello")
+        troubled.finish()  # both sides: a late answer of one would be news from a server thought silent
 
     meet(status=429, headers={"Retry-After": "7"}, json={"error": {"message": "full"}})
     expect(told.last).to_have_text("The server is busy. Try again in 7 seconds.")
@@ -491,6 +492,8 @@ def test_trouble_is_told_in_plain_words(troubled: Watched) -> None:
     page.route("**/v1/**", lambda route: route.abort())
     troubled.ask("Hello")
     expect(told.last).to_have_text("The server does not answer. Is it still running?")
+    troubled.finish()
+    page.get_by_role("button", name="Try again").last.click()  # by now nothing asked before is still on its way
     expect(page.locator("#offline")).to_be_visible()
     page.unroute_all()
     page.get_by_role("button", name="Try again").last.click()
