@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -66,18 +66,18 @@ CASES = {
 
 
 def real_rows() -> Iterator[Row]:
-    """Rows of hh-rlhf, whole pairs only."""
+    """Rows of hh-rlhf from all its subsets in turn, whole pairs only."""
     sys.path.insert(0, str(ROOT))
     from dpo.dialogue import Pair, pair
 
     folder = os.environ.get("DPO_HH_RLHF")
     if not folder:
         sys.exit("DPO_HH_RLHF names no folder with hh-rlhf's layout; choose --cases without real rows.")
-    with gzip.open(Path(folder) / "harmless-base" / "train.jsonl.gz", "rt", encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            if isinstance(pair(row["chosen"], row["rejected"]), Pair):
-                yield row["chosen"], row["rejected"]
+    subsets = [gzip.open(file, "rt", encoding="utf-8") for file in sorted(Path(folder).glob("*/train.jsonl.gz"))]
+    for line in chain.from_iterable(zip(*subsets, strict=False)):
+        row = json.loads(line)
+        if isinstance(pair(row["chosen"], row["rejected"]), Pair):
+            yield row["chosen"], row["rejected"]
 
 
 def made_rows(prompt: int, answer: int) -> Iterator[Row]:
