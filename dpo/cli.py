@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from dpo import report
+from dpo.allocator import keep_freed_memory
 from dpo.cached import Cached
 from dpo.callbacks import Predictions, Stop
 from dpo.checkpoints import AtomicIO, local_file
@@ -210,6 +211,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         Exit code: 0 done, 1 refused with a message, 130 or 143 stopped by a signal.
     """
+    keep_freed_memory()
     words = list(arguments)
     named = any(word.split("=")[0] in ("--config", "-c", "--model.policy", "--data.path") for word in words)
     if words[:1] == ["fit"] and not named:

@@ -57,6 +57,7 @@ ORDER = (
     "hub",
     "options",
     "precision",
+    "allocator",
     "standard",
     "cli",
     "rebuild",

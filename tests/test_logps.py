@@ -46,6 +46,16 @@ def test_the_gradient_is_that_of_log_softmax() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_autocast_rounds_no_score() -> None:
+    logits = torch.randn(6, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.arange(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _TokenLogps.apply(logits, targets)
+    expected = _TokenLogps.apply(logits.double().float(), targets)  # bfloat16 logits, all else in float32
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_sums_of_answers_do_not_depend_on_their_neighbours() -> None:
     batch = random_batch()
     values = torch.randn(len(batch.targets))
