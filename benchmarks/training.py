@@ -1,18 +1,25 @@
 """A DPO step of this project against TRL 1.16, in alternation, and against the floor of its arithmetic.
 
-`python benchmarks/training.py [--cases real-float32 ...] [--rounds 3] [--steps 8]` (extra `peers`; real rows where
-DPO_HH_RLHF names a folder) writes benchmarks/results/training.json and training.md. Every side is a process of its own:
-the same model, pairs, order, optimizer, batch and maximum length. Ratios of one round are comparable, absolute figures
-are the machine's.
+`python benchmarks/training.py [--device cuda] [--cases real-float32 ...] [--rounds 3] [--steps 8]` (extra `peers`; real
+rows where DPO_HH_RLHF names a folder) adds to benchmarks/results/training.json and training.md. Every side is a process
+of its own: the same model, pairs, order, optimizer, batch and maximum length. Ratios of one round are comparable,
+absolute figures are the machine's.
+
+- `ours`: compiled layers and fused AdamW, as in configs/cpu.yaml; `ours-cached`: with `Cached`; `ours-plain`: without
+  sharing of prompts, every answer a sequence of its own.
+- `trl`: TRL as it comes; `trl-best`: no gradient checkpointing, reference precomputed, on CUDA also FlashAttention and
+  Liger where they are installed. (Grouping by length would change the order, and so the loss that is compared.)
 
 The floor is the time of the matrix products that cannot be avoided: distinct tokens through the backbone forward,
 backward (twice) and forward in the reference, answer positions through the head as often; at the rate of plain products
-of these shapes, measured in the same run.
+of these shapes, measured in the same run. Memory is the peak beyond the interpreter, one set of weights, its gradients
+and two moments.
 """
 
 import argparse
 import gzip
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -30,12 +37,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.benchmark import Timer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
 WARM = 2  # steps that are not counted
-SIDES = ("ours", "ours-cached", "trl", "trl-best")
+SIDES = ("ours", "ours-cached", "ours-plain", "trl", "trl-best")
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 products a second, dense, as their makers say
 Row = tuple[str, str]
 
 
@@ -51,29 +61,42 @@ class Case:
     layers: int = 8
     batch: int = 8
     max_length: int = 512
+    device: str = "cpu"
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        """Parameters of all layers and of the head."""
+        return self.layers * (4 * self.width**2 + 3 * self.width * self.inner), self.width * self.vocabulary
 
 
 QUICK = {"vocabulary": 1_280, "width": 128, "inner": 384, "layers": 4, "batch": 32, "max_length": 256}
+GPU = {"precision": "bf16", "vocabulary": 151_936, "device": "cuda"}
+HALF, LARGE = {"width": 896, "inner": 4_864, "layers": 24}, {"width": 1_536, "inner": 8_960, "layers": 28}
 CASES = {
     "real-float32": Case(),
     "real-bf16": Case(precision="bf16"),
     "real-128k-float32": Case(vocabulary=131_072),
     "long-prompts-float32": Case(rows="long", max_length=1_152),
     "long-answers-float32": Case(rows="short", max_length=512),
-    "batch64-float32": Case(batch=64),
+    "batch64-bf16": Case(batch=64, precision="bf16"),
     "quickstart-float32": Case(rows="quickstart", **QUICK),
+    "0.5B-512": Case(batch=32, **HALF, **GPU),
+    "0.5B-2048": Case(batch=32, max_length=2_048, **HALF, **GPU),
+    "1.5B-512": Case(batch=32, **LARGE, **GPU),
+    "1.5B-2048": Case(batch=32, max_length=2_048, **LARGE, **GPU),
 }
 
 
 def real_rows() -> Iterator[Row]:
     """Rows of hh-rlhf from all its subsets in turn, whole pairs only."""
-    sys.path.insert(0, str(ROOT))
     from dpo.dialogue import Pair, pair
 
     folder = os.environ.get("DPO_HH_RLHF")
     if not folder:
         sys.exit("DPO_HH_RLHF names no folder with hh-rlhf's layout; choose --cases without real rows.")
-    subsets = [gzip.open(file, "rt", encoding="utf-8") for file in sorted(Path(folder).glob("*/train.jsonl.gz"))]
+    subsets = [
+        gzip.decompress(file.read_bytes()).splitlines() for file in sorted(Path(folder).glob("*/train.jsonl.gz"))
+    ]
     for line in chain.from_iterable(zip(*subsets, strict=False)):
         row = json.loads(line)
         if isinstance(pair(row["chosen"], row["rejected"]), Pair):
@@ -93,7 +116,6 @@ def made_rows(prompt: int, answer: int) -> Iterator[Row]:
 
 def rows_of(kind: str, count: int) -> list[Row]:
     """Rows of a kind."""
-    sys.path.insert(0, str(ROOT))
     from dpo import quickstart
 
     sources: dict[str, Callable[[], Iterator[Row]]] = {
@@ -133,9 +155,8 @@ def prepare(folder: Path, case: Case, steps: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
 
 
-def run_ours(folder: Path, case: Case, steps: int, cached: bool) -> dict[str, object]:
+def run_ours(folder: Path, case: Case, steps: int, *more: str) -> dict[str, object]:
     """Train through the command line; times as it logs them."""
-    sys.path.insert(0, str(ROOT))
     from dpo.cli import main
     from dpo.loggers import read_metrics
 
@@ -146,9 +167,9 @@ def run_ours(folder: Path, case: Case, steps: int, cached: bool) -> dict[str, ob
         "--data.shuffle", "false", "--data.val_fraction", "0",
         "--data.batch_size", str(case.batch), "--data.max_length", str(case.max_length), "--optimizer.lr", "1e-5",
         "--optimizer.fused", "true", "--trainer.max_steps", str(steps), "--trainer.log_every_n_steps", "1",
-        "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+        "--trainer.accelerator", case.device, "--trainer.enable_progress_bar", "false", "--model.compile", "true",
         "--trainer.precision", "bf16-mixed" if case.precision == "bf16" else "32-true",
-        *(["--model.reference", "Cached"] if cached else []),
+        *more,
     ]  # fmt: skip
     if code := main(words):
         sys.exit(code)
@@ -189,7 +210,13 @@ def run_trl(folder: Path, case: Case, steps: int, best: bool) -> dict[str, objec
         {"prompt": pair["chosen"][:end], "chosen": pair["chosen"][end:], "rejected": pair["rejected"][end:]}
         for pair, end in zip(pairs, ends, strict=True)
     ]
-    chosen = {"gradient_checkpointing": False, "precompute_ref_log_probs": True} if best else {}
+    settings: dict[str, object] = {}
+    if best:
+        settings = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
+        if case.device == "cuda" and importlib.util.find_spec("liger_kernel"):
+            settings["use_liger_kernel"] = True
+        if case.device == "cuda" and importlib.util.find_spec("flash_attn"):
+            settings["model_init_kwargs"] = {"attn_implementation": "flash_attention_2"}
     config = DPOConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=case.batch,
@@ -198,13 +225,13 @@ def run_trl(folder: Path, case: Case, steps: int, best: bool) -> dict[str, objec
         learning_rate=1e-5,
         lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
-        use_cpu=True,
+        use_cpu=case.device == "cpu",
         bf16=case.precision == "bf16",
         logging_steps=1,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        **chosen,
+        **settings,
     )
     clock = Clock()
     trainer = DPOTrainer(
@@ -216,30 +243,41 @@ def run_trl(folder: Path, case: Case, steps: int, best: bool) -> dict[str, objec
     return {"seconds": clock.seconds[WARM:], "loss": losses[-1]}
 
 
+OURS = {
+    "ours": (),
+    "ours-cached": ("--model.reference", "Cached"),
+    "ours-plain": ("--model.sharing", "false"),
+}
+
+
 def side(name: str, folder: Path, case: Case, steps: int) -> None:
     """One side in this process; its figures on the last line."""
-    if name.startswith("ours"):
-        found = run_ours(folder, case, steps, cached=name == "ours-cached")
-    else:
-        found = run_trl(folder, case, steps, best=name == "trl-best")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print("\n" + json.dumps({**found, "peak_bytes": peak}))
+    import trl  # noqa: F401  # every side has imported everything that any side needs
+
+    import dpo.cli  # noqa: F401
+
+    before = resident()
+    found = (
+        run_ours(folder, case, steps, *OURS[name])
+        if name in OURS
+        else run_trl(folder, case, steps, best=name == "trl-best")
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    if case.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    bare = 16 * (sum(case.weights) + case.width * case.vocabulary)  # weights, gradients, two moments, in float32
+    print("\n" + json.dumps({**found, "above_bare": peak - bare}))
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def measure(name: str, folder: Path, case_name: str, steps: int) -> dict[str, object]:
     """Run one side as a process."""
-    command = [
-        sys.executable,
-        __file__,
-        "--side",
-        name,
-        "--folder",
-        str(folder),
-        "--cases",
-        case_name,
-        "--steps",
-        str(steps),
-    ]
+    command = [sys.executable, __file__, "--side", name, "--folder", str(folder)]
+    command += ["--cases", case_name, "--steps", str(steps)]
     environment = os.environ | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "DPO_CACHE": str(folder / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -253,14 +291,8 @@ def floor_seconds(case: Case, tokens: float, scored: float, reference: bool) -> 
     kind = torch.bfloat16 if case.precision == "bf16" else torch.float32
 
     def product(n: int, k: int, m: int) -> float:
-        a, b = torch.randn(n, k, dtype=kind), torch.randn(k, m, dtype=kind)
-        torch.mm(a, b)
-        times = []
-        for _ in range(3):
-            began = time.perf_counter()
-            torch.mm(a, b)
-            times.append(time.perf_counter() - began)
-        return min(times)
+        a, b = (torch.randn(shape, dtype=kind, device=case.device) for shape in ((n, k), (k, m)))
+        return Timer("torch.mm(a, b)", globals={"torch": torch, "a": a, "b": b}).timeit(3).mean
 
     def passes(n: int, k: int, m: int) -> float:  # forward, gradient of the input, gradient of the weight, reference
         return product(n, k, m) * (1 + reference) + product(n, m, k) + product(k, n, m)
@@ -284,6 +316,7 @@ def run_case(name: str, rounds: int, steps: int, sides: list[str]) -> dict[str, 
                 print(f"{name} round {number + 1}: {each} {median_step(found[each][-1]):.3f} s/step", flush=True)
             ours = found["ours"][-1]
             floors.append(floor_seconds(case, mean(ours["tokens"]), mean(ours["scored"]), reference=True))
+            print(f"{name} round {number + 1}: floor {floors[-1]:.3f} s/step", flush=True)
     return summary(case, found, floors)
 
 
@@ -310,71 +343,86 @@ def summary(case: Case, found: dict[str, list[dict[str, object]]], floors: list[
     ours = found["ours"]
     steps = [median_step(result) for result in ours]
     table: dict[str, object] = {
-        "pairs_per_second": spread([case.batch / step for step in steps]),
-        "tokens_per_second": spread([mean(result["tokens"]) / step for result, step in zip(ours, steps, strict=True)]),
-        "floor_over_measured": spread([floor / step for floor, step in zip(floors, steps, strict=True)]),
-        "peak_GB": {each: max(float(str(r["peak_bytes"])) for r in results) / 1e9 for each, results in found.items()},
+        "pairs/s": spread([case.batch / step for step in steps]),
+        "tokens/s": spread([mean(result["tokens"]) / step for result, step in zip(ours, steps, strict=True)]),
+        "floor / measured": spread([floor / step for floor, step in zip(floors, steps, strict=True)]),
     }
+    peak = next((value for name, value in PEAKS.items() if name in device_name(case.device)), None)
+    if peak:
+        layers, head = case.weights
+        work = 8 * (layers * mean(ours[-1]["tokens"]) + head * mean(ours[-1]["scored"]))  # 2 forward, 4 backward, 2 ref
+        table["MFU on distinct tokens"] = spread([work / step / peak for step in steps])
     for each, results in found.items():
+        above = max(float(str(result["above_bare"])) for result in results)
+        table[f"memory of {each}, GB above the bare model"] = above / 1e9
         if each != "ours":
-            table[f"{each} / ours"] = spread([median_step(r) / step for r, step in zip(results, steps, strict=True)])
-            table[f"loss of {each} - ours"] = float(str(results[-1]["loss"])) - float(str(ours[-1]["loss"]))
+            table[f"{each} / ours, time"] = spread([median_step(r) / s for r, s in zip(results, steps, strict=True)])
+            table[f"{each} / ours, loss - 1"] = float(str(results[-1]["loss"])) / float(str(ours[-1]["loss"])) - 1
+    if {"ours-cached", "trl-best"} <= found.keys():
+        both = zip(found["trl-best"], found["ours-cached"], strict=True)
+        table["trl-best / ours-cached, time"] = spread([median_step(a) / median_step(b) for a, b in both])
     return table
 
 
-def machine() -> dict[str, object]:
-    """Where this was measured."""
+def device_name(device: str) -> str:
+    """The processor's own name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lightning", "trl")}
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **versions,
-        "date": str(date.today()),
-    }
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def markdown(results: dict[str, dict[str, object]], about: dict[str, object], command: str) -> str:
-    """One line per case and figure."""
+def machine(device: str) -> str:
+    """Where and when this was measured."""
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers", "lightning", "trl"))
+    threads = f"{torch.get_num_threads()} threads, Python {platform.python_version()}"
+    return f"{device_name(device)}, {threads}, {versions}, {date.today()}"
+
+
+def markdown(results: dict[str, dict[str, object]]) -> str:
+    """One table per case."""
 
     def cell(value: object) -> str:
-        if isinstance(value, dict) and "median" in value:
-            return f"{value['median']:.3g} ({value['least']:.3g} to {value['most']:.3g})"
         if isinstance(value, dict):
-            return ", ".join(f"{name} {number:.2f}" for name, number in value.items())
-        return f"{value:.1e}"
+            return f"{value['median']:.3g} ({value['least']:.3g} to {value['most']:.3g})"
+        return f"{value:.2g}"
 
-    lines = [f"| {case} | {name} | {cell(value)} |" for case, table in results.items() for name, value in table.items()]
-    where = ", ".join(f"{name} {value}" for name, value in about.items())
-    head = f"# Training, against TRL\n\n`{command}`; {where}\n\n"
-    head += "| case | figure | median (range over rounds) |\n|---|---|---|\n"
-    return head + "\n".join(lines) + "\n"
+    lines = [
+        "# Training, against TRL",
+        "",
+        "Median (range over rounds); what each line means: `benchmarks/training.py`.",
+    ]
+    for case, table in results.items():
+        lines += ["", f"## {case}", "", f"`{table['command']}`; {table['machine']}", "", "| | |", "|---|---|"]
+        lines += [f"| {name} | {cell(value)} |" for name, value in table.items() if name not in ("command", "machine")]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measure what was asked for and store it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cases", nargs="+", choices=CASES)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps <= WARM:
+        parser.error(f"--steps: expected more than the {WARM} that are not counted, got {options.steps}")
     if options.side:
         side(options.side, options.folder, CASES[options.cases[0]], options.steps)
         return
     RESULTS.mkdir(exist_ok=True)
     stored = RESULTS / "training.json"
-    before = json.loads(stored.read_text())["results"] if stored.exists() else {}
-    results = {name: run_case(name, options.rounds, options.steps, options.sides) for name in options.cases}
-    results = {**before, **results}
-    about, command = machine(), "python " + " ".join(["benchmarks/training.py", *sys.argv[1:]])
-    stored.write_text(json.dumps({"machine": about, "command": command, "results": results}, indent=2) + "\n")
-    (RESULTS / "training.md").write_text(markdown(results, about, command))
+    results = json.loads(stored.read_text()) if stored.exists() else {}
+    for name in options.cases or [name for name, case in CASES.items() if case.device == options.device]:
+        command = f"python benchmarks/training.py {' '.join(sys.argv[1:])}"
+        about = {"command": command, "machine": machine(CASES[name].device)}
+        results[name] = {**about, **run_case(name, options.rounds, options.steps, options.sides)}
+        stored.write_text(json.dumps(results, indent=2) + "\n")
+        (RESULTS / "training.md").write_text(markdown(results))
     print((RESULTS / "training.md").read_text())
 
 
