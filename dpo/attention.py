@@ -46,7 +46,7 @@ def mask_function(
 ) -> Rule | None:
     """What `transformers` hands to the layers as mask: the rule itself, or None for plain causal attention."""
     if use_vmap:
-        raise NotShareable("The model adds a mask of its own that is not a function of positions alone.")
+        raise NotShareable("it adds a mask of its own that is not a function of positions alone")
     if mask_function is CAUSAL:
         return None
     # Chunks also come with a size: their edge lies at its multiples, a window's moves along.
@@ -190,7 +190,7 @@ def attention(
         NotShareable: The layer is not causal.
     """
     if not getattr(module, "is_causal", True):
-        raise NotShareable(f"{type(module).__name__} is not causal.")
+        raise NotShareable(f"{type(module).__name__} is not causal")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] == value.shape[-1]
     expressible = softcap is None and s_aux is None and (attention_mask is None or attention_mask.window is not None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -92,16 +93,23 @@ class Loader:
         if base is not None:
             return self._adapted(self.model(base, **more), path)
         safe = None if self.pickled_weights else True
+        read: Any  # the model and what of it was found: declared as the model alone
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=safe, **self._options(path), **more
+            read = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=safe, output_loading_info=True, **self._options(path), **more
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
                 f"cannot read a causal language model from {path!r}: {error}\nExpected a folder or hub id with "
                 "config.json and safetensors weights (--model.pickled_weights true also reads .bin files, "
                 "--model.trust_remote_code true runs code that comes with the model: only for sources you trust)."
             ) from error
+        model, found = read
+        if lost := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"the weights in {path!r} are not all of the model: {len(lost)} are missing, which would be random "
+                f"({', '.join(lost[:3])}, ...). Fetch or export it again."
+            )
         return model.eval()  # type: ignore[no-any-return]
 
     def _adapted(self, model: PreTrainedModel, path: str) -> PreTrainedModel:

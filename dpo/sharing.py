@@ -50,11 +50,18 @@ def share(model: PreTrainedModel) -> None:
             frequencies depend on the longest position of the whole row.
     """
     if not model._can_set_attn_implementation():
-        raise NotShareable(f"{type(model).__name__} does not use the attention interface of transformers.")
+        raise NotShareable(f"{type(model).__name__} does not use the attention interface of transformers")
+    if model.config.to_dict().get("attn_temperature_tuning"):  # Llama 4
+        raise NotShareable("its attention is scaled by the place in the row, not by the position in the sequence")
     scaling = str(model.config.to_dict().get("rope_parameters"))
     if "'dynamic'" in scaling or "'longrope'" in scaling:
-        raise NotShareable("The rotary frequencies change with the length of the longest sequence in a row.")
+        raise NotShareable("its rotary frequencies change with the length of the longest sequence in a row")
     model.set_attn_implementation(NAME)
+
+
+def unshare(model: PreTrainedModel) -> None:
+    """Make the model attend to ordinary rows again."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 
 @contextmanager

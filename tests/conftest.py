@@ -54,6 +54,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.1},
     "olmo2": {"num_key_value_heads": 2},
     "bloom": {},
+    "bert": {},  # sees what comes next
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dpo import quickstart
@@ -51,6 +52,24 @@ def test_pickled_weights_are_read_only_where_that_is_said(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"--model\.pickled_weights true"):
         Loader().model(str(tmp_path))
     assert weights_sha256(Loader(pickled_weights=True).model(str(tmp_path))) == weights_sha256(model)
+
+
+def test_weights_that_are_not_all_of_the_model_are_refused(tmp_path: Path) -> None:
+    make_tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: weight for name, weight in weights.items() if "layers.1." not in name}, file, {"format": "pt"})
+    lost = [name for name in weights if "layers.1." in name]
+    with pytest.raises(ValueError, match=rf"{len(lost)} are missing, which would be random \(model\.layers\.1\."):
+        Loader().model(str(tmp_path))
+
+
+def test_weights_that_were_cut_short_are_named(tmp_path: Path) -> None:
+    make_tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"cannot read a causal language model from '{tmp_path}'"):
+        Loader().model(str(tmp_path))
 
 
 CODE = """

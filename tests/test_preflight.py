@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo import preflight
-from dpo.batch import Example
+from dpo.batch import Batch, Example
 from dpo.losses import DPO, PairLogps
 from dpo.models import Loader
 from dpo.preflight import PreflightError
@@ -141,13 +141,27 @@ def test_a_loss_that_is_not_what_it_says(lab: Lab, capsys: pytest.CaptureFixture
     assert "The loss is not what it says." in message
 
 
-def test_shared_prompts_that_differ(
-    lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_prompts_whose_sharing_changes_the_model_are_not_shared(
+    lab: Lab, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "difference", lambda *_: 0.5)
-    message = refused(lab, capsys)
-    assert "shared prompts against separate sequences: expected hidden states within 0.0001, got 5.0e-01." in message
-    assert "Use --model.sharing false." in message
+    compared: list[Batch] = []
+
+    def differ(_: PreTrainedModel, batch: Batch) -> float:
+        compared.append(batch)
+        return 0.5
+
+    monkeypatch.setattr(preflight, "difference", differ)
+    shared, alone = (lab.fit(name, *ONE, *words) for name, words in (("s", []), ("a", ["--model.sharing=false"])))
+    assert any("prompts are NOT shared, as hidden states would differ by 5.0e-01" in m for m in caplog.messages)
+    assert metrics(shared)[0]["train/loss"] == metrics(alone)[0]["train/loss"]
+    (batch,) = compared  # the run without sharing has nothing to compare
+    assert len(batch) == 4  # a whole step: --data.batch_size of the lab
+
+
+def test_a_model_that_sees_the_next_token(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(lab, capsys, f"--model.policy={policy('bert')}")
+    assert "preflight: hidden states with the next token and without it: expected the same, to 0.0001, got " in message
+    assert "it is no causal language model." in message
 
 
 def test_more_tokens_than_the_policy_has_positions(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,9 @@ SIZES: dict[str, Any] = {
 }
 OLD: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": 4}
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4}
+LLAMA4: dict[str, Any] = {
+    "head_dim": 8, "attention_chunk_size": 16, "intermediate_size_mlp": 48, "num_local_experts": 2
+}  # fmt: skip
 # Windows are smaller than the sequences (up to 60 tokens), so that one ignored is seen.
 SHARED: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -50,7 +53,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "cohere2": {"head_dim": 8, "sliding_window": 8, "logit_scale": 0.25},
     "granite": {"logits_scaling": 3.0},
     "gpt_oss": {"head_dim": 8, "sliding_window": 8, **EXPERTS},
-    "llama4_text": {"head_dim": 8, "attention_chunk_size": 16, "intermediate_size_mlp": 48, "num_local_experts": 2},
+    "llama4_text": {**LLAMA4, "attn_temperature_tuning": False},
     "starcoder2": {"sliding_window": 8},
 }
 SEPARATE: dict[str, dict[str, Any]] = {
@@ -62,6 +65,7 @@ SEPARATE: dict[str, dict[str, Any]] = {
     "mamba": {},
     "jamba": {},  # hybrid
     "recurrent_gemma": {"attention_window_size": 8},
+    "llama4_text-tuned": LLAMA4,  # attention scaled by the place in the row, from place 8192 on
     "stablelm": {},  # keeps the layout from its attention
 }
 
