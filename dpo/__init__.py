@@ -7,7 +7,7 @@ The way of a raw row to the loss:
 - `dialogue`: hh-rlhf text -> turns -> `Pair`, or the named reason why not
 - `tokens`: `Pair` -> token ids of the shared prompt and both answers
 - `batch`: examples -> one flat row in which every prompt stands once
-- `attention`: attention over that row, for any Hugging Face model
+- `attention`: attention over that row, for any Hugging Face model (`masks`: windows and chunks)
 - `logps`: the one scorer: a model and a batch -> the log-probability of every answer token
 - `losses`: every preference loss as a class with its equation
 

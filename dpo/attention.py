@@ -3,73 +3,24 @@
 Takes the queries, keys and values of one layer and the `Layout` of the row; gives what each sequence would have got
 alone. Knows no model: it is registered once with the attention and mask interfaces of `transformers`, and every model
 that goes through them can be told to use it (`dpo.sharing`).
-
-A mask function of `transformers` says for query and key *positions* who sees whom (causal, sliding window, chunks).
-Positions restart at every branch, so the very same function, evaluated on position ids inside a branch, is right for
-the flat row too; plain causal attention needs no mask at all on the trunk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function
 
-from dpo.batch import Layout
+from dpo.batch import Layout, moved_to
+from dpo.masks import NotShareable, Rule, masks, rule_of
 
 NAME = "prefix_shared"
-MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-CAUSAL = cast(MaskFunction, causal_mask_function)  # declared for ints, meant for tensors
-
-
-class NotShareable(ValueError):
-    """The model asks its attention for something that branches cannot give."""
-
-
-@dataclass(frozen=True, eq=False)
-class Rule:
-    """Which positions see which; `window` where that is "the newest so many keys" and nothing else."""
-
-    sees: MaskFunction
-    window: int | None = None
-
-
-def mask_function(
-    *, mask_function: MaskFunction, local_size: int | None = None, use_vmap: bool = False, **_: object
-) -> Rule | None:
-    """What `transformers` hands to the layers as mask: the rule itself, or None for plain causal attention."""
-    if use_vmap:
-        raise NotShareable("it adds a mask of its own that is not a function of positions alone")
-    if mask_function is CAUSAL:
-        return None
-    # Chunks also come with a size: their edge lies at its multiples, a window's moves along.
-    edge = torch.tensor([local_size or 0, (local_size or 0) + 1])
-    sliding = local_size and _visible(mask_function, edge[:1] * 2, edge).tolist() == [[False, True]]
-    return Rule(mask_function, local_size if sliding else None)
-
-
-def _visible(sees: MaskFunction, queries: Tensor, keys: Tensor) -> Bool[Tensor, "queries keys"]:
-    zero = torch.zeros((), dtype=torch.long, device=queries.device)
-    return sees(zero, zero, queries[:, None], keys[None, :]).expand(len(queries), len(keys))
-
-
-def _masks(layout: Layout, rule: Rule | None) -> list[Tensor | None]:
-    """One mask for every trunk (None: plain causal) and every further branch."""
-    sees, masks = rule.sees if rule else CAUSAL, list[Tensor | None]()
-    for group in layout.groups:
-        trunk = layout.positions[group.trunk]
-        masks.append(_visible(sees, trunk, trunk) if rule else None)
-        for branch in group.others():
-            own = layout.positions[branch]
-            masks.append(_visible(sees, own, torch.cat([trunk[: group.prompt], own])))
-    return masks
 
 
 def _explicit(
@@ -108,16 +59,16 @@ def _by_segments(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
 
     # split, not slices: the gradient of a slice is as large as the whole row
-    queries = query.split([length for group in layout.groups for length in group.segments], dim=2)
+    queries = query.split(layout.segments, dim=2)
     keys, values = _branch_keys(layout, key), _branch_keys(layout, value)
-    masks = layout.once(rule, lambda: _masks(layout, rule))
-    parts = [attend(*inputs) for inputs in zip(queries, keys, values, masks, strict=True)]
+    seen = layout.once(rule, lambda: masks(layout, rule))
+    parts = [attend(*inputs) for inputs in zip(queries, keys, values, seen, strict=True)]
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1)
 
 
 def _branch_keys(layout: Layout, x: Tensor) -> Iterator[Tensor]:
     """Keys (or values) of every segment: of a trunk its own, of any further branch those of its prompt and its own."""
-    segments = iter(x.split([length for group in layout.groups for length in group.segments], dim=2))
+    segments = iter(x.split(layout.segments, dim=2))
     prompts = x.split([n for group in layout.groups for n in (group.prompt, sum(group.branches))], dim=2)[::2]
     for group, prompt in zip(layout.groups, prompts, strict=True):
         yield next(segments)
@@ -137,17 +88,15 @@ class Ragged:
 
 
 def _ragged(layout: Layout) -> Ragged:
-    device = layout.positions.device
-    queries = [length for group in layout.groups for length in group.segments]
     rows = []
     for group in layout.groups:
         rows.append(list(range(group.trunk.start, group.trunk.stop)))
         prompt = rows[-1][: group.prompt]
         rows.extend(prompt + list(range(branch.start, branch.stop)) for branch in group.others())
-    starts = [[0, *accumulate(lengths)] for lengths in (queries, map(len, rows))]
-    query_starts, key_starts = (torch.tensor(each, dtype=torch.int32, device=device) for each in starts)
-    keys = torch.tensor([token for row in rows for token in row], device=device)
-    return Ragged(query_starts, key_starts, keys, max(queries), max(map(len, rows)))
+    lengths, keys = list(map(len, rows)), torch.tensor([token for row in rows for token in row])
+    starts = (torch.tensor([0, *accumulate(each)], dtype=torch.int32) for each in (layout.segments, lengths))
+    query_starts, key_starts, keys = (moved_to(each, layout.positions.device) for each in (*starts, keys))
+    return Ragged(query_starts, key_starts, keys, max(layout.segments), max(lengths))
 
 
 def _in_one_call(
@@ -202,4 +151,4 @@ def attention(
 
 # The loops over segments would be compiled anew for every batch; without them the layer around is compiled once.
 AttentionInterface.register(NAME, torch.compiler.disable(attention))
-AttentionMaskInterface.register(NAME, mask_function)
+AttentionMaskInterface.register(NAME, rule_of)

@@ -21,6 +21,13 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+def moved_to(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device; to CUDA through pinned memory, so that nobody waits for the copy."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Example:
     """One tokenised preference pair, or one prompt with any number of answers.
@@ -74,6 +81,11 @@ class Layout:
     positions: Int[Tensor, " tokens"]
     made: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def segments(self) -> list[int]:
+        """Lengths of the pieces of the row that attend as one, all groups after each other."""
+        return [length for group in self.groups for length in group.segments]
+
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What `make` gives, made when it is first asked for under this key: all layers share it."""
         if key not in self.made:
@@ -83,7 +95,7 @@ class Layout:
 
     def to(self, device: torch.device | str) -> "Layout":
         """The same on another device; what was made once is made again there."""
-        return Layout(self.groups, self.positions.to(device, non_blocking=True))
+        return Layout(self.groups, moved_to(self.positions, device))
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
         tensors = ("tokens", "predictors", "targets", "weights", "margins")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in tensors}
+        moved: dict[str, Any] = {name: moved_to(getattr(self, name), device) for name in tensors}
         return replace(self, layout=self.layout.to(device), **moved)
 
     def __len__(self) -> int:

@@ -56,7 +56,7 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[ModelOutput, Float[Tensor, "scored width"]]:
     """The backbone's output and, out of it, the hidden states that predict the scored tokens.
 
-    One pass over the flat row where the model attends over branches (`dpo.attention.share`), otherwise one per answer.
+    One pass over the flat row where the model attends over branches (`dpo.sharing.share`), otherwise one per answer.
     """
     body = backbone(model)
     if model.config._attn_implementation == NAME:

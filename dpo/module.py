@@ -184,6 +184,7 @@ class DPO(Stage):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember which reference these weights were trained against."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["reference_sha256"] = self.reference.sha256
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

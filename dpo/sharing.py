@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo.attention import NAME, NotShareable
+from dpo.attention import NAME
 from dpo.batch import Batch, Example, collate
 from dpo.logps import hidden_states
+from dpo.masks import NotShareable
 
 TOLERANCE = 1e-4  # of the largest hidden state: rounding gives 1e-6 in float32, a token seen wrongly 1e-2
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}

@@ -149,7 +149,10 @@ class Stage(Slim, ABC):
         return losses
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop before a number that is not finite can reach the weights.
+        """Let no number that is not finite reach the weights.
+
+        A fused optimizer skips such a step, and all after it, on the device; the host asks at the next logged step or
+        checkpoint. Any other is stopped here.
 
         Raises:
             NonFinite: With the ids of the examples of this step that it came from.
@@ -157,7 +160,16 @@ class Stage(Slim, ABC):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         scaled = self.trainer.scaler is not None  # float16: the scaler skips a step whose gradient overflows
-        self.watch.check(self.trainer.global_step + 1, torch.zeros(()) if scaled else self.grad_norm)
+        norm = torch.zeros_like(self.grad_norm) if scaled else self.grad_norm
+        broken = self.watch.close(self.trainer.global_step + 1, norm)
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaled:  # torch's mark of a fused one
+            optimizer.found_inf = broken  # type: ignore[attr-defined]
+        else:
+            self.watch.check()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save nothing that comes after a step that was skipped."""
+        self.watch.check()
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -196,6 +208,7 @@ class Stage(Slim, ABC):
             self._report_training()
 
     def _report_training(self) -> None:
+        self.watch.check()
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.report("train", self.train_means, {"learning_rate": rate, "grad_norm": self.grad_norm.item()})
 

@@ -29,6 +29,7 @@ ORDER = (
     "data",
     "prompts",
     # models and the loss
+    "masks",
     "attention",
     "logps",
     "sharing",

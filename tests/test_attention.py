@@ -15,9 +15,10 @@ from transformers.masking_utils import (
 )
 
 from dpo import attention
-from dpo.attention import Rule, _by_segments, _in_one_call, mask_function
+from dpo.attention import _by_segments, _in_one_call
 from dpo.batch import Batch
 from dpo.logps import score
+from dpo.masks import NotShareable, Rule, rule_of
 from dpo.sharing import plain, share
 from tests.test_sharing import build, random_batch
 
@@ -67,20 +68,20 @@ def test_one_call_equals_segments_in_values_and_gradients(
 
 
 def test_a_window_is_told_from_chunks_and_from_everything_else() -> None:
-    assert mask_function(mask_function=causal_mask_function) is None
+    assert rule_of(mask_function=causal_mask_function) is None
     for size in (1, 2, 7):
-        sliding = mask_function(mask_function=sliding_window_causal_mask_function(size), local_size=size)
+        sliding = rule_of(mask_function=sliding_window_causal_mask_function(size), local_size=size)
         assert sliding is not None and sliding.window == size
         chunks = chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.long))
-        chunked = mask_function(mask_function=chunks, local_size=size)
+        chunked = rule_of(mask_function=chunks, local_size=size)
         assert (chunked is not None and chunked.window is None) or size == 1  # chunks of one are windows of one
-    other = mask_function(mask_function=and_masks(causal_mask_function, lambda b, h, q, k: (q - k) % 2 == 0))
+    other = rule_of(mask_function=and_masks(causal_mask_function, lambda b, h, q, k: (q - k) % 2 == 0))
     assert other is not None and other.window is None
 
 
 def test_a_mask_that_is_no_rule_of_positions_is_refused() -> None:
-    with pytest.raises(attention.NotShareable, match="not a function of positions"):
-        mask_function(mask_function=causal_mask_function, use_vmap=True)
+    with pytest.raises(NotShareable, match="not a function of positions"):
+        rule_of(mask_function=causal_mask_function, use_vmap=True)
 
 
 @pytest.mark.skipif(

@@ -1,11 +1,13 @@
 """A number that is not finite stops the run before it reaches the weights, and says where it came from."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.finite import NonFinite, Watch
 from dpo.losses import DPO, PairLogps
@@ -77,18 +79,69 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_step(
     assert all(value.isfinite().all() for value in LEFT.values())
 
 
+@pytest.mark.parametrize("save", [False, True])
+def test_a_fused_optimizer_skips_the_step_until_the_host_asks(
+    lab: Lab, capsys: pytest.CaptureFixture[str], save: bool
+) -> None:
+    words = ["--model.loss=tests.test_finite.Breaks", "--trainer.max_steps=4", "--optimizer.fused=true", *WORDS]
+    words += ["--trainer.val_check_interval=3"] if save else ["--trainer.log_every_n_steps=4"]
+    good = lab.fit("good", *words, "--trainer.max_steps=1")
+    assert lab.main("fit", "--name=fused", *words) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("NonFinite: step 2: the loss is not finite for the pairs pairs/train:")
+    assert all(torch.equal(LEFT[name], value) for name, value in weights(good).items()), "no step after the first"
+    assert not Run(lab.folder / "fused").checkpoints.exists()
+
+
+class Waits(TorchDispatchMode):
+    """Counts reads of a number from the device by the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        Waits.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+class CountWaits(L.Callback):
+    """Of every training step; logging comes before `on_train_batch_end` of callbacks ends, in the module's hook."""
+
+    def on_train_batch_start(self, *_: object) -> None:
+        Waits.count = 0
+        self.mode = Waits()
+        self.mode.__enter__()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        self.mode.__exit__(None, None, None)
+        WAITED[trainer.global_step] = Waits.count
+
+
+WAITED: dict[int, int] = {}
+
+
+def test_the_host_waits_for_the_device_at_logged_steps_only(lab: Lab) -> None:
+    words = ["--trainer.callbacks=tests.test_finite.CountWaits", "--optimizer.fused=true"]
+    lab.fit("waits", *words, "--trainer.max_steps=4", "--trainer.log_every_n_steps=2")
+    assert WAITED[1] == WAITED[3] == 0
+
+
 def test_only_the_rows_to_blame_are_named() -> None:
     watch = Watch()
     watch.add(("a", "b"), torch.tensor([1.0, torch.inf]))
     watch.add(("c",), torch.tensor([torch.nan]))
+    assert watch.close(7, torch.tensor(1.0)) == 1
     with pytest.raises(NonFinite, match=r"step 7: the loss is not finite for the pairs b, c\. "):
-        watch.check(7, torch.tensor(1.0))
+        watch.check()
 
 
 def test_a_step_that_is_finite_is_forgotten() -> None:
     watch = Watch()
     watch.add(("a",), torch.tensor([1.0]))
-    watch.check(1, torch.tensor(2.0))
+    assert watch.close(1, torch.tensor(2.0)) == 0
+    watch.check()
     watch.add(("b",), torch.tensor([1.0]))
-    with pytest.raises(NonFinite, match=r"the gradient is not finite for the pairs b\. "):
-        watch.check(2, torch.tensor(torch.inf))
+    assert watch.close(2, torch.tensor(torch.inf)) == 1
+    watch.add(("c",), torch.tensor([1.0]))
+    assert watch.close(3, torch.tensor(1.0)) == 1, "what comes after is skipped too"
+    with pytest.raises(NonFinite, match=r"step 2: the gradient is not finite for the pairs b\. "):
+        watch.check()

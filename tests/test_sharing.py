@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dpo.attention import NAME, NotShareable
+from dpo.attention import NAME
 from dpo.batch import Batch, Example, collate
 from dpo.logps import score
+from dpo.masks import NotShareable
 from dpo.models import adapt_layers
 from dpo.sharing import plain, share, share_if_exact
 
