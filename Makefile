@@ -9,14 +9,15 @@ BIN := $(VENV)/bin
 PINS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test test-slow serve bench lint clean
+.PHONY: help fit test test-slow serve bench bench-gpu lint clean
 
 help:
 	@echo "make fit        train (the built-in example, or what ARGS says)"
 	@echo "make test       lint, types and tests, offline"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make serve      serve a trained policy"
-	@echo "make bench      every benchmark under benchmarks/"
+	@echo "make bench      every benchmark under benchmarks/, on the CPU"
+	@echo "make bench-gpu  a training step against TRL on one CUDA device"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make clean      remove caches and build leftovers (keeps .venv and runs/)"
 
@@ -65,6 +66,9 @@ test-slow: $(VENV)/.stamp-test
 
 bench: $(VENV)/.stamp-test
 	@set -e; for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+bench-gpu: $(VENV)/.stamp-test
+	$(BIN)/python benchmarks/training.py --device cuda $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

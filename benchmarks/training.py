@@ -30,10 +30,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -115,9 +116,12 @@ def made_rows(prompt: int, answer: int) -> Iterator[Row]:
 
 
 def rows_of(kind: str, count: int) -> list[Row]:
-    """Rows of a kind."""
+    """Rows of a kind; `made:40` are prompts of about 40 tokens with answers of 20."""
     from dpo import quickstart
 
+    if kind.startswith("made:"):
+        tokens = int(kind.removeprefix("made:"))
+        return list(islice(made_rows(tokens, tokens // 2), count))
     sources: dict[str, Callable[[], Iterator[Row]]] = {
         "real": real_rows,
         "long": lambda: made_rows(1_016, 63),
@@ -157,6 +161,7 @@ def prepare(folder: Path, case: Case, steps: int) -> None:
 
 def run_ours(folder: Path, case: Case, steps: int, *more: str) -> dict[str, object]:
     """Train through the command line; times as it logs them."""
+    from dpo import cached
     from dpo.cli import main
     from dpo.loggers import read_metrics
 
@@ -171,6 +176,16 @@ def run_ours(folder: Path, case: Case, steps: int, *more: str) -> dict[str, obje
         "--trainer.precision", "bf16-mixed" if case.precision == "bf16" else "32-true",
         *more,
     ]  # fmt: skip
+    passes: list[float] = []
+    compute = cached.compute
+
+    def timed(*arguments: Any) -> None:
+        compute(*arguments)  # compiles
+        began = time.perf_counter()
+        compute(*arguments)
+        passes.append(time.perf_counter() - began)
+
+    cached.compute = timed
     if code := main(words):
         sys.exit(code)
     rows = read_metrics(folder / "runs" / name / "metrics.csv")[WARM:]
@@ -182,6 +197,8 @@ def run_ours(folder: Path, case: Case, steps: int, *more: str) -> dict[str, obje
         "tokens": [rate * seconds for rate, seconds in zip(rates, times, strict=True)],
         "scored": [length * case.batch for length in lengths],
         "loss": float(rows[-1]["train/loss"]),
+        "waited": statistics.median(float(row["train/time/data"]) for row in rows),
+        "cache_pass": passes,
     }
 
 
@@ -238,9 +255,17 @@ def run_trl(folder: Path, case: Case, steps: int, best: bool) -> dict[str, objec
         model=str(folder / "model"), args=config, train_dataset=Dataset.from_list(data), callbacks=[clock],
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     )  # fmt: skip
+    collate, tokens = trainer.data_collator, []
+
+    def counted(rows: list[Any]) -> Any:
+        batch = collate(rows)
+        tokens.append(batch["input_ids"].numel())
+        return batch
+
+    trainer.data_collator = counted
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"seconds": clock.seconds[WARM:], "loss": losses[-1]}
+    return {"seconds": clock.seconds[WARM:], "loss": losses[-1], "tokens": tokens[-steps:][WARM:]}
 
 
 OURS = {
@@ -274,10 +299,10 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def measure(name: str, folder: Path, case_name: str, steps: int) -> dict[str, object]:
+def measure(name: str, folder: Path, case: Case, steps: int) -> dict[str, object]:
     """Run one side as a process."""
     command = [sys.executable, __file__, "--side", name, "--folder", str(folder)]
-    command += ["--cases", case_name, "--steps", str(steps)]
+    command += ["--case", json.dumps(asdict(case)), "--steps", str(steps)]
     environment = os.environ | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "DPO_CACHE": str(folder / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -313,7 +338,7 @@ def run_case(name: str, rounds: int, steps: int, sides: list[str]) -> dict[str, 
         floors = []
         for number in range(rounds):
             for each in sides:
-                found[each].append(measure(each, folder, name, steps))
+                found[each].append(measure(each, folder, case, steps))
                 print(f"{name} round {number + 1}: {each} {median_step(found[each][-1]):.3f} s/step", flush=True)
             ours = found["ours"][-1]
             floors.append(floor_seconds(case, mean(ours["tokens"]), mean(ours["scored"]), reference=True))
@@ -347,7 +372,11 @@ def summary(case: Case, found: dict[str, list[dict[str, object]]], floors: list[
         "pairs/s": spread([case.batch / step for step in steps]),
         "tokens/s": spread([mean(result["tokens"]) / step for result, step in zip(ours, steps, strict=True)]),
         "floor / measured": spread([floor / step for floor, step in zip(floors, steps, strict=True)]),
+        "share of time waiting for data": spread([float(str(result["waited"])) for result in ours]),
     }
+    if passes := [mean(result["cache_pass"]) for result in found.get("ours-cached", ()) if result["cache_pass"]]:
+        rate = len(ours[0]["seconds"]) + WARM  # type: ignore[arg-type]  # steps whose pairs one pass goes through
+        table["pairs/s of the cache pass / of training"] = spread([rate * steps[0] / seconds for seconds in passes])
     peak = next((value for name, value in PEAKS.items() if name in device_name(case.device)), None)
     if peak:
         layers, head = case.weights
@@ -358,6 +387,7 @@ def summary(case: Case, found: dict[str, list[dict[str, object]]], floors: list[
         table[f"memory of {each}, GB above the bare model"] = above / 1e9
         if each != "ours":
             table[f"{each} / ours, time"] = spread([median_step(r) / s for r, s in zip(results, steps, strict=True)])
+            table[f"{each} / ours, tokens computed"] = mean(results[-1]["tokens"]) / mean(ours[-1]["tokens"])
             table[f"{each} / ours, loss - 1"] = float(str(results[-1]["loss"])) / float(str(ours[-1]["loss"])) - 1
     if {"ours-cached", "trl-best"} <= found.keys():
         both = zip(found["trl-best"], found["ours-cached"], strict=True)
@@ -409,11 +439,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps <= WARM:
         parser.error(f"--steps: expected more than the {WARM} that are not counted, got {options.steps}")
     if options.side:
-        side(options.side, options.folder, CASES[options.cases[0]], options.steps)
+        side(options.side, options.folder, Case(**json.loads(options.case)), options.steps)
         return
     RESULTS.mkdir(exist_ok=True)
     stored = RESULTS / "training.json"
