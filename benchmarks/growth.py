@@ -57,7 +57,8 @@ def starts(count: int) -> dict[str, float]:
             words = [
                 "fit", "--name", name, "--trainer.default_root_dir", str(folder / "runs"), "--data.batch_size", "8",
                 "--model.policy", str(folder / "model"), "--data.path", str(folder / "data"),
-                "--trainer.max_steps", "1", "--data.val_fraction", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+                "--trainer.max_steps", "1", "--data.val_fraction", "0",
+                "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
             ]  # fmt: skip
             environment = os.environ | {"WANDB_MODE": "disabled", "DPO_CACHE": str(folder / "cache")}
             command = [sys.executable, "train.py", *words]
