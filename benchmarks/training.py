@@ -7,6 +7,7 @@ absolute figures are the machine's.
 
 - `ours`: compiled layers and fused AdamW, as in configs/cpu.yaml; `ours-cached`: with `Cached`; `ours-plain`: without
   sharing of prompts, every answer a sequence of its own.
+- `ours-eager`: not compiled; `ours-recomputed`: with gradient checkpointing; `ours-unfused`: AdamW not fused.
 - `trl`: TRL as it comes; `trl-best`: no gradient checkpointing, reference precomputed, on CUDA also FlashAttention and
   Liger where they are installed. (Grouping by length would change the order, and so the loss that is compared.)
 
@@ -45,7 +46,15 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 WARM = 2  # steps that are not counted
-SIDES = ("ours", "ours-cached", "ours-plain", "trl", "trl-best")
+OURS: dict[str, tuple[str, ...]] = {
+    "ours": (),
+    "ours-cached": ("--model.reference", "Cached"),
+    "ours-plain": ("--model.sharing", "false"),
+    "ours-eager": ("--model.compile", "false"),
+    "ours-recomputed": ("--model.gradient_checkpointing", "true"),
+    "ours-unfused": ("--optimizer.fused", "false"),
+}
+SIDES = ("ours", "ours-cached", "ours-plain", "trl", "trl-best")  # unless others are asked for
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 products a second, dense, as their makers say
 Row = tuple[str, str]
 
@@ -77,6 +86,7 @@ CASES = {
     "real-float32": Case(),
     "real-bf16": Case(precision="bf16"),
     "real-128k-float32": Case(vocabulary=131_072),
+    "settings-bf16": Case(precision="bf16"),
     "long-prompts-float32": Case(rows="long", max_length=1_152),
     "long-answers-float32": Case(rows="short", max_length=512),
     "batch64-bf16": Case(batch=64, precision="bf16"),
@@ -268,13 +278,6 @@ def run_trl(folder: Path, case: Case, steps: int, best: bool) -> dict[str, objec
     return {"seconds": clock.seconds[WARM:], "loss": losses[-1], "tokens": tokens[-steps:][WARM:]}
 
 
-OURS = {
-    "ours": (),
-    "ours-cached": ("--model.reference", "Cached"),
-    "ours-plain": ("--model.sharing", "false"),
-}
-
-
 def side(name: str, folder: Path, case: Case, steps: int) -> None:
     """One side in this process; its figures on the last line."""
     import trl  # noqa: F401  # every side has imported everything that any side needs
@@ -434,10 +437,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", nargs="+", choices=CASES)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=[*OURS, "trl", "trl-best"], default=list(SIDES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -449,7 +452,8 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     stored = RESULTS / "training.json"
     results = json.loads(stored.read_text()) if stored.exists() else {}
-    for name in options.cases or [name for name, case in CASES.items() if case.device == options.device]:
+    every = [name for name, case in CASES.items() if case.device == options.device and name != "settings-bf16"]
+    for name in options.cases or every:
         command = f"python benchmarks/training.py {' '.join(sys.argv[1:])}"
         about = {"command": command, "machine": machine(CASES[name].device)}
         results[name] = {**about, **run_case(name, options.rounds, options.steps, options.sides)}
