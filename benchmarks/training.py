@@ -142,12 +142,7 @@ def rows_of(kind: str, count: int) -> list[Row]:
 
 
 def prepare(folder: Path, case: Case, steps: int) -> None:
-    """Write rows, tokenizer and random weights."""
-    rows = rows_of(case.rows, case.batch * steps)
-    data = folder / "data" / "rows"
-    data.mkdir(parents=True)
-    with gzip.open(data / "train.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n" for chosen, rejected in rows)
+    """Write tokenizer, random weights, and rows that need no cut: each side would cut them in its own way."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -160,6 +155,12 @@ def prepare(folder: Path, case: Case, steps: int) -> None:
     core.train_from_iterator((text for row in rows_of(case.rows, 1_500) for text in row), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder / "model")
+    rows = (row for row in rows_of(case.rows, 4 * case.batch * steps) if longest(tokenizer, row) < case.max_length)
+    data = folder / "data" / "rows"
+    data.mkdir(parents=True)
+    with gzip.open(data / "train.jsonl.gz", "wt", encoding="utf-8") as file:
+        for chosen, rejected in islice(rows, case.batch * steps):
+            file.write(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=case.vocabulary, hidden_size=case.width, intermediate_size=case.inner, num_hidden_layers=case.layers,
@@ -167,6 +168,11 @@ def prepare(folder: Path, case: Case, steps: int) -> None:
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
+
+
+def longest(tokenizer: PreTrainedTokenizerFast, row: Row) -> int:
+    """Tokens of the longer side."""
+    return max(map(len, tokenizer(list(row)).input_ids)) + 1  # the end of sequence
 
 
 def run_ours(folder: Path, case: Case, steps: int, *more: str) -> dict[str, object]:
