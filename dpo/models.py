@@ -98,7 +98,7 @@ class Loader:
             read = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=safe, output_loading_info=True, **self._options(path), **more
             )
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:  # import: the configuration names a kernel
             raise ValueError(
                 f"cannot read a causal language model from {path!r}: {error}\nExpected a folder or hub id with "
                 "config.json and safetensors weights (--model.pickled_weights true also reads .bin files, "

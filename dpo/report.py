@@ -1,11 +1,14 @@
 """The table of results: what training and validation gave at every validation, as text, Markdown and CSV.
 
-Takes the rows of metrics.csv. Knows nothing of how they were made.
+Takes the rows of metrics.csv, and gives back all that a run has left. Knows nothing of how it was made.
 """
 
 import csv
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +27,7 @@ METRICS = (
     "logits/rejected",
     "perplexity",  # of a supervised stage
 )
+SHOWN = 500  # rows of metrics.csv
 Rows = list[tuple[str, ...]]  # the first is the header
 
 
@@ -89,3 +93,29 @@ def show_values(values: Mapping[str, float], stage: str) -> None:
 
 def _short(row: tuple[str, ...]) -> tuple[str, ...]:
     return row[0], *(f"{float(value):.4f}" if value else "" for value in row[1:])
+
+
+def left(run: Run) -> dict[str, Any]:
+    """What a run left, as far as it is there: the table, the metrics, the last values, held-out pairs and its options.
+
+    Numbers that are not finite are None; of long metrics some rows are left out.
+    """
+    header, *rows = csv.reader(_text(run.folder / "results.csv").splitlines() or [""])
+    metrics = read_metrics(run.metrics)
+    return {
+        "name": run.folder.name,
+        "results": {"header": header, "rows": rows},
+        "metrics": [_numbers(row) for row in metrics[:: -(-len(metrics) // SHOWN) or 1]],
+        "values": _numbers(json.loads(_text(run.results) or "{}")),
+        "held_out": [json.loads(line) for line in _text(run.held_out).split("\n") if line],
+        "config": _text(run.config),
+    }
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float | None]:
+    numbers = {name: float(value or "nan") for name, value in row.items()}
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}

@@ -8,6 +8,7 @@ states differ from those of each sequence alone keeps to separate sequences.
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -77,6 +78,11 @@ def plain(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for config in flat:
             config._attn_implementation_internal = NAME
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Another object with a configuration of its own around the very same tensors, for another thread."""
+    return deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 @torch.no_grad()

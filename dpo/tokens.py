@@ -102,7 +102,7 @@ class Encoder:
         added = _added_in_front(tokenizer)
         self._front = [] if self.chat else added  # a chat template writes its own
         self._front_kept = added or [i for i in (tokenizer.bos_token_id,) if i is not None]
-        self._control = _control_tokens(tokenizer, self.end_ids, () if self.chat else MARKERS)
+        self._control = control_tokens(tokenizer, self.end_ids, () if self.chat else MARKERS)
         self._knows_system = self.chat and self._renders_system()
         self.encode(_PROBE)  # what cannot work at all fails here and not at the first row
 
@@ -227,9 +227,10 @@ def _added_in_front(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return list(full[: next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)])
 
 
-def _control_tokens(
+def control_tokens(
     tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int], markers: Sequence[str]
 ) -> re.Pattern[str]:
+    """What no text may spell: control tokens, ends and these markers."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     spelled = added.union(tokenizer.all_special_tokens, tokenizer.convert_ids_to_tokens(list(end_ids)), markers)
     return re.compile("|".join(map(re.escape, sorted(spelled))))

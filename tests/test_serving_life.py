@@ -29,7 +29,7 @@ def running(tmp_path_factory: pytest.TempPathFactory):
 
 
 def idle(running: Running) -> bool:
-    return running.service.admitted == 0 and all(engine.active == 0 for engine in running.service.engines.values())
+    return running.service.admitted == 0 and all(not engine.waiting for engine in running.service.engines.values())
 
 
 def batched(running: Running) -> int:

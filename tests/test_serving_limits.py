@@ -169,7 +169,7 @@ def test_every_reply_has_the_headers(running: Running) -> None:
 
 
 def test_slow_clients_are_let_go(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(running.server.config, "timeout_keep_alive", 1.0)
     monkeypatch.setattr(guard, "BODY_SECONDS", 1.0)
     host, port = running.url[7:].split(":")
     silent = [socket.create_connection((host, int(port)), 5) for _ in range(100)]

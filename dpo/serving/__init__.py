@@ -1,7 +1,7 @@
 """A trained run -> a page and an API where the policy and its reference answer and are compared.
 
 In the order of a request: `server` starts and stops it all, `guard` stands in front, `app` has the routes, `schema`
-says what a request may hold, `text` turns messages into tokens and back, `service` admits and answers, `engine` runs
-many requests at a time through one model and `sampling` draws their tokens, `reply` says them in OpenAI's form,
-`scorer` scores as training does, `metrics` counts, `models` found and read both models. Training imports none of it.
+says what a request may hold, `text` turns messages into tokens and back, `service` admits and counts, `engine` runs
+many requests at a time through one model, `reply` says their tokens in OpenAI's form, `scorer` scores as training
+does, `models` found both models. Training imports none of it.
 """

@@ -7,36 +7,42 @@ import asyncio
 import json
 import math
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from dpo.serving.engine import Unavailable
-from dpo.serving.models import run_report
-from dpo.serving.reply import CHAT, COMPLETION, Form, Json
-from dpo.serving.schema import ChatRequest, CompareRequest, CompletionRequest, Fault, Generation, ScoreRequest
-from dpo.serving.service import Service
+from dpo import report
+from dpo.serving.reply import CHAT, COMPLETION, Reply
+from dpo.serving.schema import ChatRequest, CompareRequest, CompletionRequest, Fault, ScoreRequest
+from dpo.serving.service import Json, Service
 
 PAGE = {file.name: file.read_bytes() for file in (Path(__file__).parent / "page").glob("*.*")}
 KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+CSP = (
+    "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Ascii(JSONResponse):
+    """JSON in ASCII: any text that a client can send can be sent back."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content).encode()
 
 
 def _service(request: Request) -> Service:
     return request.app.state.service  # type: ignore[no-any-return]
 
 
-def _size(request: Request) -> int:
-    return request.scope["body_bytes"]  # type: ignore[no-any-return]
-
-
 Served = Annotated[Service, Depends(_service)]
-Size = Annotated[int, Depends(_size)]
 
 
 async def _admitted(service: Served) -> AsyncIterator[None]:
@@ -56,48 +62,39 @@ async def models(service: Served) -> Json:
 
 
 @work.post("/chat/completions")
-async def chat(service: Served, size: Size, body: ChatRequest) -> Response:
+async def chat(service: Served, body: ChatRequest) -> Response:
     """Answer messages."""
-    text = service.text
-    return await _answer(service, CHAT, body, lambda: text.prompt(text.history(None, body.messages)), size)
+    prompt = await service.tokenize(lambda: service.text.prompt(None, body.messages))
+    limit = body.max_completion_tokens or body.max_tokens
+    return await _answer(Reply(service, CHAT, body, prompt, limit, (body.top_logprobs or 0) if body.logprobs else None))
 
 
 @work.post("/completions")
-async def completions(service: Served, size: Size, body: CompletionRequest) -> Response:
-    """Go on with a text."""
-    return await _answer(service, COMPLETION, body, lambda: service.text.raw(body.prompt), size)
+async def completions(service: Served, body: CompletionRequest) -> Response:
+    """Go on with a text; OpenAI's default is 16 tokens."""
+    prompt = await service.tokenize(lambda: service.text.raw(body.prompt))
+    return await _answer(Reply(service, COMPLETION, body, prompt, body.max_tokens or 16, body.logprobs))
 
 
-async def _answer(
-    service: Service, form: Form, body: Generation, tokenise: Callable[[], list[int]], size: int
-) -> Response:
-    if body.model not in service.engines:
-        raise Fault(404, "expected the model 'policy' or 'reference'", "model_not_found", "model")
-    reply, pieces = service.reply(form, body, await service.encode(tokenise, size))
-    reward = service.reward if body.reward else None
-    if body.stream:
-        return StreamingResponse(reply.stream(pieces, reward), media_type="text/event-stream")
-    return json_response(await reply.whole(pieces, reward))
+async def _answer(reply: Reply) -> Response:
+    if reply.body.stream:
+        return StreamingResponse(reply.stream(), media_type="text/event-stream")
+    return Ascii(await reply.whole())
 
 
 @work.post("/score")
-async def score(service: Served, size: Size, body: ScoreRequest) -> Json:
+async def score(service: Served, body: ScoreRequest) -> Json:
     """The log-prob of answers under both models, and their rewards."""
-    text = service.text
-    answers = [(answer, f"answers.{i}") for i, answer in enumerate(body.answers)]
-    examples = await service.encode(
-        lambda: [text.single(text.history(body.prompt, body.messages), *answer) for answer in answers], size
-    )
-    return {"object": "score", "beta": service.origin.beta, "answers": await service.score(examples, body.tokens)}
+    examples = await service.tokenize(lambda: [service.text.example(body, answer) for answer in body.answers])
+    answers = await service.score(examples, body.tokens)
+    return {"object": "score", "beta": service.origin.beta, "answers": answers}
 
 
 @work.post("/compare")
-async def compare(service: Served, size: Size, body: CompareRequest) -> Json:
+async def compare(service: Served, body: CompareRequest) -> Json:
     """Which of two answers the policy prefers, and how surely."""
-    text, pairs = service.text, [(pair, f"pairs.{i}") for i, pair in enumerate(body.pairs)]
-    examples = await service.encode(
-        lambda: [text.pair(text.history(p.prompt, p.messages), p.chosen, p.rejected, name) for p, name in pairs], size
-    )
+    example = service.text.example
+    examples = await service.tokenize(lambda: [example(pair, pair.chosen, pair.rejected) for pair in body.pairs])
     answers = await service.score(examples, body.tokens)
     compared = [_compared(*both) for both in zip(answers[::2], answers[1::2], strict=True)]
     return {"object": "compare", "beta": service.origin.beta, "pairs": compared}
@@ -114,7 +111,7 @@ def _compared(chosen: Json, rejected: Json) -> Json:
 @router.get("/v1/run")
 async def run(service: Served) -> Json:
     """What the training run left behind."""
-    return await asyncio.to_thread(run_report, service.origin)
+    return await asyncio.to_thread(report.left, service.origin.run)
 
 
 @router.get("/health")
@@ -124,9 +121,10 @@ async def health() -> Json:
 
 
 @router.get("/ready")
-async def ready(service: Served) -> Response:
+async def ready(service: Served) -> Json:
     """Both models answer."""
-    return json_response({"ready": service.ready}, 200 if service.ready else 503)
+    service.expect_ready()
+    return {"ready": True}
 
 
 @router.get("/metrics")
@@ -136,57 +134,40 @@ async def metrics(service: Served) -> Response:
 
 
 @router.get("/", include_in_schema=False)
-async def index() -> Response:
-    """The page; only what carries this reply's nonce may run or style it."""
-    nonce = secrets.token_urlsafe(16)
-    policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
-    policy += "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    page = PAGE["index.html"].replace(b"__NONCE__", nonce.encode())
-    return Response(page, headers={"content-security-policy": policy}, media_type="text/html")
-
-
 @router.get("/{name}", include_in_schema=False)
-async def file(name: str) -> Response:
-    """A file of the page; there are no others, and no paths."""
-    if name not in PAGE or name == "index.html":
+async def page(name: str = "index.html") -> Response:
+    """A file of the page; there are no paths. Only what carries the nonce of this reply may run or style it."""
+    if name not in PAGE:
         raise Fault(404, "no such page", "not_found")
-    return Response(PAGE[name], media_type=KINDS[name.rsplit(".", 1)[-1]])
+    nonce = secrets.token_urlsafe(16)
+    content, kind = PAGE[name].replace(b"__NONCE__", nonce.encode()), KINDS[name.rsplit(".", 1)[-1]]
+    return Response(content, headers={"content-security-policy": CSP.format(nonce)}, media_type=kind)
 
 
-def json_response(body: Json, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """JSON in ASCII: any text that a client can send can be sent back."""
-    return Response(json.dumps(body), status, headers, "application/json")
-
-
-def fault_response(fault: Fault) -> Response:
-    """A typed error."""
-    return json_response(fault.body, fault.status, {"retry-after": "1"} if fault.status in (429, 503) else None)
-
-
-def _fault(error: Any) -> Fault:
+def refusal(error: Any) -> Response:
     """What the client is told of an error; of one that is ours, nothing but that."""
     match error:
         case Fault():
-            return error
-        case Unavailable():
-            return Fault(503, str(error), "unavailable")
+            fault = error
         case HTTPException():
-            return Fault(error.status_code, str(error.detail), "http_error")
+            fault = Fault(error.status_code, str(error.detail), "http_error")
         case RequestValidationError():
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"][1:])[:200]
             message = "not supported" if first["type"] == "extra_forbidden" else first["msg"]
-            return Fault(400, f"{field or 'body'}: {message}", first["type"], field or None)
-    return Fault(500, "internal error", "internal_error")
+            fault = Fault(400, f"{field or 'body'}: {message}", first["type"], field or None)
+        case _:
+            fault = Fault(500, "internal error", "internal_error")
+    return Ascii(fault.body, fault.status_code, fault.headers)
 
 
 def build(service: Service) -> FastAPI:
     """The application."""
-    quiet: Any = {"tracing": False, "metrics": False, "logs": False}
-    app = FastAPI(title="dpo-lightning", docs_url=None, redoc_url=None, lifespan=service.lifespan, telemetry=quiet)
+    off: Any = {"docs_url": None, "redoc_url": None, "telemetry": dict.fromkeys(("tracing", "metrics", "logs"), False)}
+    app = FastAPI(title="dpo-lightning", lifespan=service.lifespan, default_response_class=Ascii, **off)
     app.state.service = service
-    for kind in (Fault, Unavailable, HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(kind, lambda _, error: fault_response(_fault(error)))
+    for kind in (HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, lambda _, error: refusal(error))
     app.include_router(work)
     app.include_router(router)
     return app

@@ -1,51 +1,98 @@
 """One model that answers many requests at a time (continuous batching).
 
-Takes token ids and a `Draw`, gives the tokens as they come. Knows no text and no HTTP. The batching thread is
-`transformers`' own; it delivers through a `Router` into the event loop.
+Takes token ids and a `Draw`, gives the tokens as they come. Knows no text. The batching thread is `transformers`' own.
 """
 
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TopPLogitsWarper,
+)
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.continuous_api import OutputRouter
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from dpo.serving.sampling import Draw, Sampler
+from dpo.serving.schema import Fault
 
 PAGE = 32  # tokens in a block of the cache
 CACHE_BYTES = 4 * 2**30
 BATCH_TOKENS = 512  # in one forward: longer prompts are read in pieces, between which the others go on
+GREEDY_BELOW = 1e-3  # dividing by less than this overflows, and a draw would be the most probable token anyway
 
 
-class Unavailable(RuntimeError):
-    """The engine does not answer: it died, or the server stops."""
+@dataclass
+class Draw:
+    """How one request draws its tokens, and what it remembers of them.
+
+    Adding Gumbel noise to log-probs and taking the largest is a draw from them. The noise depends on seed and position
+    alone, so the same request gives the same answer whoever else is in the batch.
+
+    Attributes:
+        top_logprobs: How many of the most probable tokens to remember; None: nothing.
+        logprobs: Of every drawn token, if asked for: its true log-prob in nats, before temperature and top-p, and the
+            most probable tokens with theirs.
+    """
+
+    temperature: float
+    top_p: float
+    seed: int
+    top_logprobs: int | None
+    logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Draw":
+        return self  # a request that had to leave the cache comes back with the same draw
+
+    def __call__(self, logits: Float[Tensor, " vocab"], position: int) -> Float[Tensor, " vocab"]:
+        """Scores whose argmax is the token at `position`."""
+        scores = logits if self.temperature < GREEDY_BELOW else self._perturbed(logits, position)
+        if self.top_logprobs is not None:
+            logps = logits.log_softmax(-1)
+            top, tokens = logps.topk(self.top_logprobs)
+            alternatives = list(zip(tokens.tolist(), top.tolist(), strict=True))
+            self.logprobs.append((logps[scores.argmax()].item(), alternatives))
+        return scores
+
+    def _perturbed(self, logits: Tensor, position: int) -> Tensor:
+        scores = logits / self.temperature
+        if self.top_p < 1:
+            scores = TopPLogitsWarper(self.top_p)(None, scores[None])[0]
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + position) % 2**63)
+        noise = torch.empty(scores.shape).exponential_(generator=generator)
+        return scores - noise.log_().to(scores.device)
 
 
-class Router(OutputRouter):
-    """Hands what the batching thread made to whoever waits for it; what nobody waits for is dropped."""
+class Sampler(ContinuousBatchingLogitsProcessorList):
+    """Calls the `Draw` of every request."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__()
-        self.loop = loop
-        self.waiting: dict[str, asyncio.Queue[GenerationOutput | None]] = {}
+    def __init__(self) -> None:
+        super().__init__(LogitsProcessorList())
+        self.do_processing = True
 
-    def deliver(self, output: GenerationOutput) -> None:
-        """From the batching thread: one output."""
-        self.deliver_batch([output])
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        """Every request brings a `Draw`."""
 
-    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        """From the batching thread: the outputs of one step."""
-        with suppress(RuntimeError):  # the event loop has ended
-            self.loop.call_soon_threadsafe(self._hand_over, outputs)
+    def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Tensor:
+        """Note whose logits the rows will be."""
+        self.states = [request.state for request in requests_in_batch if request.has_new_token]
+        return arg_storage
 
-    def _hand_over(self, outputs: list[GenerationOutput]) -> None:
-        for output in outputs:
-            if output.request_id in self.waiting:
-                self.waiting[output.request_id].put_nowait(output)
+    def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
+        """One row of scores for every request."""
+        for row, state in enumerate(self.states):
+            position = len(state.initial_tokens) + len(state.generated_tokens)
+            scores[row] = state.logit_processor_kwargs["draw"](scores[row], position)
+        return scores
 
 
 class Engine:
@@ -65,34 +112,24 @@ class Engine:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token_bytes = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
         tokens = max(2 * context, min(slots * context // 2, CACHE_BYTES // token_bytes))  # few use all of theirs
-        self.batching = ContinuousBatchingConfig(
-            page_size=PAGE,
-            num_blocks=-(-tokens // PAGE),
-            max_batch_tokens=max(BATCH_TOKENS, slots),
-            auto_switch_to_flash=False,
-            use_cuda_graph=False,
-            use_async_batching=False,
-        )
-        self.numbers = itertools.count()
+        sizes = {"page_size": PAGE, "num_blocks": -(-tokens // PAGE), "max_batch_tokens": max(BATCH_TOKENS, slots)}
+        off: Any = dict.fromkeys(("auto_switch_to_flash", "use_cuda_graph", "use_async_batching"), False)
+        self.batching = ContinuousBatchingConfig(**sizes, **off)
+        self.names = map(str, itertools.count())
+        self.waiting: dict[str, asyncio.Queue[GenerationOutput | None]] = {}
 
     def start(self) -> None:
-        """Start a batching thread, inside the event loop; after a death, a new one."""
+        """Start a batching thread; after a death, a new one."""
         generation = GenerationConfig(do_sample=False, eos_token_id=-1)
         self.manager: ContinuousBatchingManager = self.model.init_continuous_batching(  # type: ignore[operator]
             generation, self.batching
         )
-        self.router = self.manager.output_router = Router(asyncio.get_running_loop())
         self.manager.logit_processor = Sampler()
         self.manager.start()
 
-    def stop(self) -> None:
-        """End the batching thread; who still waits is told."""
-        self.abort()
-        self.manager.stop(block=True, timeout=2, hard_stop=True)
-
     def abort(self) -> None:
         """Tell everyone who waits that no more will come."""
-        for queue in self.router.waiting.values():
+        for queue in self.waiting.values():
             queue.put_nowait(None)
 
     @property
@@ -103,7 +140,7 @@ class Engine:
     @property
     def active(self) -> int:
         """Requests that wait for tokens."""
-        return len(self.router.waiting)
+        return len(self.waiting)
 
     @property
     def cache_used(self) -> float:
@@ -117,16 +154,16 @@ class Engine:
         """All tokens so far, again and again until one of `ends` or `limit` tokens; leaving early cancels the rest.
 
         Raises:
-            Unavailable: No (more) tokens will come.
+            Fault: No (more) tokens will come.
         """
-        name, finished = str(next(self.numbers)), False
-        queue = self.router.waiting[name] = asyncio.Queue()
-        router, manager = self.router, self.manager
+        manager, name, finished = self.manager, next(self.names), False
+        queue = self.waiting[name] = asyncio.Queue()
+        manager.register_result_handler(name, queue.put_nowait)
         try:
             taken = self.alive and manager.add_request(
                 list(prompt), name, limit, streaming=True, eos_token_id=list(ends), draw=draw
             )
-            while taken:
+            while taken and not finished:
                 output = await queue.get()
                 while not queue.empty() and output is not None:
                     output = queue.get_nowait()
@@ -134,10 +171,11 @@ class Engine:
                     break
                 finished = output.is_finished()
                 yield output.generated_tokens
-                if finished:
-                    return
-            raise Unavailable("the model does not answer at the moment")
+            if not finished:
+                raise Fault(503, "the model does not answer at the moment", "unavailable")
         finally:
-            del router.waiting[name]
+            del self.waiting[name]
             if not finished:
                 manager.cancel_request(name)
+                manager.output_router.result_handlers.pop(name, None)
+            manager.output_router.output_queue.queue.clear()  # what came for requests that have left

@@ -1,25 +1,21 @@
 """One admitted request -> the pieces of its reply, in OpenAI's form, as a stream or whole.
 
-Takes token ids and what the client asked for. Knows no HTTP.
+Takes token ids and what the client asked for. Knows no routes.
 """
 
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
 
 from dpo.batch import Example
-from dpo.serving.engine import Engine, Unavailable
-from dpo.serving.sampling import Draw
+from dpo.serving.engine import Draw
 from dpo.serving.schema import Fault, Generation
-from dpo.serving.text import Text, Writer
-
-Json = dict[str, Any]
-Reward = Callable[[Example], Awaitable[Json]]
-DONE = "data: [DONE]\n\n"
+from dpo.serving.service import Json, Service
+from dpo.serving.text import HUMAN, Writer
 
 
 @dataclass(frozen=True)
@@ -27,8 +23,7 @@ class Form:
     """How an endpoint says the same things."""
 
     prefix: str
-    whole_name: str
-    part_name: str
+    names: tuple[str, str]  # of the whole and of a part
     whole: Callable[[str], Json]
     part: Callable[[str], Json]
     logprobs: Callable[[list[Json]], Json]
@@ -45,55 +40,71 @@ def _legacy(tokens: list[Json]) -> Json:
 
 CHAT = Form(
     "chatcmpl-",
-    "chat.completion",
-    "chat.completion.chunk",
+    ("chat.completion", "chat.completion.chunk"),
     lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
     lambda text: {"delta": {"role": "assistant", "content": text}},
     lambda tokens: {"content": tokens, "refusal": None},
 )
-COMPLETION = Form(
-    "cmpl-", "text_completion", "text_completion", lambda text: {"text": text}, lambda text: {"text": text}, _legacy
-)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one step added; `finish` is given with the last one."""
-
-    text: str
-    tokens: list[Json]
-    finish: str | None
+COMPLETION = Form("cmpl-", ("text_completion",) * 2, lambda text: {"text": text}, lambda text: {"text": text}, _legacy)
 
 
 class Reply:
-    """The answer to one request."""
+    """The answer to one request.
 
-    def __init__(self, form: Form, body: Generation, engine: Engine, text: Text, prompt: list[int], limit: int) -> None:
-        self.form, self.body, self.engine, self.text, self.prompt = form, body, engine, text, prompt
-        self.limit = min(limit, text.context - len(prompt))
+    Args:
+        limit: Most tokens of it; None is what the context leaves.
+        top: Alternatives to tell of each token; None where no log-probs are asked for.
+
+    Raises:
+        Fault: It asks for more tokens than there can be.
+    """
+
+    def __init__(
+        self, service: Service, form: Form, body: Generation, prompt: list[int], limit: int | None, top: int | None
+    ) -> None:
+        context, dialogue = service.text.context, form is CHAT and not service.text.encoder.chat
+        if body.model not in service.engines:
+            raise Fault(404, "expected the model 'policy' or 'reference'", "model_not_found", "model")
+        if (limit or 0) > context:
+            message = f"max_tokens: expected at most {context}, got {limit}"
+            raise Fault(400, message, "context_length_exceeded", "max_tokens")
+        self.service, self.form, self.body, self.prompt = service, form, body, prompt
+        self.limit = min(limit or context, context - len(prompt))
+        temperature, top_p = (1.0 if value is None else value for value in (body.temperature, body.top_p))
+        self.draw = Draw(temperature, top_p, secrets.randbits(62) if body.seed is None else body.seed, top)
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        self.writer = Writer(service.text, prompt, [*stops, *([HUMAN] if dialogue else [])], skip_space=dialogue)
         self.generated: list[int] = []
         self.head: Json = {"id": form.prefix + secrets.token_hex(12), "created": int(time.time()), "model": body.model}
 
-    async def pieces(self, draw: Draw, writer: Writer) -> AsyncGenerator[Piece]:
-        """Everything that is said, until an end, a stop string or the limit."""
-        ends = self.text.encoder.end_ids
-        async with aclosing(self.engine.generate(self.prompt, draw, self.limit, ends)) as steps:
+    async def pieces(self) -> AsyncGenerator[tuple[str, list[Json], str | None]]:
+        """Text and tokens that each step adds, until an end, a stop string or the limit; the last says which it was."""
+        engine, ends = self.service.engines[self.body.model], self.service.text.encoder.end_ids
+        metrics, started = self.service.metrics, time.perf_counter()
+        metrics.tokens.labels(self.body.model, "prompt").inc(len(self.prompt))
+        async with aclosing(engine.generate(self.prompt, self.draw, self.limit, ends)) as steps:
             async for tokens in steps:
+                if not self.generated:
+                    metrics.first.labels(self.body.model).observe(time.perf_counter() - started)
                 new, self.generated = tokens[len(self.generated) :], tokens
-                ended = tokens[-1] in ends
-                text, words = writer.write(new, last=ended or len(tokens) >= self.limit)
-                finish = "stop" if ended or writer.stopped else "length" if len(tokens) >= self.limit else None
-                yield Piece(text, self._described(draw, new, words), finish)
+                metrics.tokens.labels(self.body.model, "completion").inc(len(new))
+                ended, full, words = tokens[-1] in ends, len(tokens) >= self.limit, self.writer.words(new)
+                text = self.writer.write(words, last=ended or full)
+                finish = "stop" if ended or self.writer.stopped else "length" if full else None
+                yield text, self._described(words), finish
                 if finish:
                     return
 
-    def _described(self, draw: Draw, new: list[int], words: list[str]) -> list[Json]:
-        start = len(self.generated) - len(new)
-        described = []
-        for word, (logprob, top) in zip(words, draw.logprobs[start:], strict=False):
-            alternatives = [_token(str(self.text.tokenizer.decode([token])), value) for token, value in top]
-            described.append(_token(word, logprob) | {"top_logprobs": alternatives})
-        return described
+    def _described(self, words: list[str]) -> list[Json]:
+        start, decode = len(self.generated) - len(words), self.service.text.tokenizer.decode
+        return [
+            _token(word, logprob) | {"top_logprobs": [_token(str(decode([token])), value) for token, value in top]}
+            for word, (logprob, top) in zip(words, self.draw.logprobs[start:], strict=False)
+        ]
+
+    def _choice(self, content: Json, tokens: list[Json], finish: str | None) -> Json:
+        logprobs = None if self.draw.top_logprobs is None else self.form.logprobs(tokens)
+        return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish}
 
     @property
     def usage(self) -> Json:
@@ -101,39 +112,34 @@ class Reply:
         counts = {"prompt_tokens": len(self.prompt), "completion_tokens": len(self.generated)}
         return counts | {"total_tokens": sum(counts.values())}
 
-    def _choice(self, content: Json, tokens: list[Json], finish: str | None) -> Json:
-        logprobs = self.form.logprobs(tokens) if self.body.top is not None else None
-        return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish}
-
-    async def whole(self, pieces: AsyncGenerator[Piece], reward: Reward | None) -> Json:
-        """The reply as one object."""
-        async with aclosing(pieces) as parts:
-            said = [piece async for piece in parts]
-        content = self.form.whole("".join(piece.text for piece in said))
-        choice = self._choice(content, [token for piece in said for token in piece.tokens], said[-1].finish)
-        reply = self.head | {"object": self.form.whole_name, "choices": [choice], "usage": self.usage}
-        return reply | await self._rewarded(reward)
-
-    async def stream(self, pieces: AsyncGenerator[Piece], reward: Reward | None) -> AsyncGenerator[str]:
-        """The reply as server-sent events; what goes wrong on the way is the last one."""
-        head = self.head | {"object": self.form.part_name} | ({"usage": None} if self.body.usage_streamed else {})
-        try:
-            async with aclosing(pieces) as parts:
-                async for piece in parts:
-                    if piece.text or piece.tokens or piece.finish:
-                        choice = self._choice(self.form.part(piece.text), piece.tokens, piece.finish)
-                        rewarded = await self._rewarded(reward) if piece.finish else {}
-                        yield _event(head | {"choices": [choice]} | rewarded)
-            if self.body.usage_streamed:
-                yield _event(head | {"choices": [], "usage": self.usage})
-            yield DONE
-        except Unavailable as error:
-            yield _event(Fault(503, str(error), "unavailable").body)
-
-    async def _rewarded(self, reward: Reward | None) -> Json:
-        if reward is None:
+    async def _reward(self) -> Json:
+        if not self.body.reward:
             return {}
-        return {"reward": await reward(Example(self.head["id"], self.prompt, (self.generated,)))}
+        [scored] = await self.service.score([Example(self.head["id"], self.prompt, (self.generated,))], tokens=False)
+        return {"reward": scored}
+
+    async def whole(self) -> Json:
+        """The reply as one object."""
+        texts, tokens, finishes = zip(*[piece async for piece in self.pieces()], strict=True)
+        choice = self._choice(self.form.whole("".join(texts)), list(chain(*tokens)), finishes[-1])
+        told = {"object": self.form.names[0], "choices": [choice], "usage": self.usage}
+        return self.head | told | await self._reward()
+
+    async def stream(self) -> AsyncGenerator[str]:
+        """The reply as server-sent events; what goes wrong on the way is the last one."""
+        counted = self.body.stream_options is not None and self.body.stream_options.include_usage
+        head = self.head | {"object": self.form.names[1]} | ({"usage": None} if counted else {})
+        try:
+            async with aclosing(self.pieces()) as pieces:
+                async for text, tokens, finish in pieces:
+                    if text or tokens or finish:
+                        choices = [self._choice(self.form.part(text), tokens, finish)]
+                        yield _event(head | {"choices": choices} | (await self._reward() if finish else {}))
+            if counted:
+                yield _event(head | {"choices": [], "usage": self.usage})
+            yield "data: [DONE]\n\n"
+        except Fault as fault:
+            yield _event(fault.body)
 
 
 def _token(text: str, logprob: float) -> Json:

@@ -8,19 +8,21 @@ import os
 import socket
 from dataclasses import dataclass
 
+import torch
 import uvicorn
 
 from dpo.models import Loader, end_ids
 from dpo.serving.app import build
 from dpo.serving.engine import Engine
-from dpo.serving.guard import LOOPBACK, Guard, TimedProtocol
-from dpo.serving.models import MOST_CONTEXT, find, read
+from dpo.serving.guard import HEAD_SECONDS, LOOPBACK, Guard, TimedProtocol
+from dpo.serving.models import find
 from dpo.serving.scorer import Scorer
 from dpo.serving.service import Service
 from dpo.serving.text import UNCUT, Text
 from dpo.sharing import vocabulary
 from dpo.tokens import Encoder
 
+MOST_CONTEXT = 4096  # tokens, where --max-context does not say
 STREAMS_END, ALL_ENDS = 5.0, 8  # seconds after the signal
 
 
@@ -50,7 +52,11 @@ def load(options: Options) -> Service:
         ValueError: Something is missing or does not fit together.
     """
     origin = find(options.model, options.reference, options.demo)
-    models = {name: read(path, options.device, options.dtype) for name, path in origin.paths.items()}
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    models = {}
+    for name, path in (("policy", origin.policy), ("reference", origin.reference)):
+        model = Loader().model(path, attn_implementation="sdpa").requires_grad_(False)
+        models[name] = torch.nn.Module.to(model, device=device, dtype=getattr(torch, options.dtype))
     sizes = {name: vocabulary(model) for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"policy and reference must share a vocabulary; their sizes are {sizes}.")
@@ -72,7 +78,8 @@ class Server(uvicorn.Server):
             raise ValueError(f"--host {host} is reachable from other machines: set a key in DPO_API_KEY first.")
         guard = Guard(build(service), key, LOOPBACK if local else None, service.metrics)
         config = uvicorn.Config(guard, host, port, http=TimedProtocol, ws="none", log_level="warning", access_log=False)
-        config.server_header, config.timeout_keep_alive, config.timeout_graceful_shutdown = False, 30, ALL_ENDS
+        config.server_header, config.timeout_keep_alive = False, HEAD_SECONDS
+        config.timeout_graceful_shutdown = ALL_ENDS
         super().__init__(config)
         self.service = service
 
