@@ -1,19 +1,25 @@
-"""The end of a run -> a Hugging Face folder that anything can load.
+"""The end of a run -> a Hugging Face folder that anything can load, and back: how such a folder came about.
 
 Takes the policy, its tokenizer and the run; writes weights, tokenizer, the resolved configuration and a model card with
-the measured numbers. The folder is complete or absent.
+the measured numbers. The folder is complete or absent. Reading one, no class that its configuration names is imported.
 """
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import __version__, report
-from dpo.adapters import save
-from dpo.models import locate
+from dpo import __version__, losses, report
+from dpo.adapters import merged, save
+from dpo.checkpoints import AtomicIO
+from dpo.losses.base import PolicyLoss, ReferenceLoss
+from dpo.models import base_of, locate
+from dpo.reference import AdapterOff, Moving
 from dpo.run import Run, complete
 
 
@@ -76,3 +82,96 @@ During training:
 
 {report.markdown(report.results(run.metrics))}"""
     return ModelCard(text)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a policy came from.
+
+    Attributes:
+        policy: Folder or hub id.
+        reference: The same of what it was trained against, or is to be compared with.
+        run: Where its run left what it measured, if there was one.
+        moved: The checkpoint with the weights of a reference that moved; None: it is as it lies there.
+        beta: What its rewards are scaled with.
+        format: How text was made of dialogues: hh, chat or auto.
+    """
+
+    policy: str
+    reference: str
+    run: Run
+    moved: Path | None = None
+    beta: float = 0.1
+    format: Any = "auto"
+
+
+def origin(policy: str, reference: str | None = None) -> Origin:
+    """Read how a policy came about.
+
+    Args:
+        policy: Folder or hub id.
+        reference: To be compared with this, whatever it was trained against.
+
+    Raises:
+        ValueError: Nothing says what it was trained against, or that is no longer there.
+    """
+    policy = locate(policy)
+    file = Path(policy) / "train_config.yaml"
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stage, data = _options(config.get("model")), _options(config.get("data"))
+    found = reference or _reference(stage.get("reference"), stage.get("policy"))
+    if not found:
+        raise ValueError(f"Nothing says what {policy} was trained against: name it with --reference.")
+    run = Run(Path(policy).resolve().parent if config else Path(policy))
+    follows = reference is None and _name(stage.get("reference")) == Moving.__name__
+    moved = run.checkpoints / "last.ckpt" if follows else None
+    if moved and not moved.is_file():
+        raise ValueError(f"The reference of {policy} moved, and {moved}, which has it, is gone: name a --reference.")
+    return Origin(policy, locate(found), run, moved, _beta(stage.get("loss")), data.get("format", "auto"))
+
+
+def moved(policy: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
+    """The reference that began as this policy and moved, as it is in a checkpoint."""
+    model, place = merged(policy), "reference.model."
+    weights = AtomicIO().load_checkpoint(checkpoint)["state_dict"]
+    theirs = {name.removeprefix(place): weight for name, weight in weights.items() if name.startswith(place)}
+    model.load_state_dict(theirs, strict=False)
+    return model
+
+
+def _options(choice: Any) -> dict[str, Any]:
+    """The options of a class that was chosen in a configuration; none where nothing or a plain value was."""
+    return choice.get("init_args") or {} if isinstance(choice, dict) else {}
+
+
+def _name(choice: Any) -> str:
+    return str(choice.get("class_path", "")).rpartition(".")[2] if isinstance(choice, dict) else ""
+
+
+def _reference(choice: Any, policy: str | None) -> str | None:
+    """Another model, the one below the adapter, or what the policy was before."""
+    options = _options(choice)
+    if "of" in options:  # log-probabilities of a reference
+        return _reference(options["of"], policy)
+    below = base_of(policy) if policy and _name(choice) == AdapterOff.__name__ else None
+    return choice if isinstance(choice, str) else options.get("path") or below or policy
+
+
+def _inside(loss: Any) -> list[Any]:
+    """The losses that one is around."""
+    options = _options(loss)
+    return options.get("losses") or ([options["loss"]] if "loss" in options else [])
+
+
+def _compares(loss: Any) -> bool:
+    """Whether it uses a reference."""
+    kind = vars(losses).get(_name(loss), ReferenceLoss)
+    return any(map(_compares, _inside(loss))) if _inside(loss) else not issubclass(kind, PolicyLoss)
+
+
+def _beta(loss: Any) -> float:
+    """Of a loss around others: that of the first which uses a reference, whose rewards it takes, or of the first."""
+    inside = _inside(loss)
+    if inside:
+        return _beta(next(filter(_compares, inside), inside[0]))
+    return float(_options(loss).get("beta", Origin.beta))

@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo import quickstart
-from dpo.export import card, export
+from dpo.export import card, export, origin
 from dpo.loggers import MetricsCSV
+from dpo.losses import DPO, IPO, LD, NLL, WPO, PairLogps, PreferenceLoss, SimPO, Sum
 from dpo.models import Loader
 from dpo.run import Run
 from tests.runs import Lab, policy, weights
@@ -99,3 +100,64 @@ def test_a_kill_while_exporting_leaves_the_old_folder(tmp_path: Path, monkeypatc
         export(run, model, words, base=str(policy()), data="x", story="trained")
     assert {file.name: file.read_bytes() for file in run.export.iterdir()} == before
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def described(folder: Path, **stage: object) -> Path:
+    """An export that says that it was trained so."""
+    config = {"model": {"class_path": "dpo.module.DPO", "init_args": stage}}
+    (folder / "train_config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def chosen(name: str, **options: object) -> dict[str, object]:
+    return {"class_path": f"dpo.{name}", "init_args": options}
+
+
+def test_an_export_says_what_it_was_trained_against(tmp_path: Path) -> None:
+    def found(named: str | None = None, **stage: object) -> str:
+        return origin(str(described(tmp_path, **stage)), named).reference
+
+    assert found(policy="some/base", reference=chosen("reference.Copy")) == "some/base"
+    assert found("other/base", policy="some/base") == "other/base"
+    model = chosen("reference.Model", path="b/c")
+    assert found(policy="a", reference=model) == "b/c"
+    assert found(policy="a", reference=chosen("cached.Cached", of=model)) == "b/c"
+    assert found(policy="a", reference=chosen("cached.Cached", of=chosen("reference.Copy"))) == "a"
+    assert found(policy="a") == "a" and found(policy="quickstart").endswith("policy")
+    config = {"peft_type": "LORA", "base_model_name_or_path": "the/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert found(policy=str(tmp_path), reference=chosen("reference.AdapterOff")) == "the/base"
+    assert found(policy=str(tmp_path), reference=chosen("reference.Copy")) == str(tmp_path)
+    with pytest.raises(ValueError, match="--reference"):
+        found()
+    with pytest.raises(ValueError, match=r"last.ckpt, which has it, is gone"):
+        found(policy="a", reference=chosen("reference.Moving", alpha=0.6, tau=512))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        DPO(beta=0.3),
+        LD(DPO(beta=0.3)),
+        WPO(LD(IPO(beta=0.3))),
+        Sum((DPO(beta=0.3), DPO(beta=0.7)), (1.0, 1.0)),
+        Sum((NLL(), SimPO(beta=2.0), LD(DPO(beta=0.3))), (1.0, 1.0, 1.0)),
+    ],
+)
+def test_beta_is_the_one_of_the_rewards(tmp_path: Path, loss: PreferenceLoss) -> None:
+    def written(loss: PreferenceLoss) -> dict[str, object]:
+        inside = {"loss": written, "losses": lambda losses: [written(one) for one in losses]}
+        options = {name: inside.get(name, lambda value: value)(value) for name, value in vars(loss).items()}
+        return chosen(f"losses.{type(loss).__name__}", **{n: v for n, v in options.items() if n in (*inside, "beta")})
+
+    logps = PairLogps(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -2.0]), torch.zeros(2), (1, 1))
+    beta = loss.rewards(logps)[0, 0].item()  # of a log-ratio of 1
+    assert beta == pytest.approx(0.3)
+    assert origin(str(described(tmp_path, policy="a", loss=written(loss)))).beta == pytest.approx(beta)
+
+
+def test_without_a_configuration_the_reference_must_be_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--reference"):
+        origin(str(tmp_path))
+    found = origin(str(tmp_path), "a/b")
+    assert (found.reference, found.beta, found.format, found.run.folder) == ("a/b", 0.1, "auto", tmp_path)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 import serve
-from dpo.serving import models
-from dpo.serving.server import Options
-from tests.runs import Lab, policy
+from dpo.serving.server import Options, find, load
+from tests.runs import Lab, checkpoint, policy
 from tests.serving import Running, run_server, trained_server, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,25 +186,25 @@ def test_help_fits_a_screen() -> None:
     assert len(lines) <= 30 and max(map(len, lines)) <= 80
 
 
-def test_the_reference_is_what_the_run_was_trained_against(tmp_path: Path) -> None:
-    def found(options: str, reference: str | None = None) -> str:
-        stage = f"model: {{class_path: dpo.module.DPO, init_args: {{{options}}}}}"
-        (tmp_path / "train_config.yaml").write_text(stage)
-        return models.find(str(tmp_path), reference, demo=False).reference
-
-    copy = "policy: some/base, reference: {class_path: dpo.reference.Copy}"
-    assert found(copy) == "some/base"
-    assert found(copy, "other/base") == "other/base"
-    assert found("policy: a, reference: {class_path: dpo.reference.Model, init_args: {path: b/c}}") == "b/c"
-    assert found("policy: a, reference: b/d") == "b/d"
-    assert found("policy: quickstart").endswith("policy")
-    with pytest.raises(ValueError, match="--reference"):
-        found("")
+def test_a_reference_that_moved_is_served_as_it_is_at_the_end(tmp_path: Path) -> None:
+    moving = "--model.reference={class_path: Moving, init_args: {alpha: 0.5, tau: 1}}"
+    run = Lab(tmp_path).fit("moving", moving, "--trainer.max_steps=2", "--optimizer.lr=0.01")
+    served = load(Options(model=str(run.export), device="cpu")).engines["reference"].model.state_dict()
+    weights = checkpoint(run)["state_dict"]
+    expected = {name[16:]: weight for name, weight in weights.items() if name.startswith("reference.model.")}
+    assert expected
+    for name, weight in expected.items():
+        assert torch.equal(served[name], weight)
+    assert any(not torch.equal(served[name], weights[f"policy.{name}"]) for name in expected)
+    (run.checkpoints / "last.ckpt").unlink()
+    with pytest.raises(ValueError, match=r"last\.ckpt, which has it, is gone: name a --reference"):
+        find(Options(model=str(run.export)))
+    assert find(Options(model=str(run.export), reference="quickstart")).moved is None
 
 
 def test_what_a_run_writes_is_what_the_server_reads(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     run = lab.fit("real", "--trainer.max_steps=1", "--model.loss.beta=0.3", "--data.format=hh")
-    origin = models.find(str(run.export), None, demo=False)
+    origin = find(Options(model=str(run.export)))
     assert (origin.beta, origin.format, origin.reference) == (0.3, "hh", str(policy()))
-    assert origin.run is not None and origin.run.folder == run.folder.resolve()
+    assert origin.run.folder == run.folder.resolve()

@@ -3,5 +3,5 @@
 In the order of a request: `server` starts and stops it all, `guard` stands in front, `app` has the routes, `schema`
 says what a request may hold, `text` turns messages into tokens and back, `service` admits and counts, `engine` runs
 many requests at a time through one model, `reply` says their tokens in OpenAI's form, `scorer` scores as training
-does, `models` found both models. Training imports none of it.
+does. Training imports none of it.
 """

@@ -7,21 +7,23 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import uvicorn
 
+from dpo.export import Origin, moved, origin
 from dpo.models import Loader, end_ids
 from dpo.serving.app import build
 from dpo.serving.engine import Engine
 from dpo.serving.guard import HEAD_SECONDS, LOOPBACK, Guard, TimedProtocol
-from dpo.serving.models import find
 from dpo.serving.scorer import Scorer
 from dpo.serving.service import Service
 from dpo.serving.text import UNCUT, Text
 from dpo.sharing import vocabulary
 from dpo.tokens import Encoder
 
+LATEST = Path("runs/latest/export")
 MOST_CONTEXT = 4096  # tokens, where --max-context does not say
 STREAMS_END, ALL_ENDS = 5.0, 8  # seconds after the signal
 
@@ -45,28 +47,47 @@ class Options:
             raise ValueError("Expected --max-concurrency of at least 1 and --max-context of at least 2 tokens.")
 
 
+def find(options: Options) -> Origin:
+    """Find policy and reference.
+
+    Raises:
+        ValueError: There is no run yet, or nothing says what the policy is compared with.
+    """
+    if options.demo:
+        return origin("quickstart", options.reference or "quickstart")
+    if options.model is None and not LATEST.is_dir():
+        raise ValueError(
+            "There is no trained run yet.\n  make fit    trains the built-in example (about two minutes)\n"
+            "  python serve.py --demo    serves the model it starts from, as policy and as reference\n"
+            "  python serve.py --model FOLDER --reference FOLDER_OR_HUB_ID    serves other models"
+        )
+    return origin(options.model or str(LATEST), options.reference)
+
+
 def load(options: Options) -> Service:
     """Read both models and put them to work.
 
     Raises:
         ValueError: Something is missing or does not fit together.
     """
-    origin = find(options.model, options.reference, options.demo)
+    found = find(options)
+    paths = {"policy": found.policy, "reference": found.reference}
+    models = {name: Loader().model(path, attn_implementation="sdpa") for name, path in paths.items()}
+    if found.moved:
+        models["reference"] = moved(models["reference"], found.moved)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    models = {}
-    for name, path in (("policy", origin.policy), ("reference", origin.reference)):
-        model = Loader().model(path, attn_implementation="sdpa").requires_grad_(False)
-        models[name] = torch.nn.Module.to(model, device=device, dtype=getattr(torch, options.dtype))
+    for model in models.values():
+        torch.nn.Module.to(model.requires_grad_(False), device=device, dtype=getattr(torch, options.dtype))
     sizes = {name: vocabulary(model) for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"policy and reference must share a vocabulary; their sizes are {sizes}.")
     configs = [model.config.get_text_config() for model in models.values()]
     known = [getattr(config, "max_position_embeddings", MOST_CONTEXT) for config in configs]  # some know no limit
     context = min(*known, options.max_context or MOST_CONTEXT)
-    encoder = Encoder(Loader().tokenizer(origin.policy), UNCUT, origin.format, end_ids(origin.policy))
+    encoder = Encoder(Loader().tokenizer(found.policy), UNCUT, found.format, end_ids(found.policy))
     scorer = Scorer(models)
     engines = {name: Engine(model, options.max_concurrency, context) for name, model in models.items()}
-    return Service(origin, engines, scorer, Text(encoder, context), options.max_concurrency)
+    return Service(found, engines, scorer, Text(encoder, context), options.max_concurrency)
 
 
 class Server(uvicorn.Server):
@@ -93,8 +114,9 @@ class Server(uvicorn.Server):
         """Listen, and say where."""
         await super().startup(sockets)
         if self.started:
-            origin = self.service.origin
-            print(f"policy     {origin.policy}\nreference  {origin.reference}\nat         {self.link}", flush=True)
+            made = self.service.origin
+            reference = f"{made.reference}, moved as in {made.moved}" if made.moved else made.reference
+            print(f"policy     {made.policy}\nreference  {reference}\nat         {self.link}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for what is being said, but not for ever."""

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from dpo.batch import Example
+from dpo.export import Origin
 from dpo.serving.engine import Engine
-from dpo.serving.models import Origin
 from dpo.serving.schema import Fault
 from dpo.serving.scorer import Scorer
 from dpo.serving.text import Text
