@@ -46,8 +46,15 @@ Served = Annotated[Service, Depends(_service)]
 
 
 async def _admitted(service: Served) -> AsyncIterator[None]:
-    async for _ in service.admit():
+    """Hold one of the places while a request is answered."""
+    service.expect_ready()
+    if service.admitted >= service.slots:
+        raise Fault(429, f"{service.slots} requests are being answered: try again", "too_many_requests")
+    service.admitted += 1
+    try:
         yield
+    finally:
+        service.admitted -= 1
 
 
 router = APIRouter()

@@ -1,4 +1,4 @@
-"""The two models and what surrounds them: who is let in, what starts and stops, how answers are scored.
+"""The two models and what surrounds them: what starts and stops, what is counted, how answers are scored.
 
 Knows no routes.
 """
@@ -92,21 +92,6 @@ class Service:
         if self.stopping or not all(engine.alive for engine in self.engines.values()):
             raise Fault(503, "the server is stopping or a model has failed", "unavailable")
 
-    async def admit(self) -> AsyncIterator[None]:
-        """Hold a place while a request is answered.
-
-        Raises:
-            Fault: There is none.
-        """
-        self.expect_ready()
-        if self.admitted >= self.slots:
-            raise Fault(429, f"{self.slots} requests are being answered: try again", "too_many_requests")
-        self.admitted += 1
-        try:
-            yield
-        finally:
-            self.admitted -= 1
-
     async def tokenize(self, make: Callable[[], T]) -> T:
         """Beside the event loop, one at a time."""
         return await asyncio.get_running_loop().run_in_executor(self.tokenizing, make)
@@ -121,8 +106,6 @@ class Service:
             reward = self.origin.beta * (sums["policy"] - sums["reference"])
             told.append({"logprob": sums, "reward": reward, "length": len(ids)})
             if tokens:
-                rows = zip(self.text.pieces(ids), each["policy"], each["reference"], strict=True)
-                told[-1]["tokens"] = [
-                    {"text": text, "policy": ours, "reference": theirs} for text, ours, theirs in rows
-                ]
+                rows = zip(self.text.pieces(ids), *each.values(), strict=True)
+                told[-1]["tokens"] = [dict(zip(("text", *each), row, strict=True)) for row in rows]
         return told
