@@ -1,6 +1,9 @@
 """A server in a thread of the tests' own process, over a small run of its own."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ from dpo import quickstart
 from dpo.serving.server import Options, Server, load
 from dpo.serving.service import Service
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """model:
   class_path: dpo.module.DPO
   init_args:
@@ -102,3 +106,15 @@ def trained_server(folders: pytest.TempPathFactory) -> Iterator[Running]:
     export = make_run(folders.mktemp("runs") / "trained")
     with run_server(Options(model=str(export), port=0, max_concurrency=16)) as started:
         yield started
+
+
+@contextmanager
+def start(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`python serve.py` in a process of its own, and its address."""
+    command, pipe = [sys.executable, str(ROOT / "serve.py"), "--port", "0", *words], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment) as process:
+        try:
+            assert process.stdout is not None
+            yield process, next(line for line in process.stdout if "http://" in line).split()[-1]
+        finally:
+            process.terminate()

@@ -1,7 +1,6 @@
 """From start to stop: many at once, clients that leave, an engine that dies, signals."""
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 import serve
 from dpo.serving.server import Options, find, load
 from tests.runs import Lab, checkpoint, policy
-from tests.serving import Running, run_server, trained_server, wait_until
+from tests.serving import Running, run_server, start, trained_server, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = {"model": "policy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0}
@@ -143,20 +142,9 @@ def test_a_dead_engine_is_said_and_started_again() -> None:
         assert running.post("chat/completions", CHAT)
 
 
-def start(*words: str, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", *words]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
-    )
-
-
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_streams_and_the_process(sent: signal.Signals) -> None:
-    with start("--demo", DPO_API_KEY="planted-key-9b1c") as process:
-        line = ""
-        while "http://" not in line:
-            line = process.stdout.readline()
-        url = line.split()[-1]
+    with start("--demo", DPO_API_KEY="planted-key-9b1c") as (process, url):
         key = {"authorization": "Bearer planted-key-9b1c"}
         with httpx.stream("POST", f"{url}/v1/completions", json=LONG, headers=key, timeout=30) as reply:
             lines = reply.iter_lines()

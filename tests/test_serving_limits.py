@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import httpx
 import pytest
 
 from dpo.serving import guard
 from dpo.serving.server import Options, Server, load
-from tests.serving import Running, make_run, run_server, trained_server
+from tests.serving import Running, make_run, run_server, start, trained_server, wait_until
 
 CHAT = {"model": "policy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
 JSON = {"content-type": "application/json"}
@@ -194,6 +195,79 @@ def test_slow_clients_are_let_go(running: Running, monkeypatch: pytest.MonkeyPat
     assert 0.5 < time.perf_counter() - started < 4
     for one in (*silent, reused, slow):
         one.close()
+
+
+def test_readers_that_stop_are_let_go(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SEND_SECONDS", 1.0)
+    one = deaf(running.url)
+    connections = running.server.server_state.connections
+    wait_until(lambda: any(connection.transport.get_write_buffer_size() for connection in connections))
+    stuck = next(connection for connection in connections if connection.transport.get_write_buffer_size())
+    started = time.perf_counter()
+    wait_until(lambda: stuck not in connections, 4)
+    assert time.perf_counter() - started < 3
+    one.close()
+
+
+def deaf(url: str) -> socket.socket:
+    """A connection that asks for more than the system takes in between, and reads none of it."""
+    one, (host, port) = socket.socket(), url[7:].split(":")
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    one.connect((host, int(port)))
+    one.sendall(b"GET /app.css HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+    return one
+
+
+async def dripping(url: str, first: bytes, rest: bytes) -> tuple[float, bytes]:
+    """A connection that says the first at once and a byte of the rest every second: until when, and what came back."""
+    started, got = time.perf_counter(), b""
+    reader, writer = await asyncio.open_connection(*url[7:].split(":"))
+    try:
+        writer.write(first)
+        for i in range(20):
+            writer.write(rest[i : i + 1])
+            with suppress(TimeoutError):
+                got = await asyncio.wait_for(reader.read(2000), 1)
+                break
+    except ConnectionError:
+        pass
+    writer.close()
+    return time.perf_counter() - started, got
+
+
+@pytest.mark.slow
+def test_eight_hundred_half_open_connections_disturb_nobody() -> None:
+    psutil = pytest.importorskip("psutil")
+    head = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+    clients = [(b"", b""), (head, b"X: xxxxxxxxxxxxxxxxx")] * 400 + [(head + b"\r\n", b"{" * 20)] * 50
+
+    async def run(url: str) -> tuple[list[tuple[float, bytes]], list[float]]:
+        slow, waited = [], []
+        async with httpx.AsyncClient() as client:
+            for said in clients:
+                slow.append(asyncio.create_task(dripping(url, *said)))
+                await asyncio.sleep(0)
+            while not all(one.done() for one in slow):
+                started = time.perf_counter()
+                assert (await client.get(f"{url}/health")).status_code == 200
+                waited.append(time.perf_counter() - started)
+                await asyncio.sleep(0.1)
+        return await asyncio.gather(*slow), waited
+
+    with start("--demo") as (process, url):
+        server, deaf_ones = psutil.Process(process.pid), []
+        httpx.get(f"{url}/health")
+        before = server.num_fds()
+        deaf_ones = [deaf(url) for _ in range(20)]
+        ended, waited = asyncio.run(run(url))
+        assert max(waited) < 1 and len(waited) > 20
+        assert all(9 < seconds < 13 for seconds, _ in ended)
+        assert [got for _, got in ended[:800]] == [b""] * 800
+        assert all(b" 408 " in got for _, got in ended[800:])
+        wait_until(lambda: server.num_fds() <= before, 15)  # nor anybody who does not read
+        for one in deaf_ones:
+            one.close()
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=30).status_code == 200
 
 
 def test_a_key_guards_every_route(tmp_path_factory: pytest.TempPathFactory) -> None:

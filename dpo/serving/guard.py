@@ -18,8 +18,7 @@ from dpo.serving.schema import Fault
 from dpo.serving.service import Metrics
 
 BODY_BYTES = 2**20
-HEAD_SECONDS = BODY_SECONDS = 10
-SEND_SECONDS = 30.0  # a client that reads no more is let go
+HEAD_SECONDS = BODY_SECONDS = SEND_SECONDS = 10
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 OPEN = frozenset({"/", "/health", "/ready", *(f"/{name}" for name in PAGE)})
 HEADERS = {
@@ -58,8 +57,7 @@ class Guard:
                 route = scope.get("route")
                 self.metrics.requests.labels(route.path if route else "other", message["status"]).inc()
                 message["headers"] = list((HEADERS | dict(message["headers"])).items())
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(message)
+            await send(message)
 
         try:
             self._check(scope)
@@ -111,14 +109,17 @@ class Guard:
         answering, leaving = asyncio.ensure_future(self.app(scope, replay, send)), asyncio.create_task(left())
         leaving.add_done_callback(lambda _: answering.cancel())
         try:
-            with suppress(asyncio.CancelledError, TimeoutError):
+            with suppress(asyncio.CancelledError):
                 await answering
         finally:
             leaving.cancel()
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's protocol, whose limit between requests is one on the first head too, and on the whole of every head."""
+    """uvicorn's protocol, which lets go whoever sends no head or reads no reply.
+
+    Its own time-out, between requests, is here one on the first head too, and on the whole of every head.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The first head is due."""
@@ -129,3 +130,13 @@ class TimedProtocol(H11Protocol):
         """As it was, but that the time goes on until a head is complete."""
         self.conn.receive_data(data)
         self.handle_events()
+
+    def pause_writing(self) -> None:
+        """The client does not read."""
+        super().pause_writing()
+        self.stuck = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It does."""
+        super().resume_writing()
+        self.stuck.cancel()
