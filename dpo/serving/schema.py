@@ -26,9 +26,9 @@ class Fault(HTTPException):
 
 
 class Strict(BaseModel):
-    """Refuses unknown fields, NaN and infinity."""
+    """Refuses unknown fields, NaN, infinity, and what would have to be converted ("0.5", a number for a truth)."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class Message(Strict):
