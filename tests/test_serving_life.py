@@ -166,6 +166,25 @@ def test_without_a_run_it_says_what_to_type(tmp_path: Path, monkeypatch, capsys)
     assert "make fit" in said and "--demo" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--device nowhere", "--device nowhere"),
+        ("--port 65536", "--port of 0 to 65535"),
+        ("--max-context 1", "at least 2 tokens"),
+        ("--max-context 5000", "--max-context: expected at most 512 tokens"),
+        ("--max-concurrency 0", "--max-concurrency of at least 1"),
+        ("--host 0.0.0.0", "set a key in DPO_API_KEY"),
+        ("--reference {other}", "must share a vocabulary"),
+        ("--reference {other}/nowhere", "expected the folder of a model or its hub id"),
+    ],
+)
+def test_what_cannot_start_is_said_in_words(words: str, said: str, tmp_path: Path, tiny_model, capsys) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    assert serve.main(["--demo", *words.format(other=tmp_path).split()]) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_help_fits_a_screen() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "serve.py"), "--help"], capture_output=True, text=True, check=True

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from dpo import quickstart
 from dpo.batch import Example, collate
-from dpo.serving import engine, scorer
+from dpo.serving import app, engine, scorer
 from dpo.serving.engine import Draw
 from dpo.serving.schema import Fault, Message, Question
 from dpo.serving.scorer import Scorer
@@ -74,6 +74,12 @@ def test_what_is_shown_is_the_text_up_to_the_first_stop(text: str, stops: list[s
     assert shown == text[: min(found, default=None)] or (writer.stopped and text.startswith(shown))
     assert not any(stop in shown for stop in stops)
     assert writer.stopped == bool(found)
+
+
+def test_who_prefers_neither_says_so() -> None:
+    tie = app._compared({"reward": 1.5}, {"reward": 1.5})
+    assert (tie["margin"], tie["probability"], tie["preferred"]) == (0, 0.5, None)
+    assert app._compared({"reward": -2000.0}, {"reward": 0.0})["probability"] == 0  # exp would overflow
 
 
 def test_pieces_are_the_text() -> None:

@@ -110,7 +110,7 @@ async def compare(service: Served, body: CompareRequest) -> Json:
 def _compared(chosen: Json, rejected: Json) -> Json:
     margin = chosen["reward"] - rejected["reward"]
     probability = 1 / (1 + math.exp(-margin)) if margin > -700 else 0.0  # beyond, exp overflows
-    preferred = "chosen" if margin > 0 else "rejected"
+    preferred = None if margin == 0 else "chosen" if margin > 0 else "rejected"
     verdict = {"margin": margin, "probability": probability, "preferred": preferred}
     return verdict | {"chosen": chosen, "rejected": rejected}
 

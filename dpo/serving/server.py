@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import uvicorn
+from transformers.utils.logging import disable_progress_bar
 
 from dpo.export import Origin, moved, origin
 from dpo.models import Loader, end_ids
@@ -43,8 +44,9 @@ class Options:
     max_context: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_concurrency < 1 or (self.max_context or 2) < 2:
-            raise ValueError("Expected --max-concurrency of at least 1 and --max-context of at least 2 tokens.")
+        if self.max_concurrency < 1 or (self.max_context or 2) < 2 or not 0 <= self.port < 2**16:
+            least = "--max-concurrency of at least 1, --max-context of at least 2 tokens"
+            raise ValueError(f"Expected {least} and --port of 0 to 65535.")
 
 
 def find(options: Options) -> Origin:
@@ -76,14 +78,19 @@ def load(options: Options) -> Service:
     if found.moved:
         models["reference"] = moved(models["reference"], found.moved)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    for model in models.values():
-        torch.nn.Module.to(model.requires_grad_(False), device=device, dtype=getattr(torch, options.dtype))
+    try:
+        for model in models.values():
+            torch.nn.Module.to(model.requires_grad_(False), device=device, dtype=getattr(torch, options.dtype))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {error}") from error
     sizes = {name: vocabulary(model) for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"policy and reference must share a vocabulary; their sizes are {sizes}.")
     configs = [model.config.get_text_config() for model in models.values()]
-    known = [getattr(config, "max_position_embeddings", MOST_CONTEXT) for config in configs]  # some know no limit
-    context = min(*known, options.max_context or MOST_CONTEXT)
+    known = min(getattr(config, "max_position_embeddings", 2**31) for config in configs)  # some know no limit
+    context = options.max_context or min(known, MOST_CONTEXT)
+    if context > known:
+        raise ValueError(f"--max-context: expected at most {known} tokens, which both models know, got {context}.")
     encoder = Encoder(Loader().tokenizer(found.policy), UNCUT, found.format, end_ids(found.policy))
     scorer = Scorer(models)
     engines = {name: Engine(model, options.max_concurrency, context) for name, model in models.items()}
@@ -130,5 +137,7 @@ def serve(options: Options) -> None:
     Raises:
         ValueError: It cannot start so.
     """
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("transformers", "ContinuousBatchingLogger"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    disable_progress_bar()
     Server(load(options), options.host, options.port, os.environ.pop("DPO_API_KEY", None) or None).run()
