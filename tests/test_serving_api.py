@@ -114,6 +114,12 @@ def test_logprobs_are_those_of_the_model_whatever_the_temperature(client, runnin
     legacy = client.completions.create(model="policy", prompt=PROMPT, max_tokens=4, temperature=0, logprobs=2)
     assert len(legacy.choices[0].logprobs.token_logprobs) == legacy.usage.completion_tokens
     assert "".join(legacy.choices[0].logprobs.tokens) == legacy.choices[0].text
+    offsets, tokens = legacy.choices[0].logprobs.text_offset, legacy.choices[0].logprobs.tokens
+    assert offsets == [len("".join(tokens[:i])) for i in range(len(tokens))]
+    options = {"model": "policy", "prompt": PROMPT, "max_tokens": 4, "temperature": 0, "logprobs": 2}
+    parts = [part.choices[0].logprobs for part in client.completions.create(**options, stream=True)]
+    assert [offset for part in parts for offset in part.text_offset] == offsets
+    assert [token for part in parts for token in part.tokens] == tokens
 
 
 def test_a_reward_comes_when_asked_for(running: Running) -> None:

@@ -161,7 +161,9 @@ def refusal(error: Any) -> Response:
         case RequestValidationError():
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"][1:])[:200]
-            message = "not supported" if first["type"] == "extra_forbidden" else first["msg"]
+            message = (
+                "not supported" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+            )
             fault = Fault(400, f"{field or 'body'}: {message}", first["type"], field or None)
         case _:
             fault = Fault(500, "internal error", "internal_error")

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 from dpo.batch import Example
 from dpo.serving.engine import Draw
@@ -26,15 +26,15 @@ class Form:
     names: tuple[str, str]  # of the whole and of a part
     whole: Callable[[str], Json]
     part: Callable[[str], Json]
-    logprobs: Callable[[list[Json]], Json]
+    logprobs: Callable[[list[Json], int], Json]  # of these tokens, before which so many characters were said
 
 
-def _legacy(tokens: list[Json]) -> Json:
+def _legacy(tokens: list[Json], start: int) -> Json:
     return {
         "tokens": [token["token"] for token in tokens],
         "token_logprobs": [token["logprob"] for token in tokens],
         "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in tokens],
-        "text_offset": [sum(len(before["token"]) for before in tokens[:i]) for i in range(len(tokens))],
+        "text_offset": [*accumulate((len(token["token"]) for token in tokens), initial=start)][: len(tokens)],
     }
 
 
@@ -43,7 +43,7 @@ CHAT = Form(
     ("chat.completion", "chat.completion.chunk"),
     lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
     lambda text: {"delta": {"role": "assistant", "content": text}},
-    lambda tokens: {"content": tokens, "refusal": None},
+    lambda tokens, _: {"content": tokens, "refusal": None},
 )
 COMPLETION = Form("cmpl-", ("text_completion",) * 2, lambda text: {"text": text}, lambda text: {"text": text}, _legacy)
 
@@ -75,6 +75,7 @@ class Reply:
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         self.writer = Writer(service.text, prompt, [*stops, *([HUMAN] if dialogue else [])], skip_space=dialogue)
         self.generated: list[int] = []
+        self.said = 0  # characters of described tokens
         self.head: Json = {"id": form.prefix + secrets.token_hex(12), "created": int(time.time()), "model": body.model}
 
     async def pieces(self) -> AsyncGenerator[tuple[str, list[Json], str | None]]:
@@ -103,7 +104,8 @@ class Reply:
         ]
 
     def _choice(self, content: Json, tokens: list[Json], finish: str | None) -> Json:
-        logprobs = None if self.draw.top_logprobs is None else self.form.logprobs(tokens)
+        logprobs = None if self.draw.top_logprobs is None else self.form.logprobs(tokens, self.said)
+        self.said += sum(len(token["token"]) for token in tokens)
         return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish}
 
     @property
