@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import serve
 from dpo.serving.server import Options, find, load
@@ -193,16 +194,18 @@ def test_help_fits_a_screen() -> None:
     assert len(lines) <= 30 and max(map(len, lines)) <= 80
 
 
-def test_a_reference_that_moved_is_served_as_it_is_at_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", [(), ("--model.adapter=LoRA",)], ids=["all weights", "adapter"])
+def test_a_reference_that_moved_is_served_as_it_is_at_the_end(tmp_path: Path, adapter: tuple[str, ...]) -> None:
     moving = "--model.reference={class_path: Moving, init_args: {alpha: 0.5, tau: 1}}"
-    run = Lab(tmp_path).fit("moving", moving, "--trainer.max_steps=2", "--optimizer.lr=0.01")
+    run = Lab(tmp_path).fit("moving", moving, *adapter, "--trainer.max_steps=2", "--optimizer.lr=0.01")
     served = load(Options(model=str(run.export), device="cpu")).engines["reference"].model.state_dict()
     weights = checkpoint(run)["state_dict"]
     expected = {name[16:]: weight for name, weight in weights.items() if name.startswith("reference.model.")}
     assert expected
     for name, weight in expected.items():
         assert torch.equal(served[name], weight)
-    assert any(not torch.equal(served[name], weights[f"policy.{name}"]) for name in expected)
+    start = AutoModelForCausalLM.from_pretrained(policy()).state_dict()
+    assert any(not torch.equal(weight, start[name]) for name, weight in expected.items())
     (run.checkpoints / "last.ckpt").unlink()
     with pytest.raises(ValueError, match=r"last\.ckpt, which has it, is gone: name a --reference"):
         find(Options(model=str(run.export)))
