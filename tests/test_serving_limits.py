@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import httpx
+import psutil
 import pytest
 
 from dpo.serving import guard
@@ -270,7 +271,6 @@ async def dripping(url: str, first: bytes, rest: bytes) -> tuple[float, bytes]:
 
 @pytest.mark.slow
 def test_eight_hundred_half_open_connections_disturb_nobody() -> None:
-    psutil = pytest.importorskip("psutil")
     head = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
     clients = [(b"", b""), (head, b"X: xxxxxxxxxxxxxxxxx")] * 400 + [(head + b"\r\n", b"{" * 20)] * 50
 
@@ -405,7 +405,6 @@ def test_damaged_bodies_are_no_server_error(running: Running) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_damaged_bodies_leave_nothing_behind(running: Running) -> None:
-    psutil = pytest.importorskip("psutil")
     process = psutil.Process()
     fuzz(running, 5000, seed=1)
     memory, files = process.memory_info().rss, process.num_fds()
