@@ -7,13 +7,16 @@ import inspect
 import re
 from abc import ABC
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from functools import cache
 from pydoc import locate
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
 
-REFUSED = re.compile(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
+REFUSED = re.compile(r"class_path '([\w.]+)':\s+(?:Option '|unrecognized arguments: --)(\w+)")
 _discard: Callable[[Any, Any, Any], None] = _typehints.discard_init_args_on_class_path_change
 
 
@@ -50,14 +53,47 @@ def _leaves(cls: type[Any]) -> Iterator[type[Any]]:
 def _let_go(parser: Any, before: Any, value: Any) -> None:
     """A class that takes another's place keeps what was given, not what was that one's default.
 
-    What jsonargparse should do itself (its issue 460): it hands the defaults on, as if somebody had chosen them.
+    What jsonargparse should do itself (its issue 460): it hands the defaults on, as if somebody had chosen them. And it
+    drops without a word what was given and the new class does not take. Said aloud here, and refused where the class is
+    nothing but its options (a loss, a reference, an adapter).
+
+    Raises:
+        SystemExit: Such an option was given, with a message. No ValueError: where a type is a choice of several,
+            jsonargparse would try the next one.
     """
-    if isinstance(before, Namespace) and "init_args" in before and before.class_path != value["class_path"]:
-        parameters = inspect.signature(locate(before.class_path)).parameters  # type: ignore[arg-type]  # a class
-        for name, given in list(vars(before.init_args).items()):
-            if name in parameters and parameters[name].default == given:
-                before.init_args.pop(name)
+    if not isinstance(before, Namespace) or "init_args" not in before or before.class_path == value["class_path"]:
+        _discard(parser, before, value)
+        return
+    old, hint = locate(before.class_path), _typehints.ActionTypeHint
+    defaults = hint.get_class_parser(old, {}).get_defaults()  # type: ignore[no-untyped-call]
+    for name, given in list(vars(before.init_args).items()):
+        if _is(given, defaults.get(name)):
+            before.init_args.pop(name)
+    offered = {name for name, given in vars(before.init_args).items() if given is not None}
     _discard(parser, before, value)
+    for name in sorted(offered - vars(before.init_args).keys()):
+        found, now = (path.rpartition(".")[2] for path in (before.class_path, value["class_path"]))
+        message = f"'{name}' was given for {found}, and {now} in its place does not take it"
+        if is_dataclass(old):
+            raise SystemExit(f"{message}. {_hint(before.class_path, name)} Take it out of the configuration.")
+        _say(f"Left out: {message}.")
+
+
+def _is(given: Any, value: Any) -> bool:
+    """Whether two values are the same, or the same class with options of which one says no more than the other."""
+    if isinstance(given, list) and isinstance(value, tuple):
+        return tuple(given) == value
+    if not isinstance(given, Namespace) or not isinstance(value, Namespace):
+        return bool(given == value)
+    options, others = (vars(spec.init_args) if "init_args" in spec else {} for spec in (given, value))
+    same = all(_is(options[name], others[name]) for name in options.keys() & others.keys())
+    return same and given.get("class_path") == value.get("class_path")
+
+
+@cache
+def _say(text: str) -> None:
+    """Once, however often a command line is parsed."""
+    rank_zero_info(text)
 
 
 _typehints.discard_init_args_on_class_path_change = _let_go

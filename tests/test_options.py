@@ -6,6 +6,7 @@ from dpo import losses
 from dpo.losses import PreferenceLoss
 from dpo.module import DPO
 from dpo.options import Parser, relatives
+from dpo.texts import TextData
 from dpo.training import Stage
 
 SUM = [
@@ -69,6 +70,93 @@ def test_an_option_of_another_loss_is_refused_with_those_who_take_it(words, take
     message = capsys.readouterr().err
     assert message.count(takers) == 1
     assert "is not accepted" in message
+
+
+CDPO = ["--model.loss=DPO", "--model.loss.label_smoothing=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "lost", "takers"),
+    [
+        ([*CDPO, "--model.loss=IPO"], "'label_smoothing' was given for DPO, and IPO in its place", SMOOTHED),
+        (
+            ["--model.loss=DPO", "--model.loss.divergence=ForwardKL", "--model.loss=NCA"],
+            "'divergence' was given for DPO, and NCA in its place",
+            "'divergence' is taken by DPO, DiscoPOP, EXO, Hinge, IPO, LengthNormalizedDPO, ODPO, RobustDPO.",
+        ),
+        (
+            [
+                "--model.loss=LD",
+                "--model.loss.loss=DPO",
+                "--model.loss.loss.label_smoothing=0.1",
+                "--model.loss.loss=IPO",
+            ],
+            "'label_smoothing' was given for DPO, and IPO in its place",
+            SMOOTHED,
+        ),
+        (["--model.loss=LD", "--model.loss.loss=DPO", "--model.loss=DPO"], "'loss' was given for LD", "LD, WPO."),
+        ([*SUM, "--model.loss=DPO"], "'losses' was given for Sum, and DPO in its place", "'losses' is taken by Sum."),
+        (
+            # the type is a choice of several here: a class, or the path of a model
+            ["--model.reference=Moving", "--model.reference.tau=5", "--model.reference=Copy"],
+            "'tau' was given for Moving, and Copy in its place",
+            "'tau' is taken by Moving.",
+        ),
+        (
+            ["--model.adapter=LoRA", "--model.adapter.r=4", "--model.adapter=AsLoaded"],
+            "'r' was given for LoRA",
+            "QLoRA.",
+        ),
+    ],
+)
+def test_an_option_that_the_next_class_does_not_take_is_refused(words, lost, takers) -> None:
+    with pytest.raises(SystemExit) as refused:
+        parse(words)
+    assert lost in str(refused.value)
+    assert takers in str(refused.value)
+
+
+def test_a_configuration_over_another_loses_nothing(tmp_path) -> None:
+    files = []
+    for name, loss in (
+        ("a", "DPO, init_args: {beta: 0.3, label_smoothing: 0.1}"),
+        ("b", "IPO, init_args: {beta: 0.2}"),
+    ):
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(f"class_path: DPO\ninit_args: {{loss: {{class_path: {loss}}}}}\n")
+    with pytest.raises(SystemExit, match="'label_smoothing' was given for DPO, and IPO in its place does not take it"):
+        parse([f"--model={file}" for file in files])
+    assert parse([f"--model={file}" for file in reversed(files)]) == losses.DPO(0.3, 0.1)
+
+
+def test_an_option_nested_in_one_that_is_not_accepted_is_refused_with_those_who_take_it(tmp_path, capsys) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "class_path: DPO\ninit_args: {loss: {class_path: NCA, init_args: {divergence: {class_path: Alpha}}}}"
+    )
+    with pytest.raises(SystemExit):
+        parse([f"--model={file}"])
+    assert "'divergence' is taken by DPO, DiscoPOP," in capsys.readouterr().err
+
+
+def test_a_part_of_an_option_is_refused_with_those_who_take_it(capsys) -> None:
+    parser = Parser(exit_on_error=True)
+    parser.add_subclass_arguments(TextData, "data")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--data=dpo.data.HHRLHF", "--data.columns.prompt=question"])
+    assert "'columns' is taken by PreferencePairs." in capsys.readouterr().err
+
+
+def test_another_stage_says_what_it_leaves_out(caplog) -> None:
+    """Its defaults are nobody's choice, and not worth a word."""
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    parser = Parser(exit_on_error=True)
+    parser.add_subclass_arguments(Stage, "model")
+    parser.set_defaults({"model": {"class_path": f"{DPO.__module__}.DPO"}})
+    parser.parse_args(["--model=dpo.sft.SFT"])
+    assert not caplog.messages
+    parser.parse_args(["--model.loss=SPPO", "--model=dpo.sft.SFT"])
+    assert caplog.messages == ["Left out: 'loss' was given for DPO, and SFT in its place does not take it."]
 
 
 def test_an_option_of_nobody_has_no_takers(capsys) -> None:
