@@ -6,6 +6,7 @@ losses.
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,6 +16,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
 
 from dpo.run import Run, complete
 
@@ -118,3 +120,49 @@ class LastAndBest(Checkpoint):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.best = state_dict["best"]
+
+
+class Settings(L.Callback):
+    """Goes on from a checkpoint with the optimizer's options and the schedule of the command line, not with saved ones.
+
+    What is saved of them is what they had been. Where they are the same, a resumed run is the uninterrupted one.
+    """
+
+    saved = ""  # optimizer of the checkpoint that training goes on from
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember which optimizer the saved state is of."""
+        checkpoint["optimizer"] = type(trainer.optimizers[0]).__name__
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Look it up."""
+        self.saved = checkpoint["optimizer"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make optimizer and schedule anew, go as many steps along the schedule, and take over all but the state.
+
+        Raises:
+            ValueError: The state is of another optimizer.
+        """
+        if not self.saved:
+            return
+        (optimizer,), configs = trainer.optimizers, trainer.lr_scheduler_configs
+        if type(optimizer).__name__ != self.saved:
+            raise ValueError(
+                f"the checkpoint holds the state of {self.saved}: expected --optimizer {self.saved}, got "
+                f"{type(optimizer).__name__}. To change it, begin a run with --model.policy at the export of this one."
+            )
+        made: Any = pl_module.configure_optimizers()
+        if configs:
+            schedule, made = made["lr_scheduler"]["scheduler"], made["optimizer"]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # there are no steps to take
+                for _ in range(trainer.global_step):
+                    schedule.step()
+            configs[0].scheduler.load_state_dict(schedule.state_dict())
+        for group, chosen in zip(optimizer.param_groups, made.param_groups, strict=True):
+            options = {name: value for name, value in chosen.items() if name != "params"}
+            changed = [name for name, value in options.items() if name in group and group[name] != value]
+            for name in changed:
+                rank_zero_info(f"Optimizer: {name} is {options[name]}, in the checkpoint {group[name]}.")
+            group.update(options)

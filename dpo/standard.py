@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from dpo.callbacks import Predictions, Rates, Record, Stop
-from dpo.checkpoints import LastAndBest
+from dpo.checkpoints import LastAndBest, Settings
 from dpo.console import Bar, Lines, Samples
 from dpo.loggers import MetricsCSV, Rewind
 from dpo.pairs import PairData
@@ -29,7 +29,7 @@ def callbacks(verb: str, config: Any, run: Run, data: TextData, log: MetricsCSV,
     elif not isinstance(data, PairData):
         raise ValueError(f"{verb}: expected preference pairs, got --data {type(data).__name__}, which is for predict.")
     elif verb == "fit":
-        found = [Rewind(log), Preflight(data), Record(run, data), Rates(data), Samples(run, data), *found]
+        found = [Rewind(log), Settings(), Preflight(data), Record(run, data), Rates(data), Samples(run, data), *found]
     if config.trainer.enable_progress_bar is not False:
         found += [Bar(), Lines()]
     return found

@@ -56,6 +56,40 @@ def test_a_run_without_validation_resumes_as_well(lab: Lab, unvalidated: Run, st
     resumed(lab, unvalidated, stop, *EPOCHS, "--data.val_fraction=0")
 
 
+@pytest.mark.parametrize(
+    ("schedule", "later", "wanted"),
+    [
+        ([], "--optimizer.lr=2e-4", (2e-4, 2e-4)),
+        (["Warmup", "warmup_steps=5"], "--optimizer.lr=2e-3", (2e-3 * 4 / 5, 2e-3)),
+        (["Warmup", "warmup_steps=5"], "--lr_scheduler.warmup_steps=8", (1e-3 * 4 / 8, 1e-3 * 5 / 8)),
+        (["CosineAnnealingLR", "T_max=4"], "--optimizer.lr=2e-3", (2e-3 * (1 + math.cos(math.pi * 3 / 4)) / 2, 0.0)),
+    ],
+)
+def test_the_options_of_the_optimizer_win_over_the_checkpoint(
+    schedule: list[str], later: str, wanted: tuple[float, float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After step n the rate of the next one is logged: two steps, two with other options, up to the rate of the fifth."""
+    lab, words = Lab(tmp_path), [RATE, "--optimizer.weight_decay=0.01", "--data.val_fraction=0"]
+    if schedule:
+        words += [f"--lr_scheduler={schedule[0]}", f"--lr_scheduler.{schedule[1]}"]
+    run = lab.fit("changed", *words, "--trainer.max_steps=2")
+    assert "Optimizer: " not in caplog.text
+    lab.fit("changed", *words, "--trainer.max_steps=4", "--ckpt_path=last", later, "--optimizer.weight_decay=0.5")
+    assert [row["train/learning_rate"] for row in metrics(run)][2:] == pytest.approx(wanted)
+    assert "Optimizer: weight_decay is 0.5, in the checkpoint 0.01." in caplog.messages
+    assert checkpoint(run)["optimizer_states"][0]["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lab = Lab(tmp_path)
+    run = lab.fit("adam", RATE, "--data.val_fraction=0", "--trainer.max_steps=1")
+    words = ["--optimizer=torch.optim.RMSprop", "--name=adam", "--data.val_fraction=0", "--ckpt_path=last"]
+    before = (run.checkpoints / "last.ckpt").read_bytes()
+    assert lab.main("fit", *words) == 1
+    assert "holds the state of AdamW: expected --optimizer AdamW, got RMSprop" in capsys.readouterr().err
+    assert (run.checkpoints / "last.ckpt").read_bytes() == before
+
+
 def resumed(lab: Lab, expected: Run, stop: int, *words: str) -> None:
     """Stop and go on: everything is the same to the bit, but for what the clock says and one validation at the stop."""
     name = f"{expected.folder.name}-{stop}"
