@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from dpo.generation import write
 from dpo.pairs import PairData
 from dpo.prompts import GREEDY
-from dpo.run import Run, jsonl
+from dpo.run import Run, jsonl, rewind
 from dpo.training import Stage
 
 COLUMNS = ("prompt", "reference", "policy")
@@ -86,6 +86,11 @@ class Samples(L.Callback):
         """
         self.run, self.data, self.prompts, self.max_new_tokens = run, data, prompts, max_new_tokens
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on behind the checkpoint that training goes on from."""
+        if trainer.is_global_zero:
+            rewind(self.run.samples, trainer.global_step + 1)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sample, show, store."""
         assert isinstance(pl_module, Stage)
@@ -93,6 +98,7 @@ class Samples(L.Callback):
             return
         rows = self._sample(trainer.global_step, pl_module.models())
         show(rows)
+        rewind(self.run.samples, trainer.global_step)  # a run that was killed behind its checkpoint validates again
         jsonl(self.run.samples, rows)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

@@ -125,3 +125,11 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a file, one JSON object a line."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def rewind(path: Path, step: int) -> None:
+    """Leave out the rows of a file of such rows that are of this step or a later one: they are written again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with complete(path) as temporary:
+            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] < step), encoding="utf-8")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo.checkpoints import AtomicIO
-from dpo.run import Run
+from dpo.checkpoints import AtomicIO, LastAndBest
+from dpo.run import Run, jsonl
 from tests.runs import Lab, checkpoint, metrics, policy, weights
 
 RATE = "--optimizer.lr=1e-3"
@@ -68,7 +68,7 @@ def test_a_run_without_validation_resumes_as_well(lab: Lab, unvalidated: Run, st
 def test_the_options_of_the_optimizer_win_over_the_checkpoint(
     schedule: list[str], later: str, wanted: tuple[float, float], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After step n the rate of the next one is logged: two steps, two with other options, up to the rate of the fifth."""
+    """After step n the rate of the next one is logged: two steps, then two with other options."""
     lab, words = Lab(tmp_path), [RATE, "--optimizer.weight_decay=0.01", "--data.val_fraction=0"]
     if schedule:
         words += [f"--lr_scheduler={schedule[0]}", f"--lr_scheduler.{schedule[1]}"]
@@ -136,6 +136,31 @@ def test_another_name_goes_on_from_a_checkpoint_and_leaves_its_run_alone(lab: La
     branch = lab.fit("branch", *EPOCHS, f"--ckpt_path={whole.checkpoints / 'last.ckpt'}", "--trainer.max_epochs=3")
     assert [row["step"] for row in metrics(branch)] == [11, 12, 13, 14, 15]
     assert whole.metrics.read_text() == before
+
+
+def test_samples_of_steps_that_are_taken_again_are_there_once(lab: Lab) -> None:
+    """As in metrics.csv: what was sampled behind the checkpoint is gone when training goes on."""
+    run = lab.fit("again", *EPOCHS, "--trainer.max_steps=4")
+    assert sampled(run) == [2, 2, 4, 4]  # two prompts, at every validation
+    rows = [json.loads(line) for line in run.samples.read_text(encoding="utf-8").splitlines()]
+    jsonl(run.samples, [{**row, "step": row["step"] + 5} for row in rows])
+    assert sampled(run) == [2, 2, 4, 4, 7, 7, 9, 9]
+    lab.fit("again", *EPOCHS, "--ckpt_path=last", "--trainer.max_steps=7")
+    assert sampled(run) == [2, 2, 4, 4, 7, 7]
+
+
+def test_samples_of_a_validation_that_is_repeated_are_there_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between samples and checkpoint, a run validates again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(LastAndBest, "on_validation_end", lambda *_: None)
+        run = lab.fit("repeated", *EPOCHS, "--trainer.max_steps=2")
+    again = ["--trainer.max_steps=4", "--ckpt_path=last"]
+    lab.fit("repeated", *EPOCHS, *again)
+    assert sampled(run) == [2, 2, 4, 4]
+
+
+def sampled(run: Run) -> list[int]:
+    return [json.loads(line)["step"] for line in run.samples.read_text(encoding="utf-8").splitlines()]
 
 
 def test_best_goes_on_from_the_best(lab: Lab) -> None:
