@@ -16,7 +16,7 @@ from dpo.batch import Batch
 from dpo.logps import TokenScores, score
 from dpo.losses import PairLogps, PreferenceLoss
 from dpo.metrics import Means, sums_and_counts
-from dpo.online import answered
+from dpo.online import predicted
 from dpo.prompts import Questions
 from dpo.reference import Comparison, Copy, Model, Nothing, Reference
 from dpo.sampler import Step
@@ -98,11 +98,10 @@ class DPO(Stage):
 
     def judge(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability under policy and reference, nats, and reward of every answer, as if beside itself."""
-        policy = score(self.policy, batch)
-        on_policy = policy.logps + policy.collision
+        _, alone = self.score_pairs(batch)
         ours, theirs, draws = (
             torch.cat([part for part in values.split(batch.lengths) for _ in range(2)])
-            for values in (policy.logps, self.reference(batch), on_policy)
+            for values in (alone.policy_tokens.detach(), alone.reference_tokens, alone.on_policy)
         )
         logps = PairLogps(ours, theirs, draws, tuple(n for n in batch.lengths for _ in range(2)))
         return logps.policy[:, 0], logps.reference[:, 0], self.loss.rewards(logps)[:, 0]
@@ -162,16 +161,15 @@ class DPO(Stage):
         """The pairs of the optimizer step."""
         return step.pairs
 
+    def tell(self, batch: Batch) -> list[dict[str, Any]]:
+        """Log-probabilities and implicit rewards of pairs."""
+        _, logps = self.score_pairs(batch)
+        rewards, sums = self.loss.rewards(logps).tolist(), logps.policy.tolist()
+        return [{"id": i, "logps": s, "rewards": r} for i, s, r in zip(batch.ids, sums, rewards, strict=True)]
+
     def predict_step(self, step: Step | Questions, batch_idx: int) -> list[dict[str, Any]]:
         """Of questions: answers. Of pairs: log-probabilities and implicit rewards."""
-        if isinstance(step, Questions):
-            return answered(step, self.trainer.datamodule.encoder, self.models(), self.judge)  # type: ignore[attr-defined]
-        rows: list[dict[str, Any]] = []
-        for batch in step.micro_batches:
-            _, logps = self.score_pairs(batch)
-            rewards, sums = self.loss.rewards(logps).tolist(), logps.policy.tolist()
-            rows += [{"id": i, "logps": s, "rewards": r} for i, s, r in zip(batch.ids, sums, rewards, strict=True)]
-        return rows
+        return predicted(step, self, self.models(), self.judge, self.tell)
 
     def changing(self) -> set[str]:
         """Beside what trains, a reference that moves."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+import lightning as L
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from dpo.columns import Columns, text
 from dpo.dialogue import Refusal
 from dpo.generation import write
 from dpo.prompts import Questions
+from dpo.sampler import Step
 from dpo.tokens import Encoder
 
 Row = dict[str, Any]
@@ -24,6 +26,17 @@ Scorer = Callable[[str, list[str]], Sequence[float]]
 """A prompt (the dialogue as text of hh-rlhf, up to where the answer begins) and answers -> how good each is."""
 Judge = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
 """Answers -> log-probability under policy and reference, nats (NaN without a reference), and reward of each."""
+Tell = Callable[[Batch], list[Row]]
+"""Examples -> a row for each."""
+
+
+def predicted(
+    step: Step | Questions, module: L.LightningModule, models: Mapping[str, PreTrainedModel], judge: Judge, tell: Tell
+) -> list[Row]:
+    """What `predict` writes. Of questions: answers. Of a step of examples: what is told of each."""
+    if isinstance(step, Questions):
+        return answered(step, module.trainer.datamodule.encoder, models, judge)  # type: ignore[attr-defined]
+    return [row for batch in step.micro_batches for row in tell(batch)]
 
 
 def answered(questions: Questions, encoder: Encoder, models: Mapping[str, PreTrainedModel], judge: Judge) -> list[Row]:

@@ -64,14 +64,14 @@ class Comparison(nn.Module, ABC):
         return set()
 
 
-class Frozen(Comparison):
-    """A model that is never trained: its parameters need no gradient and no pass through it keeps a graph."""
+class Held(Comparison, ABC):
+    """A model in memory that is never trained: its parameters need no gradient, no pass through it keeps a graph."""
 
-    def __init__(self, model: PreTrainedModel, origin: str, distance: float) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         """Freeze a model."""
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.origin, self.sha256, self.distance = origin, weights_sha256(model), distance
+        self.sha256 = weights_sha256(model)
 
     @property
     def models(self) -> dict[str, PreTrainedModel]:
@@ -84,7 +84,16 @@ class Frozen(Comparison):
         return score(self.model, batch).logps
 
 
-class Follower(Comparison):
+class Frozen(Held):
+    """A model that stays as it is."""
+
+    def __init__(self, model: PreTrainedModel, origin: str, distance: float) -> None:
+        """Say what it is."""
+        super().__init__(model)
+        self.origin, self.distance = origin, distance
+
+
+class Follower(Held):
     """A model that goes after the policy, in effective weights: a mean of products is no product of mean factors.
 
     It shares every weight that does not train with the policy; the others are in the checkpoint.
@@ -92,24 +101,12 @@ class Follower(Comparison):
 
     def __init__(self, policy: PreTrainedModel, alpha: float, tau: int) -> None:
         """Begin as a copy of the policy."""
-        super().__init__()
-        self.model = adapters.merged(policy).eval().requires_grad_(False)
+        super().__init__(adapters.merged(policy))
         shared = set(map(id, policy.parameters()))
         self.moving = [name for name, p in self.model.named_parameters() if id(p) not in shared]
         self.alpha, self.tau = alpha, tau
         self.origin = f"moving, {alpha:g} of the policy every {tau} steps, now a copy of it"
-        self.sha256 = weights_sha256(self.model)
         self.distance = SAME if adapters.untrained(policy) else ROUNDED  # base + product in one matrix, or in two
-
-    @property
-    def models(self) -> dict[str, PreTrainedModel]:
-        """The one."""
-        return {"reference": self.model}
-
-    @torch.no_grad()
-    def forward(self, batch: Batch) -> Float[Tensor, " scored"]:
-        """log p of every scored token, nats."""
-        return score(self.model, batch).logps
 
     @torch.no_grad()
     def follow(self, policy: PreTrainedModel, step: int) -> None:

@@ -5,6 +5,7 @@ reference and no loss but the log-likelihood.
 """
 
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 from dpo.batch import Batch
 from dpo.logps import score, sum_answers
 from dpo.metrics import Means
+from dpo.online import predicted
+from dpo.prompts import Questions
 from dpo.sampler import Step
 from dpo.training import Stage
 
@@ -49,3 +52,17 @@ class SFT(Stage):
             torch.stack([*(x.double().sum() for x in sums), tokens]), torch.stack([tokens, tokens, tokens, examples])
         )
         return batch.weights * losses
+
+    def judge(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability of every answer under the policy, nats; there is no reference and no reward."""
+        logps = sum_answers(score(self.policy, batch).logps, batch.lengths)
+        nothing = torch.full_like(logps, torch.nan)
+        return logps, nothing, nothing
+
+    def tell(self, batch: Batch) -> list[dict[str, Any]]:
+        """Log-probabilities of answers."""
+        return [{"id": i, "logps": [s]} for i, s in zip(batch.ids, self.judge(batch)[0].tolist(), strict=True)]
+
+    def predict_step(self, step: Step | Questions, batch_idx: int) -> list[dict[str, Any]]:
+        """Of questions: answers. Of examples: log-probabilities of the chosen answers."""
+        return predicted(step, self, self.models(), self.judge, self.tell)

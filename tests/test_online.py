@@ -94,6 +94,33 @@ def test_every_prompt_is_answered_by_both_models(sampled: Run) -> None:
             assert answer["reward"] == pytest.approx(0, abs=1e-5)
 
 
+def test_a_supervised_stage_answers_too(lab: Lab, prompts: Path, sampled: Run) -> None:
+    """With the log-probabilities of its only model; there is no reference, and so no reward."""
+    assert predict(lab, prompts, "supervised", "--model=SFT", "--scorer=tests.test_online:by_length") == 0
+    for row, both in zip(rows_of(Run(lab.folder / "supervised")), rows_of(sampled), strict=True):
+        drawn = [answer for answer in both["answers"] if answer["from"] == "policy"]
+        assert row["chosen"] and [answer["text"] for answer in row["answers"]] == [answer["text"] for answer in drawn]
+        for answer, wanted in zip(row["answers"], drawn, strict=True):
+            assert answer["logps"]["policy"] == pytest.approx(wanted["logps"]["policy"])
+            assert answer["logps"]["reference"] is answer["reward"] is None
+
+
+def test_a_supervised_stage_scores_the_chosen_answers_of_pairs(lab: Lab) -> None:
+    words = [
+        "--model.policy=quickstart",
+        "--data.path=quickstart",
+        "--data.limit=6",
+        "--trainer.enable_progress_bar=false",
+    ]
+    found = {}
+    for stage in ("SFT", "DPO"):
+        root = [f"--trainer.default_root_dir={lab.folder}", "--trainer.accelerator=cpu", f"--name=pairs-{stage}"]
+        assert lab.only("predict", f"--model={stage}", *root, *words) == 0
+        found[stage] = {row["id"]: row["logps"] for row in rows_of(Run(lab.folder / f"pairs-{stage}"))}
+    assert {i: pytest.approx(logps[:1]) for i, logps in found["DPO"].items()} == found["SFT"]
+    assert len(found["SFT"]) == 6
+
+
 def test_log_probabilities_are_the_scorers(sampled: Run) -> None:
     """Greedy answers are made again and scored here."""
     model = AutoModelForCausalLM.from_pretrained(quickstart.POLICY).eval()
