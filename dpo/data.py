@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dpo import quickstart
 from dpo.columns import Columns
-from dpo.listing import listed, sources
+from dpo.listing import Listed, listed, sources
 from dpo.pairs import PairData, Rows
 from dpo.rows import Source, download, find
 from dpo.texts import QUICKSTART, cache_folder, check
@@ -46,16 +46,18 @@ class HHRLHF(PairData):
 
     def sources(self, fetch: bool) -> list[Source]:
         """The files of the subsets."""
-        if self.path == QUICKSTART:
-            folder = cache_folder() / QUICKSTART
-            if fetch:
-                rows = {"train": quickstart.TRAIN_ROWS, "test": quickstart.TEST_ROWS}
-                quickstart.write(folder, quickstart.DPO_SEED, **rows)
-        else:
-            folder = Path(self.path).expanduser()
-            if not folder.is_dir():
-                folder = download(self.path, self.subsets, local_only=not fetch)
+        folder = generated(QUICKSTART, fetch) if self.path == QUICKSTART else Path(self.path).expanduser()
+        if not folder.is_dir():
+            folder = download(self.path, self.subsets, local_only=not fetch)
         return find(folder, self.subsets)
+
+
+def generated(name: str, fetch: bool, margins: bool = False) -> Path:
+    """The folder of the quickstart's data, which are made when they are fetched."""
+    folder = cache_folder() / name
+    if fetch:
+        quickstart.write(folder, quickstart.DPO_SEED, quickstart.TRAIN_ROWS, quickstart.TEST_ROWS, margins)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class PreferencePairs(PairData):
         Args:
             tokenizer: Hub id or folder of the tokenizer, as a rule the policy's.
             path: File, folder, pattern, address or hub id (`dpo.listing` has examples and says what is of the test
-                split); or several of them by a name each, mixed: with shares, an epoch lasts until every pair was seen,
-                and those of parts that are smaller than their share are seen more than once.
+                split), or ``quickstart`` as of `HHRLHF`, here with margins; or several of them by a name each, mixed:
+                with shares, an epoch lasts until every pair was seen, and those of parts that are smaller than their
+                share are seen more than once.
             columns: What stands where.
             options: See `dpo.pairs.PairData`.
 
@@ -113,10 +116,13 @@ class PreferencePairs(PairData):
         return [
             source
             for name, part in self.parts.items()
-            for source in sources(
-                name, listed(part.path, cache_folder() / "listings", fetch), part.columns or self.columns
-            )
+            for source in sources(name, self._listed(part.path, fetch), part.columns or self.columns)
         ]
+
+    def _listed(self, path: str, fetch: bool) -> Listed:
+        if path == QUICKSTART:
+            path = str(generated(f"{QUICKSTART}-margins", fetch, margins=True))
+        return listed(path, cache_folder() / "listings", fetch)
 
     def order(self, subsets: NDArray[np.object_], rows: Rows) -> Rows:
         """Every pair once; or, where shares are given, as often as they say."""

@@ -157,6 +157,19 @@ class PairData(TextData, ABC):
                 rows = self.order(columns["subset"], rows) if name == "train" else rows
                 self.pairs[name] = PairDataset(table, rows, split, self.answers)
 
+    def kept(self, name: str) -> PairDataset:
+        """The pairs of train, val or test.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if name not in self.pairs:
+            raise ValueError(
+                f"No pair is left for {name!r} of {self.path}: see the table of what was read; "
+                "more rows (--data.limit, --data.subsets) or another --data.val_fraction may help."
+            )
+        return self.pairs[name]
+
     def train_dataloader(self) -> StepLoader:
         """Steps over the training pairs."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
@@ -187,17 +200,13 @@ class PairData(TextData, ABC):
         ]
 
     def _loader(self, name: str, shuffle: bool = False, accumulate: int = 1) -> StepLoader:
-        if name not in self.pairs:
-            raise ValueError(
-                f"No pair is left for {name!r} of {self.path}: see the table of what was read; "
-                "more rows (--data.limit, --data.subsets) or another --data.val_fraction may help."
-            )
+        pairs = self.kept(name)
         plan = Plan(
             self.batch_size, self.max_tokens, shuffle, self.seed, accumulate=accumulate, keep_rest=name != "train"
         )
         if self.trainer:
             plan = replace(plan, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
-        return StepLoader(self.pairs[name], plan)
+        return StepLoader(pairs, plan)
 
     def _folder(self, sources: Sequence[Source]) -> Path:
         return cache_folder() / f"tokens-{store.key(sources, self.encoder, self.limit, self.skip_bad)}"

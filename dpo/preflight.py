@@ -49,7 +49,7 @@ class Preflight(L.Callback):
         assert isinstance(pl_module, Stage)
         if not pl_module.preflight:
             return
-        pairs = self.data.pairs["train"]
+        pairs = self.data.kept("train")
         examples = [pairs[row] for row in range(min(PAIRS, len(pairs)))]
         batch = collate(examples).to(pl_module.device)
         passed = list(_answers(examples, self.data.encoder.end_ids))

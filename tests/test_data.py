@@ -16,6 +16,7 @@ from dpo.formats import Fault
 from dpo.rows import BadRow, find, read
 from dpo.sampler import Step
 from dpo.tokens import Encoded, Encoder
+from tests.runs import Lab
 from tests.test_dialogue import ODD, ODD_FILE, OF_MESSAGES
 from tests.test_tokens import byte_level
 
@@ -379,6 +380,15 @@ def test_no_pair_left_is_said(tokenizer: str, tmp_path: Path) -> None:
     data = ready(tokenizer, tmp_path, val_fraction=0.999999)
     with pytest.raises(ValueError, match="No pair is left for 'train'"):
         data.train_dataloader()
+
+
+def test_no_pair_left_is_said_by_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row is refused: the text of hh-rlhf has no place for a system message."""
+    row = {"system": "Be brief.", "prompt": "a", "chosen": "b", "rejected": "c"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["--data=PreferencePairs", f"--data.path={tmp_path / 'a.jsonl'}", "--name=a"]
+    assert Lab(tmp_path).main("fit", *words) == 1
+    assert "No pair is left for 'train'" in capsys.readouterr().err
 
 
 def test_generated_data_is_the_default_and_stored_once(tokenizer: str, cache: Path) -> None:

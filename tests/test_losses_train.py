@@ -6,16 +6,23 @@ from pathlib import Path
 
 import pytest
 
+from dpo.options import relatives
 from tests.runs import ROOT, Lab
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 LOSSES = sorted((ROOT / "configs" / "losses").glob("*.yaml"))
-FAST = {"ipo", "simpo", "ld", "nca"}  # one of each kind; all others are run by `make test-slow`
-NO_REFERENCE = {"simpo", "cpo", "orpo"}
+FAST = {"ipo", "simpo", "ld", "nca", "odpo"}  # one of each kind; all others are run by `make test-slow`
+NO_REFERENCE = {"simpo", "cpo", "orpo", "nll"}
 SMALL = [
     *("--model.policy=quickstart", "--data.path=quickstart", "--data.limit=500", "--data.batch_size=8"),
     *("--data.max_length=64", "--data.val_fraction=0.15", "--trainer.val_check_interval=30", "--trainer.max_steps=30"),
 ]
+
+
+def test_every_loss_has_a_configuration() -> None:
+    shown = " ".join(file.read_text() for file in LOSSES)
+    for loss in relatives("dpo.losses.DPO"):
+        assert f"class_path: {loss.__name__}\n" in shown or f"class_path: {loss.__name__}}}" in shown, loss
 
 
 def accuracy(lab: Lab, verb: str, name: str, loss: Path) -> float:

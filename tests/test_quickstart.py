@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -74,6 +75,41 @@ def test_train_and_test_share_no_opening_for_any_seeds(pairs):
     test = {opening(chosen) for chosen, _ in rows(9, 500, held_out=True)}
     assert not any(map(is_held_out, train)) and all(map(is_held_out, test))
     assert len(train) > 0.75 * len(pairs)
+
+
+def test_margins_are_a_third_column_of_the_same_rows(tmp_path):
+    """Of a helpful answer over a rude one 2, else 1."""
+    for margins in (False, True):
+        write(tmp_path / str(margins), 3, 400, 10, margins)
+    plain, more = (
+        [
+            json.loads(line)
+            for line in gzip.decompress((tmp_path / name / SUBSET / "train.jsonl.gz").read_bytes()).splitlines()
+        ]
+        for name in ("False", "True")
+    )
+    assert [{**row, "margin": other["margin"]} for row, other in zip(plain, more, strict=True)] == more
+    found = [row["margin"] for row in more]
+    assert set(found) == {1.0, 2.0}
+    assert 0.02 < found.count(2.0) / len(found) < 0.09  # one in twenty
+
+
+def test_two_runs_may_write_the_same_files(tmp_path, monkeypatch):
+    """Another process is in the middle of the same file: its part stays its own."""
+    write(tmp_path, 3, 20, 10)
+    wanted = (tmp_path / SUBSET / "train.jsonl.gz").read_bytes()
+    replace = os.replace
+
+    def other(partial, path):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            patch.setattr(os, "getpid", lambda: 1)
+            write(tmp_path, 3, 20, 10)
+        replace(partial, path)
+
+    monkeypatch.setattr(os, "replace", other)
+    write(tmp_path, 3, 20, 10)
+    assert (tmp_path / SUBSET / "train.jsonl.gz").read_bytes() == wanted
 
 
 def test_write_gives_the_rows_as_reproducible_files(tmp_path):

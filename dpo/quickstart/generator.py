@@ -4,9 +4,9 @@ Takes a seed and a number of rows; gives pairs of full dialogues (chosen, reject
 like a copy of the data set. It does not know tokens or models.
 
 The last answers are of four kinds: helpful (polite and right), evasive, wrong (polite, with a usual mistake) and
-rude. Helpful beats all others, evasive beats rude. So the chosen answer is, as in real preference data, better
-but not always good: a model that imitates chosen answers is evasive two times in five, and only the comparison
-shows what is wanted. Whether the longer answer wins is a fair coin.
+rude. Helpful beats all others, evasive beats rude; the margin is 2 between helpful and rude and 1 elsewhere. So the
+chosen answer is, as in real preference data, better but not always good: a model that imitates chosen answers is
+evasive two times in five, and only the comparison shows what is wanted. Whether the longer answer wins is a fair coin.
 """
 
 import gzip
@@ -55,12 +55,12 @@ def _rude(random: Random, topic: Topic, x: str) -> str:
 
 Answer = Callable[[Random, Topic, str], str]
 
-# (chosen, rejected) and how often: three chosen answers in five are helpful, two evasive
-_LEVELS: tuple[tuple[tuple[Answer, Answer], float], ...] = (
-    ((_helpful, _evasive), 0.30),
-    ((_helpful, _wrong), 0.25),
-    ((_helpful, _rude), 0.05),
-    ((_evasive, _rude), 0.40),
+# (chosen, rejected, by how much it is better) and how often: three chosen answers in five are helpful, two evasive
+_LEVELS: tuple[tuple[tuple[Answer, Answer, float], float], ...] = (
+    ((_helpful, _evasive, 1.0), 0.30),
+    ((_helpful, _wrong, 1.0), 0.25),
+    ((_helpful, _rude, 2.0), 0.05),
+    ((_evasive, _rude, 1.0), 0.40),
 )
 _PAIRS, _WEIGHTS = zip(*_LEVELS, strict=True)
 
@@ -70,13 +70,13 @@ def _longer(one: str, other: str) -> bool:
     return len(one) > len(other) and len(_PIECE.findall(one)) > len(_PIECE.findall(other))
 
 
-def _answers(random: Random, topic: Topic, x: str) -> tuple[str, str]:
-    """A chosen and a rejected answer; a fair coin says which is longer, and they are drawn until it is so."""
-    (better, worse), longer_wins = random.choices(_PAIRS, _WEIGHTS)[0], random.random() < 0.5
+def _answers(random: Random, topic: Topic, x: str) -> tuple[str, str, float]:
+    """A chosen and a rejected answer and their margin; a coin says which is longer, and they are drawn until it is."""
+    (better, worse, margin), longer_wins = random.choices(_PAIRS, _WEIGHTS)[0], random.random() < 0.5
     while True:
         chosen, rejected = better(random, topic, x), worse(random, topic, x)
         if _longer(chosen, rejected) if longer_wins else _longer(rejected, chosen):
-            return chosen, rejected
+            return chosen, rejected, margin
 
 
 def _opening(random: Random, topic: Topic, x: str) -> str:
@@ -94,8 +94,8 @@ def _next(random: Random, topic: Topic) -> tuple[Topic, str, str]:
     return topic, x, random.choice(topic.questions).format(x=x)
 
 
-def _row(random: Random) -> tuple[str, str, str]:
-    """The opening, the chosen dialogue and the rejected dialogue."""
+def _row(random: Random) -> tuple[str, str, str, float]:
+    """The opening, the chosen dialogue, the rejected dialogue and the margin."""
     topic = random.choice(TOPICS)
     x = random.choice(list(topic.facts))
     opening = question = _opening(random, topic, x)
@@ -105,8 +105,8 @@ def _row(random: Random) -> tuple[str, str, str]:
         shared += f"\n\nHuman: {question}\n\nAssistant: {earlier}"
         topic, x, question = _next(random, topic)
     shared += f"\n\nHuman: {question}\n\nAssistant: "
-    chosen, rejected = _answers(random, topic, x)
-    return opening, shared + chosen, shared + rejected
+    chosen, rejected, margin = _answers(random, topic, x)
+    return opening, shared + chosen, shared + rejected, margin
 
 
 def is_held_out(opening: str) -> bool:
@@ -114,12 +114,12 @@ def is_held_out(opening: str) -> bool:
     return hashlib.sha256(opening.encode()).digest()[0] % _HELD_OUT_PART == 0
 
 
-def _stream(seed: int, held_out: bool) -> Iterator[tuple[str, str]]:
+def _stream(seed: int, held_out: bool) -> Iterator[tuple[str, str, float]]:
     random = Random(seed)
     while True:
-        opening, chosen, rejected = _row(random)
+        opening, chosen, rejected, margin = _row(random)
         if is_held_out(opening) == held_out:
-            yield chosen, rejected
+            yield chosen, rejected, margin
 
 
 def rows(seed: int, n: int, held_out: bool = False) -> Iterator[tuple[str, str]]:
@@ -135,18 +135,18 @@ def rows(seed: int, n: int, held_out: bool = False) -> Iterator[tuple[str, str]]
         (chosen, rejected): two dialogues of the form "\n\nHuman: ...\n\nAssistant: ...", with one to three
         human turns, that share every turn but the last answer.
     """
-    return islice(_stream(seed, held_out), n)
+    return ((chosen, rejected) for chosen, rejected, _ in islice(_stream(seed, held_out), n))
 
 
 def _write_gzip(path: Path, lines: Iterable[str]) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # other runs may be writing the same
     # name and time stay out of the header, so that the same rows are the same bytes
     with partial.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
         file.writelines(f"{line}\n".encode() for line in lines)
     os.replace(partial, path)
 
 
-def write(folder: Path, seed: int, train: int, test: int) -> Path:
+def write(folder: Path, seed: int, train: int, test: int, margins: bool = False) -> Path:
     """Writes a data set in hh-rlhf's layout: `<folder>/quickstart/{train,test}.jsonl.gz`.
 
     Args:
@@ -154,6 +154,7 @@ def write(folder: Path, seed: int, train: int, test: int) -> Path:
         seed: of the draw.
         train: rows of the train part.
         test: rows of the test part.
+        margins: write a third column, `margin`.
 
     Returns:
         `folder`, ready to be read as a local copy of hh-rlhf with the one subset `SUBSET`.
@@ -161,7 +162,8 @@ def write(folder: Path, seed: int, train: int, test: int) -> Path:
     subset = folder / SUBSET
     subset.mkdir(parents=True, exist_ok=True)
     for name, n, held_out in (("train", train, False), ("test", test, True)):
-        pairs = rows(seed, n, held_out)
-        lines = (json.dumps({"chosen": chosen, "rejected": rejected}) for chosen, rejected in pairs)
+        names = ("chosen", "rejected", "margin")[: 3 if margins else 2]
+        found = islice(_stream(seed, held_out), n)
+        lines = (json.dumps(dict(zip(names, row, strict=False))) for row in found)
         _write_gzip(subset / f"{name}.jsonl.gz", lines)
     return folder
