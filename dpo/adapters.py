@@ -60,13 +60,12 @@ class AsLoaded(Adapter):
         """Read it.
 
         Raises:
-            ValueError: Four bits were asked for and all weights would have to train.
+            ValueError: It is no adapter, and four bits were asked for (which cannot train), or that it be merged.
         """
         policy = loader.model(path, **(_four_bits() if self.four_bits else {}))
-        if self.four_bits and not layers(policy):
-            raise ValueError(
-                f"weights of four bits cannot train and {path!r} is no adapter: use --model.adapter QLoRA."
-            )
+        if (self.four_bits or self.merge) and not layers(policy):
+            option, to_add = ("four_bits", "QLoRA") if self.four_bits else ("merge", "LoRA")
+            raise ValueError(f"--model.adapter.{option}: {path!r} is no adapter. To add one: --model.adapter {to_add}.")
         return policy
 
 
@@ -125,6 +124,9 @@ def _add(policy: PreTrainedModel, path: str, r: int, alpha: int, targets: tuple[
             f"--model.policy {path!r} is an adapter already: leave --model.adapter out to train it on "
             "(--model.adapter.four_bits true: in four bits), or give a full model."
         )
+    for option, value in (("r", r), ("alpha", alpha)):
+        if value < 1:
+            raise ValueError(f"--model.adapter.{option}: expected 1 or more, got {value}.")
     if not is_peft_available():
         raise ValueError("adapters need peft: pip install 'dpo-lightning[lora]'.")
     from peft import LoraConfig
@@ -144,7 +146,7 @@ def _names(policy: PreTrainedModel, targets: tuple[str, ...]) -> list[str]:
     parts = dict(policy.named_modules())
     linear = [name for name, part in parts.items() if isinstance(part, nn.Linear | Conv1D)]
     found: set[str] = set()
-    for target in targets:
+    for target in targets or ("nothing",):
         every = [name for name in linear if parts[name] is not head]
         meant = every if target == ALL_LINEAR else [name for name in parts if f".{name}".endswith(f".{target}")]
         if not meant:

@@ -30,13 +30,14 @@ class Slim(L.LightningModule):
         """All that training changes must be there, and nothing else.
 
         Raises:
-            ValueError: Weights are missing or left over.
+            ValueError: Weights are missing, left over, or of another shape.
         """
-        changing = self.changing()
+        changing, ours = self.changing(), super().state_dict()
         missing, left_over = sorted(changing - state.keys()), sorted(state.keys() - changing)
-        if missing or left_over:
+        misfits = sorted(name for name in changing & state.keys() if state[name].shape != ours[name].shape)
+        if missing or left_over or misfits:
             raise ValueError(
-                f"this checkpoint is of another model: weights missing {missing[:3]}, left over {left_over[:3]}. "
-                "Give the --model.policy and --model.adapter that the run was started with."
+                f"this checkpoint is of another model: weights missing {missing[:3]}, left over {left_over[:3]}, of another "
+                f"shape {misfits[:3]}. Give the --model.policy and --model.adapter that the run was started with."
             )
         return super().load_state_dict(state, strict=False, assign=assign)

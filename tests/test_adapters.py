@@ -182,6 +182,9 @@ def test_gradients_are_those_of_a_plain_forward(case: tuple[Path, LoRA], recompu
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
+        (LoRA(r=0), "--model.adapter.r: expected 1 or more, got 0"),
+        (LoRA(alpha=0), "--model.adapter.alpha: expected 1 or more, got 0"),  # it would train nothing
+        (LoRA(targets=()), "expected all-linear or some of .*'q_proj'.* got 'nothing'"),
         (LoRA(targets=("q_proj", "query")), "expected all-linear or some of .*'q_proj'.* got 'query'"),
         (AsLoaded(four_bits=True), "bitsandbytes|CUDA"),
         (QLoRA(), "bitsandbytes|CUDA"),
@@ -191,6 +194,13 @@ def test_gradients_are_those_of_a_plain_forward(case: tuple[Path, LoRA], recompu
 def test_what_cannot_be_done_is_refused(adapter: Adapter, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adapter.read(Loader(), str(policy()))
+
+
+def test_nothing_is_merged_where_there_is_no_adapter() -> None:
+    with pytest.raises(
+        ValueError, match=r"--model\.adapter\.merge: .* is no adapter\. To add one: --model\.adapter LoRA"
+    ):
+        AsLoaded(merge=True).read(Loader(), str(policy()))
 
 
 @pytest.fixture
@@ -310,7 +320,7 @@ def test_resuming_is_exact(lab: Lab, run: Run) -> None:
 
 def test_a_checkpoint_of_other_weights_is_refused(lab: Lab, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     last = f"--ckpt_path={run.checkpoints / 'last.ckpt'}"
-    for words in ([], ["--model.adapter=LoRA", "--model.adapter.targets=[q_proj]"]):
+    for words in ([], ["--model.adapter=LoRA", "--model.adapter.targets=[q_proj]"], [*HEAD, "--model.adapter.r=8"]):
         assert lab.main("fit", "--name=other", *WORDS, *words, last) == 1
         assert "this checkpoint is of another model" in capsys.readouterr().err
 
