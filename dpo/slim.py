@@ -37,7 +37,7 @@ class Slim(L.LightningModule):
         misfits = sorted(name for name in changing & state.keys() if state[name].shape != ours[name].shape)
         if missing or left_over or misfits:
             raise ValueError(
-                f"this checkpoint is of another model: weights missing {missing[:3]}, left over {left_over[:3]}, of another "
-                f"shape {misfits[:3]}. Give the --model.policy and --model.adapter that the run was started with."
+                f"this checkpoint is of another model: weights missing {missing[:3]}, left over {left_over[:3]}, of "
+                f"other shapes {misfits[:3]}. Give the --model.policy and --model.adapter that the run began with."
             )
         return super().load_state_dict(state, strict=False, assign=assign)
