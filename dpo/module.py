@@ -195,6 +195,6 @@ class DPO(Stage):
         if before != self.reference.sha256:
             raise ValueError(
                 f"the checkpoint was trained against a reference with SHA-256 {before[:16] or 'none'}, this one has "
-                f"{self.reference.sha256[:16] or 'none'}. Give the --model.policy and --model.reference that the run began "
-                "with."
+                f"{self.reference.sha256[:16] or 'none'}. Give the --model.policy and --model.reference "
+                "that the run began with."
             )
