@@ -40,6 +40,7 @@ from dpo.sft import SFT
 from dpo.standard import callbacks
 from dpo.texts import TextData
 from dpo.training import Stage
+from dpo.words import completed, hand_on, reason
 
 NOISE = {  # what Lightning says about things that are as they should be here
     "policy and reference are in eval mode by design (dropout off)": "Found .* module.s. in eval mode",
@@ -55,7 +56,6 @@ SHORT_NAMES = (DPO, SFT, HHRLHF, PreferencePairs, Prompts, Cached, Warmup)
 HELD_OUT = 50  # validation pairs that are stored as text, for whoever serves the run
 NAMED = ("last", "best")  # checkpoints of a run that need no path
 Name = restricted_string_type("Name", r"^(?!latest$)\w[\w.+-]*$", docstring="A folder name other than latest.")
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-6, "weight_decay": 0.0}}
 TRAINER = {
     "default_root_dir": "runs",
@@ -103,7 +103,7 @@ class CLI(LightningCLI):
         root, checkpoint = Path(config.trainer.default_root_dir), config.ckpt_path
         given = config.name or (checkpoint and owner(root, checkpoint))
         config.name = given or f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed_everything}"
-        sys.argv += ["--name", config.name]  # processes that Lightning starts run this command line again
+        hand_on([*sys.argv[1:], "--name", config.name])
         self.run = Run(root / config.name)
         if checkpoint in NAMED:
             checkpoint = self.run.checkpoints / f"{checkpoint}.ckpt"
@@ -199,12 +199,6 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value] if value else []
 
 
-def reason(error: BaseException) -> str:
-    """What is wrong, without jsonargparse's list of all that the option is not."""
-    wrapped = error.__cause__ if "Union subtypes" in str(error) else None
-    return reason(wrapped) if wrapped else f"{type(error).__name__}: {error}"
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run a command line; with neither configuration nor model nor data named, the quickstart.
 
@@ -212,17 +206,13 @@ def main(arguments: Sequence[str]) -> int:
         Exit code: 0 done, 1 refused with a message, 130 or 143 stopped by a signal.
     """
     keep_freed_memory()
-    words = list(arguments)
-    named = any(word.split("=")[0] in ("--config", "-c", "--model.policy", "--data.path") for word in words)
-    if words[:1] == ["fit"] and not named:
-        words[1:1] = ["--config", str(QUICKSTART)]
     for message in NOISE.values():
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(word in record.getMessage() for word in CHATTER)
     )
     transformers.logging.disable_progress_bar()  # of loading and saving, beside ours
-    sys.argv[1:] = words  # not as `args`: processes that Lightning starts read them here
+    hand_on(completed(arguments))
     try:
         cli = CLI(
             Stage,

@@ -56,6 +56,7 @@ ORDER = (
     "report",
     "export",
     "hub",
+    "words",
     "options",
     "precision",
     "allocator",

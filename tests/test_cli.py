@@ -10,6 +10,7 @@ import yaml
 
 from dpo import cli
 from dpo.run import Run
+from dpo.words import QUICKSTART
 from tests.runs import ROOT, Lab, checkpoint, metrics, pairs, policy
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -255,8 +256,10 @@ def test_fit_alone_is_the_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in (["fit"], ["fit", "--name", "x"], ["fit", "--trainer.max_steps=1"]):
         with pytest.raises(SystemExit):
             cli.main(words)
-        assert seen["words"] == ["train.py", "fit", "--config", str(cli.QUICKSTART), *words[1:]]
-    for words in (["fit", "--config=x.yaml"], ["fit", "--data.path", "x"], ["fit", "--model.policy=x"], ["test"]):
+        assert seen["words"] == ["train.py", "fit", "--config", str(QUICKSTART), *words[1:]]
+    named = [["--config=x.yaml"], ["--data.path", "x"], ["--data.init_args.path=x"], ["--model.policy=x"]]
+    named += [["--model.init_args.policy", "x"]]
+    for words in (*(["fit", *more] for more in named), ["test"]):
         with pytest.raises(SystemExit):
             cli.main(words)
         assert seen["words"] == ["train.py", *words]
