@@ -17,8 +17,8 @@ Around it:
   `texts`, `pairs`, `data`, `prompts` (the data modules), `sampler`; `quickstart` makes files of its own
 - models: `models`, `adapters`, `sharing`, `reference`, `cache`, `cached`, `generation`, `precision`, `allocator`
 - the step: `training`, `module`, `sft`, `metrics`, `finite`, `slim`, `schedules`, `preflight`
-- a run and what it leaves: `cli`, `words`, `options`, `standard`, `run`, `checkpoints`, `loggers`, `callbacks`,
-  `console`, `report`, `online`, `export`, `hub`, `rebuild`; then `serving`
+- a run and what it leaves: `cli`, `words`, `options`, `standard`, `run`, `checkpoints`, `resuming`, `loggers`,
+  `callbacks`, `console`, `report`, `online`, `export`, `hub`, `rebuild`; then `serving`
 """
 
 __version__ = "0.1.0"

@@ -138,20 +138,24 @@ class Settings(L.Callback):
         """Look it up."""
         self.saved = checkpoint["optimizer"]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make optimizer and schedule anew, go as many steps along the schedule, and take over all but the state.
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before the state is restored.
 
         Raises:
-            ValueError: The state is of another optimizer.
+            ValueError: It is of another optimizer.
         """
+        name = type(trainer.optimizers[0]).__name__
+        if self.saved not in ("", name):
+            raise ValueError(
+                f"the checkpoint holds the state of {self.saved}: expected --optimizer {self.saved}, got {name}. "
+                "To change it, begin a run with --model.policy at the export of this one."
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make optimizer and schedule anew, go as many steps along the schedule, and take over all but the state."""
         if not self.saved:
             return
         (optimizer,), configs = trainer.optimizers, trainer.lr_scheduler_configs
-        if type(optimizer).__name__ != self.saved:
-            raise ValueError(
-                f"the checkpoint holds the state of {self.saved}: expected --optimizer {self.saved}, got "
-                f"{type(optimizer).__name__}. To change it, begin a run with --model.policy at the export of this one."
-            )
         made: Any = pl_module.configure_optimizers()
         if configs:
             schedule, made = made["lr_scheduler"]["scheduler"], made["optimizer"]

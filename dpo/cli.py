@@ -120,7 +120,9 @@ class CLI(LightningCLI):
         """Give the trainer what every run has, in front of what the user adds."""
         self.stop, self.log = Stop(), MetricsCSV(self.run.metrics)
         verb, theirs = str(self.subcommand), self.config_init[self.subcommand].trainer
-        ours = callbacks(verb, self.config[verb], self.run, self.datamodule, self.log, self.stop)
+        config = self.config[verb]
+        text = self._parser(verb).dump(config, skip_none=False)
+        ours = callbacks(verb, config, text, self.run, self.datamodule, self.log, self.stop)
         trainer = super().instantiate_trainer(
             callbacks=ours + as_list(theirs.callbacks),
             plugins=[AtomicIO(), *as_list(theirs.plugins)],
@@ -142,8 +144,6 @@ class CLI(LightningCLI):
     def _open_run(self) -> None:
         if self.subcommand == "fit":
             self.run.create(self.resume)
-            text = self._parser("fit").dump(self.config["fit"], skip_none=False)
-            self.run.config.write_text(text)
         rank_zero_info(f"Run: {self.run.folder}")
 
     @rank_zero_only

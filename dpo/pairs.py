@@ -5,6 +5,7 @@ the rows come from is said by the leaves in `dpo.data`. Knows nothing of models:
 the ids that end an answer.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
@@ -136,10 +137,18 @@ class PairData(TextData, ABC):
         if self.pairs:
             return
         sources = self.sources(fetch=False)
-        folder = self._folder(sources)
+        self.folder = folder = self._folder(sources)
         self.audits = {split: store.audit(folder, split) for split in _splits(sources)}
         for split in self.audits:
             self._open(store.load(folder, split), split)
+
+    @property
+    def training_sha256(self) -> str:
+        """SHA-256 of the training pairs, in the order of an epoch that is not shuffled."""
+        digest = hashlib.sha256(self.folder.name.encode())
+        if "train" in self.pairs:
+            digest.update(self.pairs["train"].rows.tobytes())
+        return digest.hexdigest()
 
     def _open(self, table: Dataset, split: str) -> None:
         columns = {name: table.data.table[name].to_numpy() for name in ("verdict", "opening", "subset", "margin")}

@@ -13,12 +13,15 @@ from dpo.console import Bar, Lines, Samples
 from dpo.loggers import MetricsCSV, Rewind
 from dpo.pairs import PairData
 from dpo.preflight import Preflight
+from dpo.resuming import Terms
 from dpo.run import Run
 from dpo.texts import TextData
 
 
-def callbacks(verb: str, config: Any, run: Run, data: TextData, log: MetricsCSV, stop: Stop) -> list[L.Callback]:
-    """In the order in which they are called; `config` is what the command line says.
+def callbacks(
+    verb: str, config: Any, text: str, run: Run, data: TextData, log: MetricsCSV, stop: Stop
+) -> list[L.Callback]:
+    """In the order in which they are called; `config` is what the command line says, `text` the whole of it.
 
     Raises:
         ValueError: The data are no pairs, and the verb needs them.
@@ -29,7 +32,8 @@ def callbacks(verb: str, config: Any, run: Run, data: TextData, log: MetricsCSV,
     elif not isinstance(data, PairData):
         raise ValueError(f"{verb}: expected preference pairs, got --data {type(data).__name__}, which is for predict.")
     elif verb == "fit":
-        found = [Rewind(log), Settings(), Preflight(data), Record(run, data), Rates(data), Samples(run, data), *found]
+        refusing = [Terms(config.seed_everything, data), Settings(), Preflight(data)]
+        found = [*refusing, Rewind(log), Record(run, data, text), Rates(data), Samples(run, data), *found]
     if config.trainer.enable_progress_bar is not False:
         found += [Bar(), Lines()]
     return found

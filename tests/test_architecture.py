@@ -50,6 +50,7 @@ ORDER = (
     "preflight",
     # a run and what it leaves
     "checkpoints",
+    "resuming",
     "loggers",
     "callbacks",
     "console",

@@ -84,8 +84,9 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path: Path, capsys: pytes
     lab = Lab(tmp_path)
     run = lab.fit("adam", RATE, "--data.val_fraction=0", "--trainer.max_steps=1")
     words = ["--optimizer=torch.optim.RMSprop", "--name=adam", "--data.val_fraction=0", "--ckpt_path=last"]
-    before = (run.checkpoints / "last.ckpt").read_bytes()
+    before, record = (run.checkpoints / "last.ckpt").read_bytes(), run.config.read_bytes()
     assert lab.main("fit", *words) == 1
+    assert run.config.read_bytes() == record
     assert "holds the state of AdamW: expected --optimizer AdamW, got RMSprop" in capsys.readouterr().err
     assert (run.checkpoints / "last.ckpt").read_bytes() == before
 
@@ -242,6 +243,31 @@ def test_another_reference_is_refused(lab: Lab, whole: Run, capsys: pytest.Captu
     message = capsys.readouterr().err
     assert f"trained against a reference with SHA-256 {checkpoint(whole)['reference_sha256'][:16]}" in message
     assert "--model.reference" in message
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--data.batch_size=2", "--data.batch_size 4 (now 2)"),
+        ("--seed_everything=5", "--seed_everything 0 (now 5)"),
+        ("--data.seed=5", "--data.seed 0 (now 5)"),
+        ("--data.shuffle=false", "--data.shuffle True (now False)"),
+        ("--data.val_fraction=0.5", "--data: training pairs with SHA-256 "),
+        ("--data.max_length=64", "--data: training pairs with SHA-256 "),
+        ("--trainer.accumulate_grad_batches=2", "--trainer.accumulate_grad_batches 1 (now 2)"),
+        ("--model.loss.beta=0.2", "--model.loss DPO(beta=0.1"),
+        ("--model=SFT", "--model DPO (now SFT)"),
+    ],
+)
+def test_other_terms_are_refused_and_the_record_stays(
+    lab: Lab, whole: Run, capsys: pytest.CaptureFixture[str], word: str, expected: str
+) -> None:
+    files = [whole.config, whole.metrics, whole.audit, whole.checkpoints / "last.ckpt"]
+    before = [file.read_bytes() for file in files]
+    assert lab.main("fit", "--name=whole", *EPOCHS, "--ckpt_path=last", "--trainer.max_epochs=3", word) == 1
+    message = capsys.readouterr().err
+    assert expected in message and "--model.policy" in message
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_a_checkpoint_of_another_model_is_refused(
