@@ -38,7 +38,7 @@ from dpo.run import Run, jsonl
 from dpo.schedules import Warmup
 from dpo.sft import SFT
 from dpo.standard import callbacks
-from dpo.texts import TextData
+from dpo.texts import QUICKSTART, TextData
 from dpo.training import Stage
 from dpo.words import completed, hand_on, reason
 
@@ -82,7 +82,7 @@ class CLI(LightningCLI):
             default=None,
             help="Name of the run: its folder is runs/<name>. Default: date and seed.",
         )
-        parser.link_arguments("model.init_args.policy", "data.init_args.tokenizer")
+        parser.link_arguments(("model.init_args.policy", "data"), "data.init_args.tokenizer", tokenizer)
         parser.link_arguments("model", "data.init_args.answers", lambda model: model.answers, apply_on="instantiate")
         parser.add_optimizer_args((torch.optim.Optimizer,), link_to="model.init_args.optimizer")
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.init_args.lr_scheduler")
@@ -186,6 +186,21 @@ class CLI(LightningCLI):
     @rank_zero_only
     def _print(self, stage: str) -> None:
         report.show_values({name: float(value) for name, value in self.trainer.callback_metrics.items()}, stage)
+
+
+def tokenizer(policy: str, data: Any) -> str:
+    """The policy's own.
+
+    Raises:
+        ValueError: Another one was chosen for the data.
+    """
+    given = data.init_args.tokenizer
+    if given not in (QUICKSTART, policy):  # the default, and what was linked before
+        raise ValueError(
+            f"--data.tokenizer: expected none, got {given!r}: the tokenizer is the one that comes with --model.policy "
+            f"({policy}). Leave the option out, or put the tokenizer's files into the policy's folder."
+        )
+    return policy
 
 
 def owner(root: Path, checkpoint: str | Path) -> str | None:

@@ -166,6 +166,17 @@ def test_wrong_values_are_refused_with_a_message(
     assert expected in refused(lab, capsys, word)
 
 
+@pytest.mark.parametrize("way", ["short", "long", "configuration"])
+def test_a_tokenizer_of_its_own_is_refused(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    config = tmp_path / "tokenizer.yaml"
+    config.write_text("data: {class_path: HHRLHF, init_args: {tokenizer: gpt2}}")
+    ways = {"short": "--data.tokenizer=gpt2", "long": "--data.init_args.tokenizer=gpt2"}
+    message = refused(lab, capsys, ways.get(way, f"--config={config}"))
+    assert f"expected none, got 'gpt2': the tokenizer is the one that comes with --model.policy ({policy()})" in message
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
