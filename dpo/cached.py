@@ -216,9 +216,8 @@ def fill(model: PreTrainedModel, rows: Rows, file: Path, key: Key, max_tokens: i
         if trainer.strategy.broadcast(file.exists()):
             return
         rank_zero_info(f"Reference: log-probabilities of {len(rows.ids):,} rows go into {file}.")
-        aside = file.with_name(f".{file.name}.tmp")
-        with complete(file) if first else nullcontext(aside) as temporary:
-            compute(model, rows, temporary, key, max_tokens, trainer)
+        with complete(file) if first else nullcontext(file) as aside:
+            compute(model, rows, trainer.strategy.broadcast(aside), key, max_tokens, trainer)
     trainer.strategy.barrier("cached")
 
 

@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from dpo.module import DPO
 from dpo.options import Parser
 from dpo.preflight import PreflightError
 from dpo.prompts import Prompts
-from dpo.run import Run, jsonl
+from dpo.run import NAMED, Run, jsonl, owner
 from dpo.schedules import Warmup
 from dpo.sft import SFT
 from dpo.standard import callbacks
@@ -54,7 +55,6 @@ CHATTER = ("litlogger", "GPU available", "TPU available")
 # Imported here, so that the command line knows them by their last name.
 SHORT_NAMES = (DPO, SFT, HHRLHF, PreferencePairs, Prompts, Cached, Warmup)
 HELD_OUT = 50  # validation pairs that are stored as text, for whoever serves the run
-NAMED = ("last", "best")  # checkpoints of a run that need no path
 Name = restricted_string_type("Name", r"^(?!latest$)\w[\w.+-]*$", docstring="A folder name other than latest.")
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-6, "weight_decay": 0.0}}
 TRAINER = {
@@ -130,8 +130,14 @@ class CLI(LightningCLI):
             use_distributed_sampler=False,
             **kwargs,
         )
-        self._open_run()
+        rank_zero_info(f"Run: {self.run.folder}")
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """A fit has its folder for itself."""
+        trains = subcommand == "fit" and self.trainer.is_global_zero
+        with self.run.opened(self.resume) if trains else nullcontext():
+            super()._run_subcommand(subcommand)
 
     def _loggers(self, chosen: Logger | list[Logger] | bool | None) -> list[Logger]:
         """Metrics.csv of a fit and what the user chose; Weights & Biases where nothing was chosen."""
@@ -139,12 +145,6 @@ class CLI(LightningCLI):
             return []
         default = chosen is None or chosen is True
         return [self.log, *([wandb_logger(self.run)] if default else as_list(chosen))]
-
-    @rank_zero_only
-    def _open_run(self) -> None:
-        if self.subcommand == "fit":
-            self.run.create(self.resume)
-        rank_zero_info(f"Run: {self.run.folder}")
 
     @rank_zero_only
     def _finish(self, stage: str) -> None:
@@ -201,12 +201,6 @@ def tokenizer(policy: str, data: Any) -> str:
             f"({policy}). Leave the option out, or put the tokenizer's files into the policy's folder."
         )
     return policy
-
-
-def owner(root: Path, checkpoint: str | Path) -> str | None:
-    """Name of the run below `root` that a checkpoint is of; the newest run for `last` and `best`."""
-    folder = (root / "latest" if checkpoint in NAMED else Path(checkpoint).parents[1]).resolve()
-    return folder.name if folder.parent == root.resolve() and folder.is_dir() else None
 
 
 def as_list(value: Any) -> list[Any]:

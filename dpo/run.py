@@ -9,8 +9,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any
+
+NAMED = ("last", "best")  # checkpoints of a run that need no path
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,31 @@ class Run:
         """The Hugging Face folder."""
         return self.folder / "export"
 
-    def create(self, resume: bool) -> None:
-        """Make the folder and point `latest` at it.
+    @contextmanager
+    def opened(self, resume: bool) -> Iterator[None]:
+        """Make the folder and keep it for this process as long as it trains, however that ends.
 
         Raises:
-            ValueError: A run has trained there, and this one does not go on from its checkpoint.
+            ValueError: A run trains or has trained there, and this one does not go on from its checkpoint.
         """
-        if (self.metrics.exists() or self.checkpoints.exists()) and not resume:
-            raise ValueError(
-                f"the run {self.folder} exists. Choose another --name, remove the folder, or go on with it: "
-                f"--config {self.config} --ckpt_path {self.checkpoints / 'last.ckpt'}"
-            )
         self.folder.mkdir(parents=True, exist_ok=True)
+        with self.config.open("a") as kept:
+            try:
+                flock(kept, LOCK_EX | LOCK_NB)  # which the kernel takes back from a process that is killed
+            except BlockingIOError as error:
+                raise ValueError(f"another process trains in {self.folder}: choose another --name, or wait.") from error
+            if (self.metrics.exists() or self.checkpoints.exists()) and not resume:
+                raise ValueError(
+                    f"the run {self.folder} exists. Choose another --name, remove the folder, or go on with it: "
+                    f"--config {self.config} --ckpt_path {self.checkpoints / 'last.ckpt'}"
+                )
+            for left in (*self.checkpoints.glob(".*.tmp"), *self.folder.glob(f".{self.export.name}.*.tmp")):
+                _remove(left)  # by a process that was killed while it wrote
+            self.lead()
+            yield
+
+    def lead(self) -> None:
+        """Point `latest` at the folder."""
         latest = self.folder.parent / "latest"
         temporary = self.folder.parent / f".latest-{os.getpid()}"
         temporary.symlink_to(self.folder.name)
@@ -89,10 +105,16 @@ class Run:
             temporary.write_text(json.dumps({**before, **values}, indent=2) + "\n")
 
 
+def owner(root: Path, checkpoint: str | Path) -> str | None:
+    """Name of the run below `root` that a checkpoint is of; the newest run for `last` and `best`."""
+    folder = (root / "latest" if checkpoint in NAMED else Path(checkpoint).parents[1]).resolve()
+    return folder.name if folder.parent == root.resolve() and folder.is_dir() else None
+
+
 @contextmanager
 def complete(path: Path) -> Iterator[Path]:
     """Write a file or folder aside; it takes its name, flushed to disk, only when the block ends well."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of this process, others may write the same
     _remove(temporary)
     try:
         yield temporary

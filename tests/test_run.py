@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo.run import Run, complete
-from tests.runs import Lab, metrics, policy, weights
+from tests.runs import Lab, checkpoint, metrics, policy, weights
 
 SIDES = [f"{what}/{side}" for what in ("rewards", "logps", "logits", "length") for side in ("chosen", "rejected")]
 PAIR_METRICS = {*SIDES, "loss", "rewards/margins", "rewards/accuracies", "displaced"}
@@ -147,6 +148,41 @@ def test_a_run_is_not_overwritten(lab: Lab, run: Run, capsys: pytest.CaptureFixt
     message = capsys.readouterr().err
     assert f"the run {run.folder} exists" in message and "--ckpt_path" in message
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_is_of_one_process_at_a_time(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed in the hardest way, it can be gone on with."""
+    run = Run(lab.folder / "shared")
+    words = ["--name=shared", "--data.val_fraction=0", "--trainer.val_check_interval=1"]
+    process = lab.start("fit", *words, "--trainer.max_epochs=1000")
+    try:
+        deadline = time.monotonic() + 120
+        while not (run.checkpoints / "last.ckpt.sha256").exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.05)
+        for more in ([], ["--ckpt_path=last"]):
+            assert lab.main("fit", *words, "--trainer.max_steps=1", *more) == 1
+            assert f"another process trains in {run.folder}" in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.communicate()
+    step = checkpoint(run)["global_step"]
+    left = run.checkpoints / ".last.ckpt.1.tmp"
+    left.write_bytes(b"half")
+    assert lab.main("fit", *words, "--ckpt_path=last", f"--trainer.max_steps={step + 1}") == 0
+    assert metrics(run)[-1]["step"] == step + 1
+    assert not left.exists()
+
+
+def test_two_processes_can_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    with complete(file) as first:
+        first.write_text("first")
+        monkeypatch.setattr("os.getpid", lambda: 0)  # as in another process
+        with complete(file) as second:
+            second.write_text("second")
+        assert file.read_text() == "second"
+    assert file.read_text() == "first"
 
 
 def test_a_name_is_made_of_date_and_seed(lab: Lab) -> None:
