@@ -37,6 +37,7 @@ class Record(L.Callback):
             self.run.config.write_text(self.config)
             with complete(self.run.audit) as temporary:
                 temporary.write_text(json.dumps(audits, indent=2) + "\n")
+            self.run.lead()
         for logger in trainer.loggers:
             logger.log_hyperparams({**yaml.safe_load(self.config), "audit": audits})
 

@@ -137,7 +137,10 @@ class CLI(LightningCLI):
         """A fit has its folder for itself."""
         trains = subcommand == "fit" and self.trainer.is_global_zero
         with self.run.opened(self.resume) if trains else nullcontext():
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            finally:
+                wandb.finish()  # before a folder that it writes into may be removed
 
     def _loggers(self, chosen: Logger | list[Logger] | bool | None) -> list[Logger]:
         """Metrics.csv of a fit and what the user chose; Weights & Biases where nothing was chosen."""
@@ -241,6 +244,4 @@ def main(arguments: Sequence[str]) -> int:
         if isinstance(end.__context__ or end, KeyboardInterrupt):
             return 130
         raise
-    finally:
-        wandb.finish()
     return cli.stop.exit_code

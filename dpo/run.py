@@ -71,9 +71,13 @@ class Run:
     def opened(self, resume: bool) -> Iterator[None]:
         """Make the folder and keep it for this process as long as it trains, however that ends.
 
+        A start that breaks off before there is an audit (which is written when nothing can refuse any more) leaves no
+        folder where there was none.
+
         Raises:
             ValueError: A run trains or has trained there, and this one does not go on from its checkpoint.
         """
+        new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.config.open("a") as kept:
             try:
@@ -87,8 +91,11 @@ class Run:
                 )
             for left in (*self.checkpoints.glob(".*.tmp"), *self.folder.glob(f".{self.export.name}.*.tmp")):
                 _remove(left)  # by a process that was killed while it wrote
-            self.lead()
-            yield
+            try:
+                yield
+            finally:
+                if new and not self.audit.exists():
+                    shutil.rmtree(self.folder)
 
     def lead(self) -> None:
         """Point `latest` at the folder."""

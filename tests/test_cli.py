@@ -195,9 +195,22 @@ def test_what_cannot_be_read_or_done_is_said(
     assert expected in message and "Traceback" not in message
 
 
-def test_a_failed_start_does_not_take_the_name(lab: Lab) -> None:
-    assert lab.main("fit", "--name=retry", *QUICK, "--data.path=/nowhere") == 1
-    lab.fit("retry", *QUICK)
+@pytest.mark.parametrize("word", ["--data.path=/nowhere", "--model.policy=/nowhere", "--data.max_length=300"])
+def test_a_failed_start_takes_neither_name_nor_latest(lab: Lab, run: Run, word: str) -> None:
+    """Refused while data are read, while models are read, by the preflight."""
+    newest = os.readlink(lab.folder / "latest")
+    assert lab.main("fit", "--name=retry", *QUICK, word) == 1
+    assert not (lab.folder / "retry").exists()
+    assert os.readlink(lab.folder / "latest") == newest
+
+
+def test_a_failed_start_takes_nothing_that_was_there(lab: Lab) -> None:
+    theirs = lab.folder / "theirs-before" / "notes.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    assert lab.main("fit", "--name=theirs-before", *QUICK, "--data.path=/nowhere") == 1
+    assert theirs.read_text() == "mine"
+    lab.fit("theirs-before", *QUICK)
 
 
 def test_callbacks_and_loggers_of_the_user_are_added(lab: Lab) -> None:
