@@ -8,9 +8,11 @@ import re
 from abc import ABC
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
+from difflib import get_close_matches
 from functools import cache
+from importlib import import_module
 from pydoc import locate
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from jsonargparse import Namespace, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
@@ -20,19 +22,60 @@ REFUSED = re.compile(r"class_path '([\w.]+)':\s+(?:Option '|unrecognized argumen
 _discard: Callable[[Any, Any, Any], None] = _typehints.discard_init_args_on_class_path_change
 
 
+UNKNOWN = re.compile(r"Expected a dot import path string: (\w+)$", re.M)
+WANTED = re.compile(r"class_path '([\w.]+)':\s+Parser key \"(\w+)\"|Subtypes: \[<class '([\w.]+)'>")
+
+
 class Parser(LightningArgumentParser):
-    """Lightning's parser; where an option is not accepted, it says by whom it is."""
+    """Lightning's parser; where an option is not accepted, it says by whom it is, and last what may have been meant."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with a message."""
         hints = [_hint(*refused.groups()) for refused in REFUSED.finditer(message)]
         new = [hint for hint in hints if hint not in message]  # parsers within parsers have said theirs
-        super().error("\n".join([message, *new]), ex)
+        last = _meant(message) if self.exit_on_error else []
+        super().error("\n".join([message, *new, *last]), ex)
 
 
 def _hint(path: str, option: str) -> str:
     takers = sorted(leaf.__name__ for leaf in relatives(path) if option in inspect.signature(leaf).parameters)
     return f"'{option}' is taken by {', '.join(takers)}." if takers else ""
+
+
+def _meant(message: str) -> list[str]:
+    """One line on the option or class that there is none of, with those that are spelled much like it."""
+    for path, option in REFUSED.findall(message)[-1:]:
+        return [_line(f"{path.rpartition('.')[2]} has no option", option, set(_parameters(path)))]
+    for name in UNKNOWN.findall(message)[-1:]:
+        roots = [_types(*found) for found in WANTED.findall(message)]
+        return [_line("there is no class", name, {cls.__name__ for root in roots[-1:] for cls in root})]
+    return []
+
+
+def _line(what: str, name: str, known: set[str]) -> str:
+    near = get_close_matches(name, sorted(known), cutoff=0.5)
+    return f"error: {what} {name!r}." + (f" Did you mean {' or '.join(near)}?" if near else "")
+
+
+def _types(path: str, option: str, root: str) -> list[type[Any]]:
+    """All classes below a class, or below those that an option of a class takes."""
+    wanted = _class(root) if root else _parameters(path)[option]
+    return [cls for kind in get_args(wanted) or [wanted] for cls in _below(kind)]
+
+
+def _parameters(path: str) -> dict[str, Any]:
+    """What a class and those that it passes options on to take: names and types."""
+    signatures = [inspect.signature(cls) for cls in reversed(_class(path).__mro__[:-1])]
+    return {name: given.annotation for signature in signatures for name, given in signature.parameters.items()}
+
+
+def _class(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return vars(import_module(module))[name]
+
+
+def _below(cls: type[Any]) -> list[type[Any]]:
+    return [cls, *(deeper for below in type.__subclasses__(cls) for deeper in _below(below))]
 
 
 def relatives(path: str) -> Iterator[type[Any]]:

@@ -149,6 +149,27 @@ def test_unknown_options_and_classes_are_refused_by_name(
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
+        ("--model.polcy=x", "error: DPO has no option 'polcy'. Did you mean policy?"),
+        ("--data.bath_size=3", "error: HHRLHF has no option 'bath_size'. Did you mean batch_size?"),
+        ("--model.loss.bta=1", "error: DPO has no option 'bta'. Did you mean beta?"),
+        ("--optimizer.lrr=1", "error: AdamW has no option 'lrr'. Did you mean lr?"),
+        ("--model.loss=RobustDPOO", "error: there is no class 'RobustDPOO'. Did you mean RobustDPO?"),
+        ("--model.loss=Foo", "error: there is no class 'Foo'."),
+        ("--model.adapter=Lora", "error: there is no class 'Lora'. Did you mean LoRA"),
+        ("--model=DPOO", "error: there is no class 'DPOO'. Did you mean DPO?"),
+        ("--optimizer=Adm", "error: there is no class 'Adm'. Did you mean Adam"),
+        ("--nothing=1", "error: unrecognized arguments: --nothing=1"),
+    ],
+)
+def test_the_last_line_says_what_is_wrong(
+    lab: Lab, capsys: pytest.CaptureFixture[str], word: str, expected: str
+) -> None:
+    assert refused(lab, capsys, word).splitlines()[-1].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
         ("--model.loss.label_smoothing=0.9", "ValueError: label_smoothing: expected a number in [0, 0.5], got 0.9.\n"),
         ("--model.loss.beta=0", "ValueError: beta: expected a number in (0, inf), got 0.0.\n"),
         ("--model.loss.beta=many", "beta"),
