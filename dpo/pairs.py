@@ -54,6 +54,12 @@ class PairDataset:
         self.scored = array("q", scored.tobytes())
         self.costs = array("q", (prompt + scored).tobytes())
 
+    @property
+    def largest(self) -> int:
+        """The largest token id of the table."""
+        columns = (self.table.data.table[side] for side in ("prompt", *self.answers))
+        return max(int(pc.max(pc.list_flatten(column)).as_py()) for column in columns)
+
     def __len__(self) -> int:
         return len(self.rows)
 

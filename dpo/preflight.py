@@ -7,6 +7,7 @@ what to do. Most broken set-ups train without complaint; none of them passes her
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
+from typing import Any
 
 import lightning as L
 import torch
@@ -54,6 +55,8 @@ class Preflight(L.Callback):
         batch = collate(examples).to(pl_module.device)
         passed = list(_answers(examples, self.data.encoder.end_ids))
         passed += _context(pl_module, self.data.max_length)
+        passed += _vocabulary(pl_module, self.data)
+        passed += _finite(pl_module)
         passed += _frozen(pl_module, trainer.optimizers[0])
         with trainer.precision_plugin.forward_context():
             passed += _repeatable(pl_module, batch)
@@ -97,6 +100,28 @@ def _context(module: Stage, max_length: int) -> Iterator[str]:
         "Lower it.",
     )
     yield f"{max_length} tokens fit the policy"
+
+
+def _vocabulary(module: Stage, data: PairData) -> Iterator[str]:
+    embedding: Any = module.policy.get_input_embeddings()
+    rows, tokens = embedding.weight.shape[0], len(data.tokenizer)
+    # Read all pairs only where they may not fit: some tokenizers have tokens that no text becomes.
+    largest = max(pairs.largest for pairs in data.pairs.values()) if tokens > rows else 0
+    _require(
+        largest < rows,
+        "the vocabulary",
+        f"token ids below the {rows:,} rows of the policy's embedding",
+        f"{largest:,} out of a tokenizer of {tokens:,} tokens",
+        "Give the policy the tokenizer that it was made with, or a row for every token.",
+    )
+    yield f"a row of {rows:,} for every token"
+
+
+def _finite(module: Stage) -> Iterator[str]:
+    models = module.models().items()
+    broken = [f"{role} {name}" for role, m in models for name, p in m.named_parameters() if not p.isfinite().all()]
+    _require(not broken, "the weights", "finite numbers", f"nan or inf in {broken[:3]}", "Take another checkpoint.")
+    yield "all weights are finite"
 
 
 def _frozen(module: Stage, optimizer: torch.optim.Optimizer) -> Iterator[str]:

@@ -1,20 +1,23 @@
 """Set-ups that are broken on purpose: each is refused before the first step, with what was expected, got and to do."""
 
+import math
 from dataclasses import dataclass
 from math import log
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from dpo import preflight
+from dpo import preflight, quickstart
 from dpo.batch import Batch, Example
 from dpo.losses import DPO, PairLogps
 from dpo.models import Loader
 from dpo.preflight import PreflightError
 from dpo.reference import SAME, Frozen, Reference
 from dpo.run import Run
+from tests.conftest import make_tiny_model
 from tests.runs import Lab, metrics, policy, write
 
 
@@ -167,6 +170,39 @@ def test_a_model_that_sees_the_next_token(lab: Lab, capsys: pytest.CaptureFixtur
 def test_more_tokens_than_the_policy_has_positions(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(lab, capsys, "--data.max_length=300")
     assert "--data.max_length: expected at most the 256 positions that the policy was made for, got 300." in message
+
+
+def saved(folder: Path, rows: int | None = None, value: float | None = None, unused: int = 0) -> str:
+    """The word for a policy with so many rows of its embedding, one of this value, and tokens that no text becomes."""
+    tokens = AutoTokenizer.from_pretrained(quickstart.POLICY)
+    model = make_tiny_model(vocab_size=rows or len(tokens), num_hidden_layers=1)
+    tokens.add_tokens([f"<unused {i}>" for i in range(unused)])
+    if value is not None:
+        model.lm_head.weight.data[0, 0] = value
+    tokens.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return f"--model.policy={folder}"
+
+
+def test_a_tokenizer_that_is_larger_than_the_embedding(
+    lab: Lab, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    message = refused(lab, capsys, saved(tmp_path, rows=100))
+    tokens = len(AutoTokenizer.from_pretrained(quickstart.POLICY))
+    assert "the vocabulary: expected token ids below the 100 rows of the policy's embedding" in message
+    assert f"out of a tokenizer of {tokens:,} tokens" in message
+
+
+def test_tokens_that_no_text_becomes_need_no_row(lab: Lab, tmp_path: Path) -> None:
+    lab.fit("unused", *ONE, saved(tmp_path, unused=2))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite(
+    lab: Lab, capsys: pytest.CaptureFixture[str], tmp_path: Path, value: float
+) -> None:
+    message = refused(lab, capsys, saved(tmp_path, value=value))
+    assert "the weights: expected finite numbers, got nan or inf in ['policy lm_head.weight'" in message
 
 
 def test_an_end_inside_an_answer() -> None:
