@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSched
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from dpo import report
+from dpo import precision, report
 from dpo.allocator import keep_freed_memory
 from dpo.cached import Cached
 from dpo.callbacks import Predictions, Stop
@@ -130,6 +130,7 @@ class CLI(LightningCLI):
             use_distributed_sampler=False,
             **kwargs,
         )
+        precision.check(trainer.precision_plugin)
         rank_zero_info(f"Run: {self.run.folder}")
         return trainer
 

@@ -1,7 +1,10 @@
-"""The number format that the processor is fast at, for configurations that do not know where they will run."""
+"""The number format that the processor is fast at, and those that are none to train in.
+
+For configurations that do not know where they will run.
+"""
 
 import torch
-from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_info
 
 
@@ -12,3 +15,16 @@ def bfloat16_where_fast() -> Precision:
         f"Precision: {'bf16-mixed' if fast else '32-true'}, as this processor {'has' if fast else 'lacks'} bfloat16."
     )
     return MixedPrecision("bf16-mixed", "cpu") if fast else Precision()
+
+
+def check(precision: Precision) -> None:
+    """Refuse number formats that weights are kept in.
+
+    Raises:
+        ValueError: They are not kept in float32.
+    """
+    if isinstance(precision, HalfPrecision | DoublePrecision):
+        raise ValueError(
+            f"--trainer.precision: expected 32-true, bf16-mixed or 16-mixed, got {precision.precision}. Weights are "
+            "kept in float32: in 16 bits the small steps of preference training are lost, 64 serve no purpose."
+        )

@@ -206,6 +206,7 @@ def test_a_tokenizer_of_its_own_is_refused(
         (["--data.subsets=[nothing]"], "nothing"),
         (["--trainer.accumulate_grad_batches=8"], "expected a batch_size of at least"),
         (["--trainer.enable_checkpointing=false"], "enable_checkpointing"),
+        *((["--trainer.precision", name], f"got {name}. Weights are kept") for name in ("bf16-true", "64-true")),
     ],
 )
 def test_what_cannot_be_read_or_done_is_said(
