@@ -1,5 +1,7 @@
-"""Learning rate schedules that torch does not have in one piece."""
+"""Learning rate schedules that torch does not have in one piece, and a first look at an optimizer's options."""
 
+import torch
+from lightning.pytorch.cli import OptimizerCallable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -29,3 +31,16 @@ class Warmup(LambdaLR):
             return min(rising, max(0.0, (total_steps - step) / (total_steps - warmup_steps)))
 
         super().__init__(optimizer, factor)
+
+
+def checked(optimizer: OptimizerCallable) -> OptimizerCallable:
+    """The same, tried on one parameter: what is wrong with its options is known before anything is read.
+
+    Raises:
+        ValueError: Something is.
+    """
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
+    except ValueError as error:
+        raise ValueError(f"--optimizer: expected options that it takes, got another value: {error}.") from error
+    return optimizer

@@ -23,6 +23,7 @@ from dpo.finite import Watch
 from dpo.metrics import Derived, Means
 from dpo.models import Loader, adapt_layers
 from dpo.sampler import Step
+from dpo.schedules import checked
 from dpo.sharing import share_if_exact
 from dpo.slim import Slim
 
@@ -71,13 +72,16 @@ class Stage(Slim, ABC):
             pickled_weights: Also read weights that are not safetensors. Only for models that you trust.
             optimizer: Makes the optimizer of the parameters it is given.
             lr_scheduler: Makes the learning rate schedule of an optimizer; it advances every optimizer step.
+
+        Raises:
+            ValueError: The optimizer does not take its options.
         """
         super().__init__()
         self.adapter = adapter
         self.loader = Loader(trust_remote_code, pickled_weights)
         self.policy_path, self.sharing, self.preflight = policy, sharing, preflight
         self.gradient_checkpointing, self.compiled = gradient_checkpointing, compile
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.optimizer, self.lr_scheduler = checked(optimizer), lr_scheduler
         self.train_means, self.val_means, self.test_means = (Means(self.metrics, self.derived) for _ in range(3))
         self.watch = Watch()
         self.grad_norm = torch.zeros(())

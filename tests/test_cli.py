@@ -187,6 +187,14 @@ def test_wrong_values_are_refused_with_a_message(
     assert expected in refused(lab, capsys, word)
 
 
+@pytest.mark.parametrize("word", ["--optimizer.lr=-1", "--optimizer.betas=[2, 0.9]", "--optimizer.eps=-1"])
+def test_options_of_the_optimizer_are_refused_before_anything_is_read(
+    lab: Lab, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    message = refused(lab, capsys, word, "--model.policy=/nowhere")
+    assert message.startswith("ValueError: --optimizer: expected options that it takes, got another value: Invalid")
+
+
 @pytest.mark.parametrize("way", ["short", "long", "configuration"])
 def test_a_tokenizer_of_its_own_is_refused(
     lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str
