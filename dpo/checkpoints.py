@@ -6,6 +6,7 @@ losses.
 
 import hashlib
 import math
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,15 +22,26 @@ from lightning.pytorch.utilities import rank_zero_info
 from dpo.run import Run, complete
 
 
+class NotWritten(OSError):
+    """A checkpoint could not be written."""
+
+
 class AtomicIO(CheckpointIO):
     """Writes aside, flushes, renames; reads only what hashes as written, and never unpickles code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint and its hash."""
+        """Write a checkpoint and its hash.
+
+        Raises:
+            NotWritten: The disk does not take it; says how full it is, and which checkpoints are whole.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with complete(path) as temporary:
-            torch.save(checkpoint, temporary)
+            try:
+                torch.save(checkpoint, temporary)
+            except (OSError, RuntimeError) as error:  # what torch makes of a disk that is full
+                raise NotWritten(_lost(path, error)) from error
             digest = _sha256(temporary)
             _beside(path).unlink(missing_ok=True)  # killed from here on: a checkpoint without a hash, not a wrong one
         with complete(_beside(path)) as temporary:
@@ -71,6 +83,15 @@ def local_file(path: str | Path) -> Path:
         hint = " The first validation of a run writes it." if Path(path).name == "best.ckpt" else ""
         raise ValueError(f"--ckpt_path: expected last, best or a checkpoint file on this machine, got {path}.{hint}")
     return Path(path)
+
+
+def _lost(path: Path, error: Exception) -> str:
+    free = shutil.disk_usage(path.parent).free / 2**20
+    whole = ", ".join(sorted(map(str, path.parent.glob("*.ckpt")))) or "none"
+    return (
+        f"the checkpoint {path} could not be written. Is the disk full? {free:,.0f} MiB of it are free. ({error})\n"
+        f"Checkpoints of before that are whole: {whole}. Make room, and go on from one with --ckpt_path."
+    )
 
 
 def _beside(path: Path) -> Path:

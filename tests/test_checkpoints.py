@@ -296,6 +296,24 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypat
     assert {file.name for file in tmp_path.iterdir()} == {"x.ckpt", "x.ckpt.sha256"}
 
 
+def test_a_full_disk_is_said_and_which_checkpoint_is_whole(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--name=full", "--data.val_fraction=0"]
+    run, save = lab.fit("full", *words, "--trainer.max_steps=1"), torch.save
+    device = Path("/dev/full")  # which takes no byte
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda state, file: save(state, device))
+        assert lab.main("fit", *words, "--trainer.max_steps=2", "--ckpt_path=last") == 1
+    last = run.checkpoints / "last.ckpt"
+    *_, first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"NotWritten: the checkpoint {last} could not be written. Is the disk full? ")
+    assert "MiB of it are free." in first
+    assert second == f"Checkpoints of before that are whole: {last}. Make room, and go on from one with --ckpt_path."
+    assert checkpoint(run)["global_step"] == 1
+    lab.fit("full", *words, "--trainer.max_steps=2", "--ckpt_path=last")
+
+
 def test_a_kill_between_checkpoint_and_hash_leaves_a_checkpoint_that_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
