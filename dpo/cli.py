@@ -164,7 +164,7 @@ class CLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         rows = report.write(self.run)
-        report.show(rows, f"Results of {self.run.folder.name}")
+        report.show(rows, f"Results of {self.run.folder.name}", report.remarks(self.run.metrics))
         folder = export(
             self.run,
             self.model.adapter.exported(self.model.policy),

@@ -80,7 +80,7 @@ Last measured on the validation and test pairs of this run (nats; rewards: beta 
 
 During training:
 
-{report.markdown(report.results(run.metrics))}"""
+{report.text(run.metrics)}"""
     return ModelCard(text)
 
 

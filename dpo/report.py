@@ -6,7 +6,7 @@ Takes the rows of metrics.csv, and gives back all that a run has left. Knows not
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,26 @@ def write(run: Run) -> Rows:
     with complete(run.folder / "results.csv") as temporary, temporary.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     with complete(run.folder / "results.md") as temporary:
-        temporary.write_text(markdown(rows))
+        temporary.write_text(text(run.metrics))
     return rows
+
+
+def text(metrics: Path) -> str:
+    """The table in Markdown with its remarks."""
+    return "\n".join([markdown(results(metrics)), *(f"{remark}\n" for remark in remarks(metrics))])
+
+
+def remarks(metrics: Path) -> Iterator[str]:
+    """What the table does not show: that training went on behind the last validation, and what is a tie."""
+    rows = read_metrics(metrics)
+    validated = [row["step"] for row in rows if row.get("val/loss")]
+    if validated and validated[-1] != rows[-1]["step"]:
+        yield f"The last validation was at step {validated[-1]}, the policy is that of step {rows[-1]['step']}."
+    stage = "val" if validated else "train"
+    for row in rows:
+        found = [row.get(f"{stage}/rewards/{name}", "") for name in ("accuracies", "margins")]
+        if all(found) and not any(map(float, found)):
+            yield f"At step {row['step']} policy and reference are equal: every pair is a tie, and counts as 0."
 
 
 def markdown(rows: Rows) -> str:
@@ -66,8 +84,8 @@ def markdown(rows: Rows) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def show(rows: Rows, title: str) -> None:
-    """Print the newest rows; on a narrow terminal a step is a column."""
+def show(rows: Rows, title: str, remarks: Iterable[str] = ()) -> None:
+    """Print the newest rows, and remarks below; on a narrow terminal a step is a column."""
     console = Console()
     header, *values = rows
     short = [header, *map(_short, values[-20:])]
@@ -78,7 +96,7 @@ def show(rows: Rows, title: str) -> None:
         table.add_column(name, justify="right")
     for line in short[1:]:
         table.add_row(*line)
-    console.print(table)
+    console.print(table, *remarks, sep="\n")
 
 
 def show_values(values: Mapping[str, float], stage: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo import report
+from dpo.export import card
 from dpo.loggers import MetricsCSV
 from dpo.run import Run
 
@@ -78,3 +79,27 @@ def test_every_number_is_shown_at_any_width(
     assert "Results of one" in shown and "…" not in shown
     for number in ("0.8000", "0.7010", "0.6000", *(f"{0.5 + (i + 1) / 1000:.4f}" for i in range(len(PAIRS)))):
         assert number in shown
+
+
+def test_a_policy_that_trained_on_behind_the_last_validation_is_said(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not list(report.remarks(run.metrics))
+    log = MetricsCSV(run.metrics)
+    log.rewind(4)
+    log.log_metrics(values("train", 0.4), step=5)
+    said = "The last validation was at step 4, the policy is that of step 5."
+    assert list(report.remarks(run.metrics)) == [said]
+    report.show(report.write(run), "Results of one", report.remarks(run.metrics))
+    assert said in capsys.readouterr().out
+    assert said in (run.folder / "results.md").read_text()
+    assert said in str(card(run, "base", "data", "story"))
+
+
+@pytest.mark.parametrize("stage", ["train", "val"])
+def test_ties_are_said(tmp_path: Path, stage: str) -> None:
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    log.log_metrics(values(stage, 0.7) | {f"{stage}/rewards/{name}": 0.0 for name in ("accuracies", "margins")}, step=1)
+    log.log_metrics(values(stage, 0.6) | {f"{stage}/rewards/accuracies": 0.0}, step=2)
+    (said,) = report.remarks(log.path)
+    assert said == "At step 1 policy and reference are equal: every pair is a tie, and counts as 0."
