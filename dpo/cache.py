@@ -25,7 +25,7 @@ DIFFERENCES = {
     "precision": "it was computed in another precision",
 }
 
-Columns = dict[str, NDArray[Any]]
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def allocate(file: Path, key: Key, ids: NDArray[np.int64], lengths: NDArray[np.i
         columns[name][:] = values
 
 
-def mapped(file: Path, mode: str) -> Columns:
+def mapped(file: Path, mode: str) -> Arrays:
     """The columns of a file, memory-mapped; of mode ``r+`` they are written through, of mode ``c`` never."""
     header, start = _header(file)
     return {
@@ -95,7 +95,7 @@ def seal(file: Path) -> None:
         raw.write(text.replace(UNSEALED.encode(), digest.encode(), 1))
 
 
-def load(file: Path, key: Key) -> Columns:
+def load(file: Path, key: Key) -> Arrays:
     """The columns of a file, memory-mapped.
 
     Raises:

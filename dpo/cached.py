@@ -27,7 +27,7 @@ from torch.utils.data import ConcatDataset
 from transformers import PreTrainedModel
 
 from dpo.batch import Batch, Example, collate
-from dpo.cache import Columns, Key, allocate, identify, load, mapped, seal
+from dpo.cache import Arrays, Key, allocate, identify, load, mapped, seal
 from dpo.logps import score
 from dpo.models import Loader
 from dpo.pairs import PairData
@@ -36,7 +36,7 @@ from dpo.run import complete
 from dpo.sampler import Pairs
 from dpo.texts import cache_folder
 
-SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}  # of each stage that reads the cache
+SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}  # of each stage that reads the cache
 SAMPLED = 8  # rows that are scored again whenever a file is read
 MAX_TOKENS = 16384  # of a forward pass, where the data sets no bound
 
@@ -128,7 +128,7 @@ def compute(model: PreTrainedModel, rows: Rows, file: Path, key: Key, max_tokens
 class Stored(Comparison):
     """A reference of which only its log-probabilities are left."""
 
-    columns: Columns
+    columns: Arrays
 
     def __init__(self, made: Frozen, folder: str | None) -> None:
         """Take a reference, whose model leaves memory in `prepare`."""
@@ -152,11 +152,11 @@ class Stored(Comparison):
         """
         trainer, data = module.trainer, module.trainer.datamodule  # type: ignore[attr-defined]
         stage = trainer.state.fn.value  # type: ignore[union-attr]  # a stage is running
-        if self.made is None or stage not in SPLITS:
+        if self.made is None or stage not in SPLITS_OF:
             return
         assert isinstance(data, PairData)
         made: Any = trainer.precision_plugin.convert_module(self.made.to(trainer.strategy.root_device))
-        rows = survey([data.pairs[split] for split in SPLITS[stage] if split in data.pairs])
+        rows = survey([data.pairs[split] for split in SPLITS_OF[stage] if split in data.pairs])
         key = Key(made.sha256, rows.tokens, f"{trainer.precision} {made.model.dtype}")
         name = f"{stage}.safetensors" if self.folder else f"reference-{key.name}.safetensors"
         file = (self.folder or cache_folder()) / name
@@ -171,7 +171,7 @@ class Stored(Comparison):
         return self.made(batch) if self.made else look_up(self.columns, batch)
 
 
-def look_up(columns: Columns, batch: Batch) -> Float[Tensor, " scored"]:
+def look_up(columns: Arrays, batch: Batch) -> Float[Tensor, " scored"]:
     """The values of every scored token of a batch.
 
     Raises:
@@ -191,7 +191,7 @@ def look_up(columns: Columns, batch: Batch) -> Float[Tensor, " scored"]:
     return torch.from_numpy(np.concatenate(parts)).to(batch.targets.device, non_blocking=True)
 
 
-def compare(columns: Columns, model: PreTrainedModel, rows: Rows, file: Path) -> None:
+def compare(columns: Arrays, model: PreTrainedModel, rows: Rows, file: Path) -> None:
     """Score some rows again.
 
     Raises:

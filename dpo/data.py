@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dpo import quickstart
 from dpo.columns import Columns
 from dpo.listing import Listed, listed, sources
-from dpo.pairs import PairData, Rows
+from dpo.pairs import PairData, RowNumbers
 from dpo.rows import Source, download, find
 from dpo.texts import QUICKSTART, cache_folder, check
 
@@ -124,7 +124,7 @@ class PreferencePairs(PairData):
             path = str(generated(f"{QUICKSTART}-margins", fetch, margins=True))
         return listed(path, cache_folder() / "listings", fetch)
 
-    def order(self, subsets: NDArray[np.object_], rows: Rows) -> Rows:
+    def order(self, subsets: NDArray[np.object_], rows: RowNumbers) -> RowNumbers:
         """Every pair once; or, where shares are given, as often as they say."""
         shares = [part.share for part in self.parts.values() if part.share is not None]
         if not shares:
@@ -135,7 +135,7 @@ class PreferencePairs(PairData):
         return mixed(parts, shares)
 
 
-def mixed(parts: Sequence[Rows], shares: Sequence[float]) -> Rows:
+def mixed(parts: Sequence[RowNumbers], shares: Sequence[float]) -> RowNumbers:
     """Rows of every part in proportion to its share, evenly interleaved.
 
     So many in all that every row is there: once where the part is largest beside its share, more often elsewhere.

@@ -27,7 +27,7 @@ from dpo.rows import SPLITS, Source
 from dpo.sampler import Plan, StepLoader
 from dpo.texts import QUICKSTART, TextData, cache_folder, check
 
-Rows = NDArray[np.int64]
+RowNumbers = NDArray[np.int64]
 
 
 class PairDataset:
@@ -44,7 +44,7 @@ class PairDataset:
         scored: Tokens of its answers.
     """
 
-    def __init__(self, table: Dataset, rows: Rows, split: str, answers: Sequence[str]) -> None:
+    def __init__(self, table: Dataset, rows: RowNumbers, split: str, answers: Sequence[str]) -> None:
         self.table, self.rows, self.split, self.answers = table, rows, split, answers
         prompt, *sides = (
             pc.list_value_length(table.data.table[side]).to_numpy().astype(np.int64)[rows]
@@ -113,7 +113,7 @@ class PairData(TextData, ABC):
     def sources(self, fetch: bool) -> list[Source]:
         """Where the rows are, train before test in every subset; `fetch` as long as nothing is known of them."""
 
-    def order(self, subsets: NDArray[np.object_], rows: Rows) -> Rows:
+    def order(self, subsets: NDArray[np.object_], rows: RowNumbers) -> RowNumbers:
         """The training pairs of an epoch, out of the subset of every row and the rows that are kept."""
         return rows
 

@@ -28,10 +28,10 @@ METRICS = (
     "perplexity",  # of a supervised stage
 )
 SHOWN = 500  # rows of metrics.csv
-Rows = list[tuple[str, ...]]  # the first is the header
+Cells = list[tuple[str, ...]]  # the first is the header
 
 
-def results(metrics: Path) -> Rows:
+def results(metrics: Path) -> Cells:
     """A header and one row per validation: step, training loss, validation loss, then those `METRICS` that there are.
 
     The training loss is that of the last logged step before. Without validations, the logged training steps.
@@ -39,7 +39,7 @@ def results(metrics: Path) -> Rows:
     rows = read_metrics(metrics)
     stage = "val" if any(row.get("val/loss") for row in rows) else "train"
     names = [name for name in METRICS if any(row.get(f"{stage}/{name}") for row in rows)]
-    table: Rows = [("step", "training loss", "validation loss", *names)]
+    table: Cells = [("step", "training loss", "validation loss", *names)]
     loss = ""
     for row in rows:
         loss = row.get("train/loss") or loss
@@ -49,7 +49,7 @@ def results(metrics: Path) -> Rows:
     return table
 
 
-def write(run: Run) -> Rows:
+def write(run: Run) -> Cells:
     """Write results.csv and results.md into a run, from its metrics.csv."""
     rows = results(run.metrics)
     with complete(run.folder / "results.csv") as temporary, temporary.open("w", newline="") as file:
@@ -77,14 +77,14 @@ def remarks(metrics: Path) -> Iterator[str]:
             yield f"At step {row['step']} policy and reference are equal: every pair is a tie, and counts as 0."
 
 
-def markdown(rows: Rows) -> str:
+def markdown(rows: Cells) -> str:
     """The table in Markdown, numbers to four digits."""
     header, *values = rows
     lines = [header, ["---:"] * len(header), *map(_short, values)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def show(rows: Rows, title: str, remarks: Iterable[str] = ()) -> None:
+def show(rows: Cells, title: str, remarks: Iterable[str] = ()) -> None:
     """Print the newest rows, and remarks below; on a narrow terminal a step is a column."""
     console = Console()
     header, *values = rows

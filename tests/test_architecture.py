@@ -144,3 +144,18 @@ def test_the_map_names_every_module() -> None:
     text = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
     missing = {unit(file) for file in FILES} - ENTRANCES - {name for name in ORDER if f"`{name}`" in text}
     assert not missing, f"say in dpo/__init__.py what {sorted(missing)} are for"
+
+
+def defined(file: Path) -> set[str]:
+    """Public classes, type aliases and constants of a file."""
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = [node.name] if isinstance(node, ast.ClassDef) else [t.id for t in targets if isinstance(t, ast.Name)]
+        found |= {name for name in names if name[0].isupper()}
+    return found
+
+
+@pytest.mark.parametrize("name", ["Columns", "Rows", "SPLITS"])
+def test_what_is_spoken_of_everywhere_has_one_meaning(name: str) -> None:
+    assert len([file for file in FILES if name in defined(file)]) == 1

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dpo import cached
 from dpo.batch import Batch, Example, collate
-from dpo.cache import Columns, Key, allocate, identify, load, mapped, seal
+from dpo.cache import Arrays, Key, allocate, identify, load, mapped, seal
 from dpo.logps import score
 from dpo.models import Loader, weights_sha256
 from tests.runs import Lab, metrics, policy
@@ -185,7 +185,7 @@ def test_packs_hold_every_row_once_longest_first() -> None:
     assert sorted(row for pack in packs for row in pack) == list(range(7))
 
 
-def stored(model: PreTrainedModel, rows: Data, file: Path) -> Columns:
+def stored(model: PreTrainedModel, rows: Data, file: Path) -> Arrays:
     """The values of these rows."""
     surveyed = cached.survey([rows])
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
