@@ -73,7 +73,7 @@ class Preflight(L.Callback):
         return collate([pairs[row] for row in max(rows, key=lambda rows: sum(pairs.costs[row] for row in rows))])
 
 
-def _require(holds: bool, what: str, expected: object, got: object, do: str) -> None:
+def _require(holds: bool, *, what: str, expected: object, got: object, do: str) -> None:
     if not holds:
         raise PreflightError(
             f"preflight: {what}: expected {expected}, got {got}. {do} (--model.preflight false skips all checks.)"
@@ -84,9 +84,11 @@ def _answers(examples: list[Example], ends: tuple[int, ...]) -> Iterator[str]:
     for example in examples:
         what = f"the answers of {example.id}"
         early = [token for answer in example.answers for token in answer[:-1] if token in ends]
-        _require(not early, what, "no end of sequence before the last token", early, "Look at this row.")
+        _require(
+            not early, what=what, expected="no end of sequence before the last token", got=early, do="Look at this row."
+        )
         distinct = len({tuple(answer) for answer in example.answers}) == len(example.answers)
-        _require(distinct, what, "different token ids", "the same", "Raise --data.max_length.")
+        _require(distinct, what=what, expected="different token ids", got="the same", do="Raise --data.max_length.")
     yield "every answer ends once"
 
 
@@ -94,10 +96,10 @@ def _context(module: Stage, max_length: int) -> Iterator[str]:
     longest = module.policy.config.to_dict().get("max_position_embeddings") or max_length
     _require(
         max_length <= longest,
-        "--data.max_length",
-        f"at most the {longest} positions that the policy was made for",
-        max_length,
-        "Lower it.",
+        what="--data.max_length",
+        expected=f"at most the {longest} positions that the policy was made for",
+        got=max_length,
+        do="Lower it.",
     )
     yield f"{max_length} tokens fit the policy"
 
@@ -109,10 +111,10 @@ def _vocabulary(module: Stage, data: PairData) -> Iterator[str]:
     largest = max(pairs.largest for pairs in data.pairs.values()) if tokens > rows else 0
     _require(
         largest < rows,
-        "the vocabulary",
-        f"token ids below the {rows:,} rows of the policy's embedding",
-        f"{largest:,} out of a tokenizer of {tokens:,} tokens",
-        "Give the policy the tokenizer that it was made with, or a row for every token.",
+        what="the vocabulary",
+        expected=f"token ids below the {rows:,} rows of the policy's embedding",
+        got=f"{largest:,} out of a tokenizer of {tokens:,} tokens",
+        do="Give the policy the tokenizer that it was made with, or a row for every token.",
     )
     yield f"a row of {rows:,} for every token"
 
@@ -120,7 +122,13 @@ def _vocabulary(module: Stage, data: PairData) -> Iterator[str]:
 def _finite(module: Stage) -> Iterator[str]:
     models = module.models().items()
     broken = [f"{role} {name}" for role, m in models for name, p in m.named_parameters() if not p.isfinite().all()]
-    _require(not broken, "the weights", "finite numbers", f"nan or inf in {broken[:3]}", "Take another checkpoint.")
+    _require(
+        not broken,
+        what="the weights",
+        expected="finite numbers",
+        got=f"nan or inf in {broken[:3]}",
+        do="Take another checkpoint.",
+    )
     yield "all weights are finite"
 
 
@@ -130,13 +138,15 @@ def _frozen(module: Stage, optimizer: torch.optim.Optimizer) -> Iterator[str]:
     inside = [name for model in others for name, p in model.named_parameters() if p.requires_grad or id(p) in trained]
     _require(
         not inside,
-        "the reference",
-        "frozen and not in the optimizer",
-        inside[:3],
-        "Copy it instead of passing the policy itself.",
+        what="the reference",
+        expected="frozen and not in the optimizer",
+        got=inside[:3],
+        do="Copy it instead of passing the policy itself.",
     )
     moving = [p for p in module.policy.parameters() if p.requires_grad and id(p) in trained]
-    _require(bool(moving), "the policy", "parameters that the optimizer trains", "none", "Unfreeze it.")
+    _require(
+        bool(moving), what="the policy", expected="parameters that the optimizer trains", got="none", do="Unfreeze it."
+    )
     rate = optimizer.param_groups[0]["lr"]
     yield f"{sum(p.numel() for p in moving):,} parameters train at learning rate {rate:g}, all others are frozen"
 
@@ -146,10 +156,10 @@ def _repeatable(module: Stage, batch: Batch) -> Iterator[str]:
     same = torch.equal(first, second)
     _require(
         same,
-        "two passes over one batch",
-        "equal bits",
-        _largest(first, second),
-        "Some dropout or noise is on: turn it off in the model.",
+        what="two passes over one batch",
+        expected="equal bits",
+        got=_largest(first, second),
+        do="Some dropout or noise is on: turn it off in the model.",
     )
     yield "two passes agree to the bit"
 
@@ -171,10 +181,10 @@ def _causal(module: Stage, batch: Batch) -> Iterator[str]:
     found = _largest(states[:, :-1], before) / states.abs().max().item()
     _require(
         found <= limit,
-        "hidden states with the next token and without it",
-        f"the same, to {limit:g}",
-        f"{found:.1e}",
-        "The model sees what it is to predict: it is no causal language model.",
+        what="hidden states with the next token and without it",
+        expected=f"the same, to {limit:g}",
+        got=f"{found:.1e}",
+        do="The model sees what it is to predict: it is no causal language model.",
     )
     yield "no token sees the next"
 
@@ -196,10 +206,10 @@ def _preferences(module: DPO, batch: Batch, trainer: L.Trainer, max_tokens: int 
         parts = trainer.world_size * trainer.accumulate_grad_batches
         _require(
             max_tokens is None and parts == 1,
-            f"{module.loss}, which sorts all pairs of an optimizer step together",
-            "every step in one piece",
-            f"--data.max_tokens {max_tokens}, {parts} devices times accumulated batches",
-            IN_ONE_PIECE,
+            what=f"{module.loss}, which sorts all pairs of an optimizer step together",
+            expected="every step in one piece",
+            got=f"--data.max_tokens {max_tokens}, {parts} devices times accumulated batches",
+            do=IN_ONE_PIECE,
         )
         yield "every step is one piece"
     if not trainer.ckpt_path:
@@ -213,10 +223,10 @@ def _start(module: DPO, batch: Batch) -> Iterator[str]:
         apart, limit = _largest(logps.policy_tokens, logps.reference_tokens), module.reference.distance
         _require(
             apart <= limit * rounding(module.policy),
-            "log-probabilities under the policy and under the reference that it equals",
-            f"a difference of at most {limit * rounding(module.policy):g} nats a token",
-            apart,
-            "The reference is not the policy.",
+            what="log-probabilities under the policy and under the reference that it equals",
+            expected=f"a difference of at most {limit * rounding(module.policy):g} nats a token",
+            got=apart,
+            do="The reference is not the policy.",
         )
         yield f"policy and reference are {apart:.1g} nats a token apart"
         logps = replace(logps, reference_tokens=logps.policy_tokens)
@@ -227,10 +237,10 @@ def _start(module: DPO, batch: Batch) -> Iterator[str]:
     wrong = (losses - expected).abs().max().item()
     _require(
         wrong <= 1e-6 * max(1, expected),
-        "the loss at step 0",
-        f"{expected:.6f}",
-        losses.tolist(),
-        "The loss is not what it says.",
+        what="the loss at step 0",
+        expected=f"{expected:.6f}",
+        got=losses.tolist(),
+        do="The loss is not what it says.",
     )
     yield f"the loss is {expected:.6f}"
 
