@@ -154,16 +154,23 @@ class Stop(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Step, batch_idx: int
     ) -> None:
         """At the end of an optimizer step, stop all devices when one was asked."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        if trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if whole and trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # whoever sends a signal may not wait for a validation
-        # A run that ends by its number of steps within an epoch validates there too; ends of epochs do by themselves.
-        due = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
-        trainer.should_stop |= trainer.global_step == trainer.max_steps and not due
 
     @property
     def exit_code(self) -> int:
         """0, or 128 + the signal."""
         return 128 + self.asked if self.asked else 0
+
+
+class LastStep(L.Callback):
+    """Validates where a run ends by its number of steps within an epoch; ends of epochs do by themselves."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
+        """Let Lightning stop, which validates then, unless it validates here anyway."""
+        due = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
+        trainer.should_stop |= trainer.global_step == trainer.max_steps and not due

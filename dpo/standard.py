@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from dpo.callbacks import Predictions, Rates, Record, Stop
+from dpo.callbacks import LastStep, Predictions, Rates, Record, Stop
 from dpo.checkpoints import LastAndBest, Settings
 from dpo.console import Bar, Lines, Samples
 from dpo.loggers import MetricsCSV, Rewind
@@ -26,7 +26,7 @@ def callbacks(
     Raises:
         ValueError: The data are no pairs, and the verb needs them.
     """
-    found: list[L.Callback] = [stop, LastAndBest(run)]
+    found: list[L.Callback] = [stop, LastStep(), LastAndBest(run)]
     if verb == "predict":
         found.append(Predictions(run, config.output, config.scorer))
     elif not isinstance(data, PairData):
