@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-NAMING = ("--config", "-c", "--model.policy", "--data.path")
+NAMING = (
+    "--config",
+    "--confi",
+    "--conf",
+    "--con",
+    "--co",
+    "-c",
+    "--model.policy",
+    "--data.path",
+)  # argparse takes them
 
 
 def completed(words: Sequence[str]) -> list[str]:

@@ -312,7 +312,7 @@ def test_fit_alone_is_the_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
             cli.main(words)
         assert seen["words"] == ["train.py", "fit", "--config", str(QUICKSTART), *words[1:]]
     named = [["--config=x.yaml"], ["--data.path", "x"], ["--data.init_args.path=x"], ["--model.policy=x"]]
-    named += [["--model.init_args.policy", "x"]]
+    named += [["--model.init_args.policy", "x"], ["--conf", "x.yaml"], ["-c", "x.yaml"]]
     for words in (*(["fit", *more] for more in named), ["test"]):
         with pytest.raises(SystemExit):
             cli.main(words)
