@@ -130,7 +130,7 @@ class CLI(LightningCLI):
             use_distributed_sampler=False,
             **kwargs,
         )
-        precision.check(trainer.precision_plugin)
+        precision.check(trainer)
         rank_zero_info(f"Run: {self.run.folder}")
         return trainer
 

@@ -1,10 +1,12 @@
-"""The number format that the processor is fast at, and those that are none to train in.
+"""What a trainer may be asked for: the number format that the processor is fast at, and what is not supported.
 
-For configurations that do not know where they will run.
+For configurations that do not know where they will run, and for people who ask for what would be wrong.
 """
 
+import lightning as L
 import torch
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 
@@ -17,14 +19,21 @@ def bfloat16_where_fast() -> Precision:
     return MixedPrecision("bf16-mixed", "cpu") if fast else Precision()
 
 
-def check(precision: Precision) -> None:
-    """Refuse number formats that weights are kept in.
+def check(trainer: L.Trainer) -> None:
+    """Refuse number formats that weights are kept in, and strategies that cut the model.
 
     Raises:
-        ValueError: They are not kept in float32.
+        ValueError: Weights are not kept in float32, or not whole on every device.
     """
-    if isinstance(precision, HalfPrecision | DoublePrecision):
+    if isinstance(trainer.precision_plugin, HalfPrecision | DoublePrecision):
         raise ValueError(
-            f"--trainer.precision: expected 32-true, bf16-mixed or 16-mixed, got {precision.precision}. Weights are "
+            f"--trainer.precision: expected 32-true, bf16-mixed or 16-mixed, got {trainer.precision}. Weights are "
             "kept in float32: in 16 bits the small steps of preference training are lost, 64 serve no purpose."
+        )
+    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        raise ValueError(
+            f"--trainer.strategy: expected auto or ddp, got {type(trainer.strategy).__name__}. Every device holds the "
+            "whole model: the number of micro-batches of a step may differ from device to device, and where weights "
+            "are spread over devices each forward pass needs all of them. Use LoRA, --model.reference Cached or "
+            "--model.gradient_checkpointing true for models that do not fit."
         )
