@@ -189,9 +189,14 @@ class DPO(Stage):
         """Refuse to go on with another reference.
 
         Raises:
-            ValueError: The reference differs from the one of the checkpoint.
+            ValueError: The reference differs from the one of the checkpoint, or that has none.
         """
-        before = checkpoint["reference_sha256"]
+        before = checkpoint.get("reference_sha256")
+        if before is None:
+            raise ValueError(
+                "this checkpoint is of no preference stage. To train on what a supervised stage has left, give its "
+                "export: --model.policy runs/NAME/export."
+            )
         if before != self.reference.sha256:
             raise ValueError(
                 f"the checkpoint was trained against a reference with SHA-256 {before[:16] or 'none'}, this one has "

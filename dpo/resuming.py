@@ -31,7 +31,7 @@ class Terms(L.Callback):
         Raises:
             ValueError: Some differ.
         """
-        now, before = self._terms(trainer, pl_module), checkpoint["terms"]
+        now, before = self._terms(trainer, pl_module), checkpoint.get("terms", {})
         changed = [
             f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value
         ]

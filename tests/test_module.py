@@ -97,6 +97,8 @@ def test_a_checkpoint_of_another_reference_is_refused(module: DPO) -> None:
     module.on_load_checkpoint(checkpoint)
     with pytest.raises(ValueError, match=r"SHA-256 0123456789abcdef, this one has .*--model\.reference"):
         module.on_load_checkpoint({"reference_sha256": "0123456789abcdef" * 4})
+    with pytest.raises(ValueError, match=r"of no preference stage.*--model\.policy runs/NAME/export"):
+        module.on_load_checkpoint({})
 
 
 def test_models_are_made_once(module: DPO) -> None:
