@@ -24,6 +24,14 @@ GROWN = {
     "batch": lambda by: replace(SMALL, batch=8 * by),
     "length": lambda by: replace(SMALL, rows=f"made:{32 * by}", batch=8, max_length=2_048),
 }
+START = """
+import sys
+from training import most_resident
+from dpo.cli import main
+code = main(sys.argv[1:])
+print(most_resident("self"))
+sys.exit(code)
+"""
 
 
 def steps(by: int, case: Case) -> dict[str, float]:
@@ -61,14 +69,18 @@ def starts(count: int) -> dict[str, float]:
                 "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
             ]  # fmt: skip
             environment = os.environ | {"WANDB_MODE": "disabled", "DPO_CACHE": str(folder / "cache")}
-            command = [sys.executable, "train.py", *words]
             began = time.perf_counter()
-            done = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
-            _, status, usage = os.wait4(done.pid, 0)
-            if status:
+            done = subprocess.run(
+                [sys.executable, "-c", START, *words],
+                env=environment,
+                cwd=ROOT / "benchmarks",
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            if done.returncode:
                 sys.exit(f"the run on {count} pairs failed")
             found[f"{name}: s"] = time.perf_counter() - began
-            found[f"{name}: GB"] = usage.ru_maxrss * 1024 / 1e9
+            found[f"{name}: GB"] = int(done.stdout.splitlines()[-1]) / 1e9
     return found
 
 

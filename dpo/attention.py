@@ -120,6 +120,13 @@ def _in_one_call(
     return cast(Tensor, attended)[None]
 
 
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    """What FlashAttention takes."""
+    sizes = query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and sizes and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
 def attention(
     module: nn.Module,
     query: Float[Tensor, "1 heads tokens dim"],
@@ -141,9 +148,10 @@ def attention(
     if not getattr(module, "is_causal", True):
         raise NotShareable(f"{type(module).__name__} is not causal")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kernel = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] == value.shape[-1]
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions leave queries and keys in float32
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     expressible = softcap is None and s_aux is None and (attention_mask is None or attention_mask.window is not None)
-    if kernel and expressible:
+    if expressible and _has_kernel(query, value):
         window = attention_mask.window if attention_mask else None
         return _in_one_call(layout, query, key, value, window, scale), None
     return _by_segments(layout, query, key, value, attention_mask, scale, softcap=softcap, sinks=s_aux), None

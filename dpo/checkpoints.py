@@ -191,3 +191,12 @@ class Settings(L.Callback):
             for name in changed:
                 rank_zero_info(f"Optimizer: {name} is {options[name]}, in the checkpoint {group[name]}.")
             group.update(options)
+            _count_on_device(optimizer, group)
+
+
+def _count_on_device(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """A fused optimizer counts its steps on the device, where one that was not has counted on the host."""
+    for parameter in group["params"] if group.get("fused") else ():
+        state = optimizer.state.get(parameter, {})
+        if "step" in state:
+            state["step"] = state["step"].to(parameter.device, torch.float32)

@@ -131,11 +131,16 @@ def origin(policy: str, reference: str | None = None) -> Origin:
 
 
 def moved(policy: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
-    """The reference that began as this policy and moved, as it is in a checkpoint."""
+    """The reference that began as this policy and moved, as it is in a checkpoint.
+
+    Raises:
+        ValueError: It is not there.
+    """
     model, place = merged(policy), "reference.model."
     weights = AtomicIO().load_checkpoint(checkpoint)["state_dict"]
     theirs = {name.removeprefix(place): weight for name, weight in weights.items() if name.startswith(place)}
-    model.load_state_dict(theirs, strict=False)
+    if not theirs or model.load_state_dict(theirs, strict=False).unexpected_keys:
+        raise ValueError(f"{checkpoint} does not hold the reference that moved: name a --reference.")
     return model
 
 

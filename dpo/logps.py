@@ -116,8 +116,8 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of all at a time: few enough that what is read again is still in the cache."""
-    rows = max(1, CACHED_ELEMENTS // tensors[0].shape[-1])
+    """Some rows of all at a time: on a CPU few enough that what is read again is still in the cache."""
+    rows = max(1, len(tensors[0]) if tensors[0].is_cuda else CACHED_ELEMENTS // tensors[0].shape[-1])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 

@@ -7,7 +7,7 @@ causal attention needs no mask at all on the trunk. Knows no model and no attent
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool
@@ -33,7 +33,12 @@ class Rule:
 
 
 def rule_of(
-    *, mask_function: MaskFunction, local_size: int | None = None, use_vmap: bool = False, **_: object
+    *,
+    mask_function: MaskFunction,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: Any = None,
+    **_: object,
 ) -> Rule | None:
     """What `transformers` hands to the layers as mask: the rule itself, or None for plain causal attention.
 
@@ -44,12 +49,12 @@ def rule_of(
         raise NotShareable("it adds a mask of its own that is not a function of positions alone")
     if mask_function is CAUSAL:
         return None
-    return Rule(mask_function, local_size if local_size and _slides(mask_function, local_size) else None)
+    return Rule(mask_function, local_size if local_size and _slides(mask_function, local_size, device) else None)
 
 
-def _slides(sees: MaskFunction, size: int) -> bool:
+def _slides(sees: MaskFunction, size: int, device: Any) -> bool:
     """Is it a window? Chunks also come with a size: their edge lies at its multiples, a window's moves along."""
-    query, keys = torch.tensor([2 * size]), torch.tensor([size, size + 1])
+    query, keys = (torch.tensor(places, device=device) for places in ([2 * size], [size, size + 1]))
     return _visible(sees, query, keys).tolist() == [[False, True]]
 
 

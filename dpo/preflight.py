@@ -93,7 +93,8 @@ def _answers(examples: list[Example], ends: tuple[int, ...]) -> Iterator[str]:
 
 
 def _context(module: Stage, max_length: int) -> Iterator[str]:
-    longest = module.policy.config.to_dict().get("max_position_embeddings") or max_length
+    text = module.policy.config.get_text_config()  # GPT-2 and others have it under a name of their own
+    longest = getattr(text, "max_position_embeddings", None) or max_length
     _require(
         max_length <= longest,
         what="--data.max_length",

@@ -137,6 +137,20 @@ def test_a_reward_comes_when_asked_for(running: Running) -> None:
         assert '"reward"' in list(got.iter_lines())[-4]  # the chunk before [DONE]
 
 
+def test_a_reward_is_of_what_was_said_before_a_stop_string(running: Running) -> None:
+    body = {"model": "policy", "messages": [{"role": "user", "content": LEARNED[9:-13]}], "temperature": 0}
+    whole = running.post("chat/completions", body)["choices"][0]["message"]["content"]
+    stop = " " + whole.split()[3]  # a word begins a token
+    got = running.post("chat/completions", body | {"reward": True, "stop": stop})
+    said = got["choices"][0]["message"]["content"]
+    assert said == whole[: whole.index(stop)]
+    scored = running.post("score", {"messages": body["messages"], "answers": [said], "tokens": True})["answers"][0]
+    *tokens, _ = scored["tokens"]  # the last is the end of the sequence, which was not said
+    assert got["reward"]["length"] == len(tokens)
+    for name in ("policy", "reference"):
+        assert got["reward"]["logprob"][name] == pytest.approx(sum(token[name] for token in tokens), abs=1e-4)
+
+
 def test_scores_are_those_of_the_training(running: Running) -> None:
     answers = ["Put it in a cup.", "I do not know."]
     got = running.post("score", {"prompt": QUESTION, "answers": answers, "tokens": True})

@@ -75,6 +75,7 @@ class Reply:
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         self.writer = Writer(service.text, prompt, [*stops, *([HUMAN] if dialogue else [])], skip_space=dialogue)
         self.generated: list[int] = []
+        self.words: list[str] = []  # what each of them adds
         self.said = 0  # characters of described tokens
         self.head: Json = {"id": form.prefix + secrets.token_hex(12), "created": int(time.time()), "model": body.model}
 
@@ -90,6 +91,7 @@ class Reply:
                 new, self.generated = tokens[len(self.generated) :], tokens
                 metrics.tokens.labels(self.body.model, "completion").inc(len(new))
                 ended, full, words = tokens[-1] in ends, len(tokens) >= self.limit, self.writer.words(new)
+                self.words += words
                 text = self.writer.write(words, last=ended or full)
                 finish = "stop" if ended or self.writer.stopped else "length" if full else None
                 yield text, self._described(words), finish
@@ -117,7 +119,12 @@ class Reply:
     async def _reward(self) -> Json:
         if not self.body.reward:
             return {}
-        [scored] = await self.service.score([Example(self.head["id"], self.prompt, (self.generated,))], tokens=False)
+        kept, over = len(self.generated), len(self.writer.held) if self.writer.stopped else 0
+        while over > 0 and kept > 1:  # a stop string, and what runs into it, was not said
+            kept -= 1
+            over -= len(self.words[kept])
+        answer = self.generated[:kept]
+        [scored] = await self.service.score([Example(self.head["id"], self.prompt, (answer,))], tokens=False)
         return {"reward": scored}
 
     async def whole(self) -> Json:
