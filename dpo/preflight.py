@@ -7,7 +7,6 @@ what to do. Most broken set-ups train without complaint; none of them passes her
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
-from typing import Any
 
 import lightning as L
 import torch
@@ -20,8 +19,8 @@ from dpo.logps import backbone, score
 from dpo.losses import NoConstant
 from dpo.module import DPO, IN_ONE_PIECE
 from dpo.pairs import PairData
-from dpo.reference import rounding
-from dpo.sharing import difference, plain, unshare
+from dpo.reference import computed_in, rounding
+from dpo.sharing import difference, plain, unshare, vocabulary
 from dpo.training import Stage
 
 PAIRS, STEPS = 4, 100  # that are looked at
@@ -106,8 +105,7 @@ def _context(module: Stage, max_length: int) -> Iterator[str]:
 
 
 def _vocabulary(module: Stage, data: PairData) -> Iterator[str]:
-    embedding: Any = module.policy.get_input_embeddings()
-    rows, tokens = embedding.weight.shape[0], len(data.tokenizer)
+    rows, tokens = vocabulary(module.policy), len(data.tokenizer)
     # Read all pairs only where they may not fit: some tokenizers have tokens that no text becomes.
     largest = max(pairs.largest for pairs in data.pairs.values()) if tokens > rows else 0
     _require(
@@ -165,15 +163,8 @@ def _repeatable(module: Stage, batch: Batch) -> Iterator[str]:
     yield "two passes agree to the bit"
 
 
-def _tolerance(module: Stage, batch: Batch) -> float:
-    """How far rounding may move hidden states, in parts of the largest."""
-    device = batch.tokens.device.type
-    autocast = torch.is_autocast_enabled(device)
-    return SAME_STATES[torch.get_autocast_dtype(device) if autocast else module.policy.dtype]
-
-
 def _causal(module: Stage, batch: Batch) -> Iterator[str]:
-    row, limit = batch.sequences()[0][None], _tolerance(module, batch)
+    row, limit = batch.sequences()[0][None], SAME_STATES[computed_in(module.policy)]
     with plain(module.policy):
         states, before = (
             backbone(module.policy)(input_ids=tokens, use_cache=False).last_hidden_state
@@ -194,7 +185,7 @@ def _shared(module: Stage, batch: Batch) -> Iterator[str]:
     if module.policy.config._attn_implementation != NAME:
         return
     found = difference(module.policy, batch)
-    if found <= _tolerance(module, batch):
+    if found <= SAME_STATES[computed_in(module.policy)]:
         yield f"shared prompts equal separate sequences (to {found:.0e})"
         return
     for model in module.models().values():

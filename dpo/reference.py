@@ -25,10 +25,15 @@ SAME, ROUNDED, OTHER = 0.0, 1.0, float("inf")
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.05}
 
 
-def rounding(model: PreTrainedModel) -> float:
-    """How much rounding alone can change a token's log-probability, nats; within autocast, that of its type."""
+def computed_in(model: PreTrainedModel) -> torch.dtype:
+    """The type that a pass computes in: within autocast its own, otherwise the model's."""
     device = model.device.type
-    return ROUNDING[torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype]
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+
+
+def rounding(model: PreTrainedModel) -> float:
+    """How much rounding alone can change a token's log-probability, nats."""
+    return ROUNDING[computed_in(model)]
 
 
 class Comparison(nn.Module, ABC):

@@ -61,9 +61,13 @@ def share(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
 
 
+def _ordinary(model: PreTrainedModel) -> str:
+    return "sdpa" if model._supports_sdpa else "eager"
+
+
 def unshare(model: PreTrainedModel) -> None:
     """Make the model attend to ordinary rows again."""
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    model.set_attn_implementation(_ordinary(model))
 
 
 @contextmanager
@@ -72,7 +76,7 @@ def plain(model: PreTrainedModel) -> Iterator[None]:
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     flat = [config for config in configs.values() if config._attn_implementation == NAME]
     for config in flat:
-        config._attn_implementation_internal = "sdpa" if model._supports_sdpa else "eager"
+        config._attn_implementation_internal = _ordinary(model)
     try:
         yield
     finally:
