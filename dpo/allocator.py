@@ -1,7 +1,7 @@
 """The memory that one step frees serves the next one.
 
 Knows only the C library. By default glibc gives every large block back to the kernel, which zeroes each page of it when
-it hands it out again: on a CPU a tenth of a training step.
+it hands it out again, in every training step.
 """
 
 import ctypes
