@@ -51,6 +51,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "ours-cached": ("--model.reference", "Cached"),
     "ours-plain": ("--model.sharing", "false"),
     "ours-eager": ("--model.compile", "false"),
+    "ours-packed": ("--data.max_tokens", "1024"),
     "ours-recomputed": ("--model.gradient_checkpointing", "true"),
     "ours-unfused": ("--optimizer.fused", "false"),
 }

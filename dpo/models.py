@@ -159,8 +159,9 @@ def adapt_layers(model: PreTrainedModel, compiled: bool, recomputed: bool) -> No
             continue
         if compiled:
             layer.compile(dynamic=True)
-        if recomputed:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if recomputed:  # around the compiled code: the reference, which recomputes nothing, runs the same kernels
+            run = "_compiled_call_impl" if compiled else "forward"
+            setattr(layer, run, partial(checkpoint, getattr(layer, run), use_reentrant=False))
 
 
 def end_ids(path: str) -> list[int]:

@@ -39,3 +39,21 @@ def test_one_compilation_serves_every_batch() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
         compiled.append(counters["stats"]["unique_graphs"])
     assert compiled[-1] == compiled[1] <= 8  # the pieces before and behind the attention, their lengths symbolic
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own inner workings
+@pytest.mark.slow  # torch's compiler takes half a minute on one core
+def test_recomputed_layers_run_the_kernels_of_those_that_are_not() -> None:
+    reference, policy = (build("llama", {"num_hidden_layers": 2}) for _ in range(2))
+    policy.load_state_dict(reference.state_dict())
+    for model, recomputed in ((reference, False), (policy, True)):
+        share(model)
+        adapt_layers(model, compiled=True, recomputed=recomputed)
+    for seed in range(3):
+        batch = batch_of(3 + seed, seed)
+        torch.testing.assert_close(score(policy, batch).logps, score(reference, batch).logps, rtol=0, atol=0)
+        for model in (policy, reference):
+            model.zero_grad()
+            score(model, batch).logps.sum().backward()
+        for ours, theirs in zip(policy.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
