@@ -7,6 +7,7 @@ absolute figures are the machine's.
 
 - `ours`: compiled layers and fused AdamW, as in configs/cpu.yaml; `ours-cached`: with `Cached`; `ours-plain`: without
   sharing of prompts, every answer a sequence of its own.
+- `ours-512` and `ours-whole`: micro-batches of at most 512 tokens, and whole steps, not of the case's `max_tokens`.
 - `ours-eager`: not compiled; `ours-recomputed`: with gradient checkpointing; `ours-unfused`: AdamW not fused.
 - `trl`: TRL as it comes; `trl-best`: no gradient checkpointing, reference precomputed, on CUDA also FlashAttention and
   Liger where they are installed. (Grouping by length would change the order, and so the loss that is compared.)
@@ -51,7 +52,8 @@ OURS: dict[str, tuple[str, ...]] = {
     "ours-cached": ("--model.reference", "Cached"),
     "ours-plain": ("--model.sharing", "false"),
     "ours-eager": ("--model.compile", "false"),
-    "ours-packed": ("--data.max_tokens", "1024"),
+    "ours-512": ("--data.max_tokens", "512"),
+    "ours-whole": ("--data.max_tokens", "16384"),
     "ours-recomputed": ("--model.gradient_checkpointing", "true"),
     "ours-unfused": ("--optimizer.fused", "false"),
 }
@@ -72,6 +74,7 @@ class Case:
     layers: int = 8
     batch: int = 8
     max_length: int = 512
+    max_tokens: int = 1_024  # of a micro-batch of ours, as in configs/cpu.yaml
     device: str = "cpu"
 
     @property
@@ -81,7 +84,7 @@ class Case:
 
 
 QUICK = {"vocabulary": 1_280, "width": 128, "inner": 384, "layers": 4, "batch": 32, "max_length": 256}
-GPU = {"precision": "bf16", "vocabulary": 151_936, "device": "cuda"}
+GPU = {"precision": "bf16", "vocabulary": 151_936, "max_tokens": 16_384, "device": "cuda"}
 HALF, LARGE = {"width": 896, "inner": 4_864, "layers": 24}, {"width": 1_536, "inner": 8_960, "layers": 28}
 CASES = {
     "real-float32": Case(),
@@ -91,7 +94,7 @@ CASES = {
     "long-prompts-bf16": Case(rows="long", max_length=1_152, precision="bf16"),
     "long-answers-bf16": Case(rows="short", max_length=512, precision="bf16"),
     "batch64-bf16": Case(batch=64, precision="bf16"),
-    "quickstart-float32": Case(rows="quickstart", **QUICK),
+    "quickstart-float32": Case(rows="quickstart", max_tokens=16_384, **QUICK),
     "0.5B-512": Case(batch=32, **HALF, **GPU),
     "0.5B-2048": Case(batch=32, max_length=2_048, **HALF, **GPU),
     "1.5B-512": Case(batch=32, **LARGE, **GPU),
@@ -187,7 +190,8 @@ def run_ours(folder: Path, case: Case, steps: int, *more: str) -> dict[str, obje
         "fit", "--name", name, "--trainer.default_root_dir", str(folder / "runs"),
         "--model.policy", str(folder / "model"), "--data.path", str(folder / "data"),
         "--data.shuffle", "false", "--data.val_fraction", "0",
-        "--data.batch_size", str(case.batch), "--data.max_length", str(case.max_length), "--optimizer.lr", "1e-5",
+        "--data.batch_size", str(case.batch), "--data.max_length", str(case.max_length),
+        "--data.max_tokens", str(case.max_tokens), "--optimizer.lr", "1e-5",
         "--optimizer.fused", "true", "--trainer.max_steps", str(steps), "--trainer.log_every_n_steps", "1",
         "--trainer.accelerator", case.device, "--trainer.enable_progress_bar", "false", "--model.compile", "true",
         "--trainer.precision", "bf16-mixed" if case.precision == "bf16" else "32-true",

@@ -87,10 +87,11 @@ def local_file(path: str | Path) -> Path:
 
 def _lost(path: Path, error: Exception) -> str:
     free = shutil.disk_usage(path.parent).free / 2**20
-    whole = ", ".join(sorted(map(str, path.parent.glob("*.ckpt")))) or "none"
+    whole = sorted(map(str, path.parent.glob("*.ckpt")))
+    go_on = f"Checkpoints of before that are whole: {', '.join(whole)}. Make room, and go on from one with --ckpt_path."
     return (
         f"the checkpoint {path} could not be written. Is the disk full? {free:,.0f} MiB of it are free. ({error})\n"
-        f"Checkpoints of before that are whole: {whole}. Make room, and go on from one with --ckpt_path."
+        f"{go_on if whole else 'There is no checkpoint of before. Make room, and begin the run again.'}"
     )
 
 

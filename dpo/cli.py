@@ -26,7 +26,7 @@ from dpo import precision, report
 from dpo.allocator import keep_freed_memory
 from dpo.cached import Cached
 from dpo.callbacks import Predictions, Stop
-from dpo.checkpoints import AtomicIO, NotWritten, local_file
+from dpo.checkpoints import AtomicIO, local_file
 from dpo.data import HHRLHF, PreferencePairs
 from dpo.export import export
 from dpo.finite import NonFinite
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str]) -> int:
             trainer_defaults=TRAINER,
             seed_everything_default=0,
         )
-    except (ValueError, PreflightError, NonFinite, NotWritten, MisconfigurationException) as error:
+    except (ValueError, OSError, PreflightError, NonFinite, MisconfigurationException) as error:
         print(reason(error), file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit) as end:  # Lightning exits with 1 after a Ctrl-C

@@ -234,7 +234,7 @@ def _start(module: DPO, batch: Batch) -> Iterator[str]:
         got=losses.tolist(),
         do="The loss is not what it says.",
     )
-    yield f"the loss is {expected:.6f}"
+    yield f"the loss is {expected:.6f}" + (" where they are equal" if module.loss.uses_reference else "")
 
 
 def _largest(first: Tensor, second: Tensor) -> float:

@@ -1,6 +1,7 @@
 """metrics.csv: one row per step, whatever comes in which order, and nothing lost; Weights & Biases offline."""
 
 import csv
+import errno
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,23 @@ def test_values_of_one_step_share_a_row(tmp_path: Path) -> None:
         {"step": "1", "train/loss": "0.5", "train/time": "2.0", "val/loss": ""},
         {"step": "2", "train/loss": "0.25", "train/time": "3.0", "val/loss": "0.75"},
     ]
+
+
+def test_a_full_disk_ends_the_run_with_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = csv.DictWriter.writerow
+
+    def full(writer: csv.DictWriter, row: dict[str, object]) -> object:
+        if row.get("step") == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(writer, row)
+
+    monkeypatch.setattr(csv.DictWriter, "writerow", full)
+    words = ["--data.val_fraction=0", "--trainer.log_every_n_steps=1", "--trainer.max_steps=4"]
+    assert Lab(tmp_path).main("fit", "--name=full", *words) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "OSError: [Errno 28] No space left on device"
+    assert [row["step"] for row in rows(tmp_path / "full" / "metrics.csv")] == ["1", "2"]
 
 
 def test_columns_keep_the_order_of_their_first_appearance(tmp_path: Path) -> None:
