@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from dpo import precision, report
-from dpo.allocator import keep_freed_memory
+from dpo.allocator import keep_few_kernels, keep_freed_memory
 from dpo.cached import Cached
 from dpo.callbacks import Predictions, Stop
 from dpo.checkpoints import AtomicIO, local_file
@@ -219,6 +219,7 @@ def main(arguments: Sequence[str]) -> int:
         Exit code: 0 done, 1 refused with a message, 130 or 143 stopped by a signal.
     """
     keep_freed_memory()
+    keep_few_kernels()
     for message in NOISE.values():
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

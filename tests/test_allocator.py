@@ -1,10 +1,14 @@
-"""Whether freed memory is kept, as the kernel counts it."""
+"""Whether freed memory is kept, as the kernel counts it, and what compiled products hold."""
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
+
+BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 FAULTS = """
 import resource, sys, torch
@@ -28,3 +32,32 @@ def faults(mode: str) -> int:
 def test_blocks_that_are_freed_and_wanted_again_cost_no_new_pages() -> None:
     pages = 6 * 2**24 * 4 // 4096  # of six tensors of 64 MiB
     assert faults("kept") < pages / 10 < pages <= faults("given back")
+
+
+GROWTH = """
+import sys, torch
+from pathlib import Path
+from dpo.allocator import keep_few_kernels
+
+def held():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) // 1024  # MiB
+
+if sys.argv[1] == "few":
+    keep_few_kernels()
+x, weight = torch.randn(1000, 512, dtype=torch.bfloat16), torch.randn(2048, 512, dtype=torch.bfloat16)
+torch.mm(x, weight.t())
+before = held()
+for rows in range(400, 800):
+    torch.mm(x[:rows], weight.t())
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(not BF16, reason="this processor has no bfloat16 products, so no kernels are made for them")
+def test_products_of_ever_new_lengths_hold_no_more_and_more_memory() -> None:
+    few, all_of_them = (
+        int(subprocess.check_output([sys.executable, "-c", GROWTH, mode], env=os.environ | {"OMP_NUM_THREADS": "1"}))
+        for mode in ("few", "all")
+    )
+    assert few < all_of_them / 3, f"{few} and {all_of_them} MiB"
