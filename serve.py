@@ -11,7 +11,7 @@ def parser() -> ArgumentParser:
     made = ArgumentParser("serve.py", description="Serve a trained policy beside its reference.", epilog=EPILOG)
     made.add_argument("--model", help="folder or hub id of the policy (runs/latest/export)")
     made.add_argument("--reference", help="folder or hub id of the reference (what the run was trained against)")
-    made.add_argument("--demo", action="store_true", help="serve the shipped model, as policy and as reference")
+    made.add_argument("--demo", action="store_true", help="serve the shipped run of the built-in example")
     made.add_argument("--host", help="address to listen at (127.0.0.1)")
     made.add_argument("--port", type=int, help="port to listen at (8000)")
     made.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto (auto)")

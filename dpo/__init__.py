@@ -18,7 +18,7 @@ Around it:
 - models: `models`, `adapters`, `sharing`, `reference`, `cache`, `cached`, `generation`, `precision`, `allocator`
 - the step: `training`, `module`, `sft`, `metrics`, `finite`, `slim`, `schedules`, `preflight`
 - a run and what it leaves: `cli`, `words`, `options`, `standard`, `run`, `checkpoints`, `resuming`, `loggers`,
-  `callbacks`, `console`, `report`, `online`, `export`, `hub`, `rebuild`; then `serving`
+  `callbacks`, `console`, `report`, `online`, `export`, `hub`, `rebuild`, `demo`; then `serving`
 """
 
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 VERBS = {  # verb: its module, imported only when it is asked for, and what it does
+    "demo": ("dpo.demo", "Make the shipped run again, which serve.py --demo serves."),
     "losses": ("dpo.losses.table", "Print every loss: formula, parameters, source, values on three known pairs."),
     "push": ("dpo.hub", "Upload a run's export to the Hugging Face hub."),
     "quickstart": ("dpo.rebuild", "Make the shipped quickstart policy again from nothing."),

@@ -64,6 +64,7 @@ ORDER = (
     "standard",
     "cli",
     "rebuild",
+    "demo",
     "serving",
 )
 # These import from all.

@@ -18,6 +18,7 @@ __all__ = [
     "SFT_SEED",
     "SUBSET",
     "TEST_ROWS",
+    "TRAINED",
     "TRAIN_ROWS",
     "fresh",
     "is_held_out",
@@ -27,6 +28,9 @@ __all__ = [
 
 POLICY: Path = Path(__file__).parent / "policy"
 """The shipped Hugging Face folder: `fresh` after a supervised stage on the chosen answers of another draw."""
+
+TRAINED: Path = Path(__file__).parent / "trained"
+"""The shipped run of a policy that began as `POLICY`: its export, and what it measured."""
 
 DPO_SEED = 1
 """Seed of the draw that the default run trains and tests on; another one than `SFT_SEED`."""

@@ -13,6 +13,7 @@ import torch
 import uvicorn
 from transformers.utils.logging import disable_progress_bar
 
+from dpo import quickstart
 from dpo.export import Origin, moved, origin
 from dpo.models import Loader, end_ids
 from dpo.serving.app import build
@@ -56,11 +57,11 @@ def find(options: Options) -> Origin:
         ValueError: There is no run yet, or nothing says what the policy is compared with.
     """
     if options.demo:
-        return origin("quickstart", options.reference or "quickstart")
+        return origin(str(quickstart.TRAINED / "export"), options.reference)
     if options.model is None and not LATEST.is_dir():
         raise ValueError(
             "There is no trained run yet.\n  make fit    trains the built-in example (about two minutes)\n"
-            "  python serve.py --demo    serves the model it starts from, as policy and as reference\n"
+            "  python serve.py --demo    serves a run of it that is shipped\n"
             "  python serve.py --model FOLDER --reference FOLDER_OR_HUB_ID    serves other models"
         )
     return origin(options.model or str(LATEST), options.reference)
