@@ -7,27 +7,28 @@ EPILOG = "A key in the environment variable DPO_API_KEY is asked of every client
 
 
 def parser() -> ArgumentParser:
-    """The options; their defaults are in `dpo.serving.server.Options`."""
+    """The options, their defaults and what they mean."""
     made = ArgumentParser("serve.py", description="Serve a trained policy beside its reference.", epilog=EPILOG)
-    made.add_argument("--model", help="folder or hub id of the policy (runs/latest/export)")
-    made.add_argument("--reference", help="folder or hub id of the reference (what the run was trained against)")
-    made.add_argument("--demo", action="store_true", help="serve the shipped run of the built-in example")
-    made.add_argument("--host", help="address to listen at (127.0.0.1)")
-    made.add_argument("--port", type=int, help="port to listen at (8000)")
-    made.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto (auto)")
-    made.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and cache (float32)")
-    made.add_argument("--max-concurrency", type=int, help="requests answered at a time, others get 429 (64)")
-    made.add_argument("--max-context", type=int, help="most tokens of prompt and answer (the model's, at most 4096)")
+    add, types = made.add_argument, ["float32", "bfloat16", "float16"]
+    add("--model", help="folder or hub id of the policy (runs/latest/export)")
+    add("--reference", help="folder or hub id of the reference (what the run was trained against)")
+    add("--demo", action="store_true", help="serve the shipped run of the built-in example")
+    add("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
+    add("--port", default=8000, type=int, help="port to listen at (%(default)s)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (%(default)s)")
+    add("--dtype", default="float32", choices=types, help="of weights and cache (%(default)s)")
+    add("--max-concurrency", default=64, type=int, help="requests answered at a time, others get 429 (%(default)s)")
+    add("--max-context", type=int, help="most tokens of prompt and answer (the model's, at most 4096)")
     return made
 
 
 def main(words: list[str]) -> int:
     """Serve; 0 stopped, 1 refused with a message, 130 interrupted."""
-    given = {name: value for name, value in vars(parser().parse_args(words)).items() if value is not None}
-    from dpo.serving.server import Options, serve  # after --help, which must not wait for torch
+    options = parser().parse_args(words)
+    from dpo.serving.server import serve  # after --help, which must not wait for torch
 
     try:
-        serve(Options(**given))
+        serve(options)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import serve
 from dpo import quickstart
-from dpo.serving.server import Options, Server, load
+from dpo.serving.server import Server, load
 from dpo.serving.service import Service
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,8 +70,8 @@ class Running:
     def service(self) -> Service:
         return self.server.service
 
-    def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, headers=self.headers, **options)
+    def get(self, path: str, **more: Any) -> httpx.Response:
+        return httpx.get(self.url + path, headers=self.headers, **more)
 
     def post(self, path: str, body: Any) -> Any:
         response = httpx.post(f"{self.url}/v1/{path}", json=body, headers=self.headers, timeout=60)
@@ -77,10 +79,15 @@ class Running:
         return response.json()
 
 
+def options(**given: Any) -> Namespace:
+    """What `serve.py` makes of a command line that gives these."""
+    return Namespace(**vars(serve.parser().parse_args([])) | given)
+
+
 @contextmanager
-def run_server(options: Options, key: str | None = None) -> Iterator[Running]:
+def run_server(given: Namespace, key: str | None = None) -> Iterator[Running]:
     """Serve in a thread."""
-    server = Server(load(options), options.host, options.port, key)
+    server = Server(load(given), given.host, given.port, key)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -104,7 +111,7 @@ def wait_until(holds: Any, seconds: float = 10) -> None:
 def trained_server(folders: pytest.TempPathFactory) -> Iterator[Running]:
     """A server over the run `trained`."""
     export = make_run(folders.mktemp("runs") / "trained")
-    with run_server(Options(model=str(export), port=0, max_concurrency=16)) as started:
+    with run_server(options(model=str(export), port=0, max_concurrency=16)) as started:
         yield started
 
 

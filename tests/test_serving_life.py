@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import serve
-from dpo.serving.server import Options, find, load
+from dpo.serving.server import find, load
 from tests.runs import Lab, checkpoint, policy
-from tests.serving import Running, run_server, start, trained_server, wait_until
+from tests.serving import Running, options, run_server, start, trained_server, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = {"model": "policy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0}
@@ -122,7 +122,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(running: Running) -> None:
 
 
 def test_a_dead_engine_is_said_and_started_again() -> None:
-    with run_server(Options(demo=True, port=0, max_concurrency=4)) as running:
+    with run_server(options(demo=True, port=0, max_concurrency=4)) as running:
         engine = running.service.engines["policy"]
 
         def broken(*_: object) -> None:
@@ -198,7 +198,7 @@ def test_help_fits_a_screen() -> None:
 def test_a_reference_that_moved_is_served_as_it_is_at_the_end(tmp_path: Path, adapter: tuple[str, ...]) -> None:
     moving = "--model.reference={class_path: Moving, init_args: {alpha: 0.5, tau: 1}}"
     run = Lab(tmp_path).fit("moving", moving, *adapter, "--trainer.max_steps=2", "--optimizer.lr=0.01")
-    served = load(Options(model=str(run.export), device="cpu")).engines["reference"].model.state_dict()
+    served = load(options(model=str(run.export), device="cpu")).engines["reference"].model.state_dict()
     weights = checkpoint(run)["state_dict"]
     expected = {name[16:]: weight for name, weight in weights.items() if name.startswith("reference.model.")}
     assert expected
@@ -208,13 +208,13 @@ def test_a_reference_that_moved_is_served_as_it_is_at_the_end(tmp_path: Path, ad
     assert any(not torch.equal(weight, start[name]) for name, weight in expected.items())
     (run.checkpoints / "last.ckpt").unlink()
     with pytest.raises(ValueError, match=r"last\.ckpt, which has it, is gone: name a --reference"):
-        find(Options(model=str(run.export)))
-    assert find(Options(model=str(run.export), reference="quickstart")).moved is None
+        find(options(model=str(run.export)))
+    assert find(options(model=str(run.export), reference="quickstart")).moved is None
 
 
 def test_what_a_run_writes_is_what_the_server_reads(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     run = lab.fit("real", "--trainer.max_steps=1", "--model.loss.beta=0.3", "--data.format=hh")
-    origin = find(Options(model=str(run.export)))
+    origin = find(options(model=str(run.export)))
     assert (origin.beta, origin.format, origin.reference) == (0.3, "hh", str(policy()))
     assert origin.run.folder == run.folder.resolve()

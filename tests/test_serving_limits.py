@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from dpo.serving import guard
-from dpo.serving.server import Options, Server, load
-from tests.serving import Running, make_run, run_server, start, trained_server, wait_until
+from dpo.serving.server import Server, load
+from tests.serving import Running, make_run, options, run_server, start, trained_server, wait_until
 
 CHAT = {"model": "policy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
 JSON = {"content-type": "application/json"}
@@ -305,7 +305,7 @@ def test_eight_hundred_half_open_connections_disturb_nobody() -> None:
 
 def test_a_key_guards_every_route(tmp_path_factory: pytest.TempPathFactory) -> None:
     key = "planted-key-7f3a"
-    with run_server(Options(demo=True, port=0, host="0.0.0.0", max_concurrency=4), key) as running:
+    with run_server(options(demo=True, port=0, host="0.0.0.0", max_concurrency=4), key) as running:
         for path in ("/v1/models", "/v1/run", "/metrics", "/openapi.json", "/v1/none", "/docs"):
             refused(httpx.get(running.url + path), 401)
             refused(httpx.get(running.url + path, headers={"authorization": "Bearer wrong"}), 401)
@@ -334,14 +334,14 @@ def test_models_are_read_safely(tmp_path, running: Running) -> None:
     )
     (export / "evil.py").write_text("raise SystemExit('executed')")
     with pytest.raises(ValueError, match="cannot read a causal language model"):
-        load(Options(model=str(export)))
+        load(options(model=str(export)))
     (export / "config.json").write_text(json.dumps(config | {"_attn_implementation": "someone/kernel"}))
     with pytest.raises(ValueError, match="cannot read a causal language model"):
-        load(Options(model=str(export)))
+        load(options(model=str(export)))
     (export / "config.json").write_text(json.dumps(config))
     (export / "model.safetensors").rename(export / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot read a causal language model"):
-        load(Options(model=str(export)))
+        load(options(model=str(export)))
 
 
 def mutate(draw: random.Random, body: object) -> object:

@@ -1,12 +1,12 @@
 """Start and stop: reads the models, binds the port, ends in time.
 
-Takes the words of the command line (`serve.py` is the only caller). Knows nothing of requests.
+Takes the options of `serve.py`, where they are described. Knows nothing of requests.
 """
 
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -30,27 +30,7 @@ MOST_CONTEXT = 4096  # tokens, where --max-context does not say
 STREAMS_END, ALL_ENDS = 5.0, 8  # seconds after the signal
 
 
-@dataclass(frozen=True)
-class Options:
-    """What `serve.py` was told; its --help describes them."""
-
-    model: str | None = None
-    reference: str | None = None
-    demo: bool = False
-    host: str = "127.0.0.1"
-    port: int = 8000
-    device: str = "auto"
-    dtype: str = "float32"
-    max_concurrency: int = 64
-    max_context: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_concurrency < 1 or (self.max_context or 2) < 2 or not 0 <= self.port < 2**16:
-            least = "--max-concurrency of at least 1, --max-context of at least 2 tokens"
-            raise ValueError(f"Expected {least} and --port of 0 to 65535.")
-
-
-def find(options: Options) -> Origin:
+def find(options: Namespace) -> Origin:
     """Find policy and reference.
 
     Raises:
@@ -67,12 +47,15 @@ def find(options: Options) -> Origin:
     return origin(options.model or str(LATEST), options.reference)
 
 
-def load(options: Options) -> Service:
+def load(options: Namespace) -> Service:
     """Read both models and put them to work.
 
     Raises:
         ValueError: Something is missing or does not fit together.
     """
+    if options.max_concurrency < 1 or (options.max_context or 2) < 2 or not 0 <= options.port < 2**16:
+        least = "--max-concurrency of at least 1, --max-context of at least 2 tokens"
+        raise ValueError(f"Expected {least} and --port of 0 to 65535.")
     found = find(options)
     paths = {"policy": found.policy, "reference": found.reference}
     models = {name: Loader().model(path, attn_implementation="sdpa") for name, path in paths.items()}
@@ -92,10 +75,9 @@ def load(options: Options) -> Service:
     context = options.max_context or min(known, MOST_CONTEXT)
     if context > known:
         raise ValueError(f"--max-context: expected at most {known} tokens, which both models know, got {context}.")
-    encoder = Encoder(Loader().tokenizer(found.policy), UNCUT, found.format, end_ids(found.policy))
-    scorer = Scorer(models)
+    text = Text(Encoder(Loader().tokenizer(found.policy), UNCUT, found.format, end_ids(found.policy)), context)
     engines = {name: Engine(model, options.max_concurrency, context) for name, model in models.items()}
-    return Service(found, engines, scorer, Text(encoder, context), options.max_concurrency)
+    return Service(found, engines, Scorer(models), text, options.max_concurrency)
 
 
 class Server(uvicorn.Server):
@@ -106,9 +88,10 @@ class Server(uvicorn.Server):
         if not local and key is None:
             raise ValueError(f"--host {host} is reachable from other machines: set a key in DPO_API_KEY first.")
         guard = Guard(build(service), key, LOOPBACK if local else None, service.metrics)
-        config = uvicorn.Config(guard, host, port, http=TimedProtocol, ws="none", log_level="warning", access_log=False)
-        config.server_header, config.timeout_keep_alive = False, HEAD_SECONDS
-        config.timeout_graceful_shutdown = ALL_ENDS
+        config = uvicorn.Config(
+            guard, host, port, http=TimedProtocol, ws="none", log_level="warning", access_log=False,
+            server_header=False, timeout_keep_alive=HEAD_SECONDS, timeout_graceful_shutdown=ALL_ENDS,
+        )  # fmt: skip
         super().__init__(config)
         self.service = service
 
@@ -132,7 +115,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(options: Options) -> None:
+def serve(options: Namespace) -> None:
     """Serve until a signal.
 
     Raises:
