@@ -4,12 +4,11 @@ Takes a `Service`; gives the application that `guard` stands in front of. What g
 """
 
 import asyncio
-import json
 import math
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from dpo import report
-from dpo.serving.reply import CHAT, COMPLETION, Reply
+from dpo.serving.reply import Reply
 from dpo.serving.schema import ChatRequest, CompareRequest, CompletionRequest, Fault, ScoreRequest
 from dpo.serving.service import Json, Service
 
@@ -28,14 +27,6 @@ CSP = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-
-class Ascii(JSONResponse):
-    """JSON in ASCII: any text that a client can send can be sent back."""
-
-    def render(self, content: Any) -> bytes:
-        """The body."""
-        return json.dumps(content).encode()
 
 
 def _service(request: Request) -> Service:
@@ -61,32 +52,25 @@ router = APIRouter()
 work = APIRouter(prefix="/v1", dependencies=[Depends(_admitted)])
 
 
-@router.get("/v1/models")
-async def models(service: Served) -> Json:
-    """Both models."""
-    listed = [{"id": name, "object": "model", "created": 0, "owned_by": "local"} for name in service.engines]
-    return {"object": "list", "data": listed}
-
-
 @work.post("/chat/completions")
 async def chat(service: Served, body: ChatRequest) -> Response:
     """Answer messages."""
-    prompt = await service.tokenize(lambda: service.text.prompt(None, body.messages))
+    prompt = await service.tokenize(service.text.prompt, None, body.messages)
     limit = body.max_completion_tokens or body.max_tokens
-    return await _answer(Reply(service, CHAT, body, prompt, limit, (body.top_logprobs or 0) if body.logprobs else None))
+    return await _answer(Reply(service, body, prompt, limit, (body.top_logprobs or 0) if body.logprobs else None))
 
 
 @work.post("/completions")
 async def completions(service: Served, body: CompletionRequest) -> Response:
     """Go on with a text; OpenAI's default is 16 tokens."""
-    prompt = await service.tokenize(lambda: service.text.raw(body.prompt))
-    return await _answer(Reply(service, COMPLETION, body, prompt, body.max_tokens or 16, body.logprobs))
+    prompt = await service.tokenize(service.text.raw, body.prompt)
+    return await _answer(Reply(service, body, prompt, body.max_tokens or 16, body.logprobs))
 
 
 async def _answer(reply: Reply) -> Response:
     if reply.body.stream:
         return StreamingResponse(reply.stream(), media_type="text/event-stream")
-    return Ascii(await reply.whole())
+    return JSONResponse(await reply.whole())
 
 
 @work.post("/score")
@@ -103,16 +87,23 @@ async def compare(service: Served, body: CompareRequest) -> Json:
     example = service.text.example
     examples = await service.tokenize(lambda: [example(pair, pair.chosen, pair.rejected) for pair in body.pairs])
     answers = await service.score(examples, body.tokens)
-    compared = [_compared(*both) for both in zip(answers[::2], answers[1::2], strict=True)]
-    return {"object": "compare", "beta": service.origin.beta, "pairs": compared}
+    pairs = [_compared(*both) for both in zip(answers[::2], answers[1::2], strict=True)]
+    return {"object": "compare", "beta": service.origin.beta, "pairs": pairs}
 
 
 def _compared(chosen: Json, rejected: Json) -> Json:
     margin = chosen["reward"] - rejected["reward"]
-    probability = 1 / (1 + math.exp(-margin)) if margin > -700 else 0.0  # beyond, exp overflows
+    probability = (1 + math.tanh(margin / 2)) / 2  # the logistic function, without overflow
     preferred = None if margin == 0 else "chosen" if margin > 0 else "rejected"
     verdict = {"margin": margin, "probability": probability, "preferred": preferred}
     return verdict | {"chosen": chosen, "rejected": rejected}
+
+
+@router.get("/v1/models")
+async def models(service: Served) -> Json:
+    """Both models."""
+    listed = [{"id": name, "object": "model", "created": 0, "owned_by": "local"} for name in service.engines]
+    return {"object": "list", "data": listed}
 
 
 @router.get("/v1/run")
@@ -137,7 +128,8 @@ async def ready(service: Served) -> Json:
 @router.get("/metrics")
 async def metrics(service: Served) -> Response:
     """For Prometheus."""
-    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    service.measure()
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/", include_in_schema=False)
@@ -151,29 +143,26 @@ async def page(name: str = "index.html") -> Response:
     return Response(content, headers={"content-security-policy": CSP.format(nonce)}, media_type=kind)
 
 
-def refusal(error: Any) -> Response:
+def refusal(error: Exception) -> Response:
     """What the client is told of an error; of one that is ours, nothing but that."""
     match error:
         case Fault():
             fault = error
         case HTTPException():
-            fault = Fault(error.status_code, str(error.detail), "http_error")
+            fault = Fault(error.status_code, error.detail, "http_error")
         case RequestValidationError():
             first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"][1:])[:200]
-            message = (
-                "not supported" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-            )
-            fault = Fault(400, f"{field or 'body'}: {message}", first["type"], field or None)
+            field = ".".join(map(str, first["loc"][1:]))[:200].encode("ascii", "backslashreplace").decode()
+            said = "not supported" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+            fault = Fault(400, f"{field or 'body'}: {said}", first["type"], field or None)
         case _:
             fault = Fault(500, "internal error", "internal_error")
-    return Ascii(fault.body, fault.status_code, fault.headers)
+    return JSONResponse(fault.body, fault.status_code, fault.headers)
 
 
 def build(service: Service) -> FastAPI:
     """The application."""
-    off: Any = {"docs_url": None, "redoc_url": None, "telemetry": dict.fromkeys(("tracing", "metrics", "logs"), False)}
-    app = FastAPI(title="dpo-lightning", lifespan=service.lifespan, default_response_class=Ascii, **off)
+    app = FastAPI(title="dpo-lightning", lifespan=service.lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     for kind in (HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, lambda _, error: refusal(error))

@@ -1,13 +1,11 @@
 """What stands in front of the application: who may ask, how much, and for how long.
 
-Takes any ASGI application. Everything is read, checked and limited here, before a route sees it; a request ends when
-its client leaves.
+Takes any ASGI application. All is read, checked and limited here; a request ends when its client leaves.
 """
 
 import asyncio
 import hmac
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dpo.serving.app import PAGE, refusal
 from dpo.serving.schema import Fault
-from dpo.serving.service import Metrics
+from dpo.serving.service import REQUESTS
 
 BODY_BYTES = 2**20
 HEAD_SECONDS = BODY_SECONDS = SEND_SECONDS = 10
@@ -42,77 +40,66 @@ class Guard:
             here (DNS rebinding) sends its own.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, hosts: frozenset[str] | None, metrics: Metrics) -> None:
-        self.app, self.hosts, self.metrics = app, hosts, metrics
-        self.asked = f"Bearer {key}".encode() if key else b""
+    def __init__(self, app: ASGIApp, key: str | None, hosts: frozenset[str] | None) -> None:
+        self.app, self.hosts, self.asked = app, hosts, f"Bearer {key}".encode() if key else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or refuse in words."""
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
+        app = self.app
+        try:
+            self._check(scope["method"], scope["path"], dict(scope["headers"]))
+            unread: list[Message] = [{"type": "http.request", "body": await _body(receive)}]
+        except Fault as fault:
+            app, unread = refusal(fault), []
+
+        async def replay() -> Message:
+            return unread.pop() if unread else await asyncio.Future()  # that the client left is not for it to notice
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 route = scope.get("route")
-                self.metrics.requests.labels(route.path if route else "other", message["status"]).inc()
+                REQUESTS.labels(route.path if route else "other", message["status"]).inc()
                 message["headers"] = list((HEADERS | dict(message["headers"])).items())
             await send(message)
 
-        try:
-            self._check(scope)
-            body = await self._body(receive)
-        except Fault as fault:
-            await refusal(fault)(scope, receive, guarded)
-            return
-        await self._run(scope, body, receive, guarded)
+        answering, leaving = asyncio.ensure_future(app(scope, replay, guarded)), asyncio.create_task(_left(receive))
+        answering.add_done_callback(lambda _: leaving.cancel())
+        leaving.add_done_callback(lambda _: answering.cancel())
+        with suppress(asyncio.CancelledError):
+            await answering
 
-    def _check(self, scope: Scope) -> None:
-        headers = dict(scope["headers"])
+    def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if self.hosts is not None and re.sub(r":\d+$", "", host) not in self.hosts:
             raise Fault(421, "this name is not served here", "unknown_host")
-        given = headers.get(b"authorization", b"") if self.asked and scope["path"] not in OPEN else self.asked
+        given = headers.get(b"authorization", b"") if self.asked and path not in OPEN else self.asked
         if not hmac.compare_digest(given, self.asked):
             raise Fault(401, "expected the server's key: Authorization: Bearer KEY", "invalid_api_key")
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-        if scope["method"] == "POST" and kind != b"application/json":
+        if method == "POST" and kind != b"application/json":
             raise Fault(415, "expected content-type application/json", "unsupported_media_type")
 
-    async def _body(self, receive: Receive) -> bytes:
-        body, more = bytearray(), True
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                while more:
-                    message = await receive()
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
-                    if len(body) > BODY_BYTES:
-                        raise Fault(413, f"expected a body of at most {BODY_BYTES} bytes", "body_too_large")
-        except TimeoutError:
-            raise Fault(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", "timeout") from None
-        return bytes(body)
 
-    async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """The application, until it has answered or the client has gone."""
-        parts: Iterator[Message] = iter([{"type": "http.request", "body": body}])
+async def _body(receive: Receive) -> bytes:
+    body, more = b"", True
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while more:
+                message = await receive()
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+                if len(body) > BODY_BYTES:
+                    raise Fault(413, f"expected a body of at most {BODY_BYTES} bytes", "body_too_large")
+    except TimeoutError:
+        raise Fault(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", "timeout") from None
+    return body
 
-        async def replay() -> Message:
-            for part in parts:
-                return part
-            return await asyncio.Future()  # that the client left is not for it to notice
 
-        async def left() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-
-        answering, leaving = asyncio.ensure_future(self.app(scope, replay, send)), asyncio.create_task(left())
-        leaving.add_done_callback(lambda _: answering.cancel())
-        try:
-            with suppress(asyncio.CancelledError):
-                await answering
-        finally:
-            leaving.cancel()
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class TimedProtocol(H11Protocol):

@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
         local = host in ("localhost", "127.0.0.1", "::1")
         if not local and key is None:
             raise ValueError(f"--host {host} is reachable from other machines: set a key in DPO_API_KEY first.")
-        guard = Guard(build(service), key, LOOPBACK if local else None, service.metrics)
+        guard = Guard(build(service), key, LOOPBACK if local else None)
         config = uvicorn.Config(
             guard, host, port, http=TimedProtocol, ws="none", log_level="warning", access_log=False,
             server_header=False, timeout_keep_alive=HEAD_SECONDS, timeout_graceful_shutdown=ALL_ENDS,

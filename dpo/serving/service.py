@@ -8,11 +8,10 @@ import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
-from operator import attrgetter
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from dpo.batch import Example
 from dpo.export import Origin
@@ -25,24 +24,15 @@ T = TypeVar("T")
 Json = dict[str, Any]
 RESTART_SECONDS = 1.0
 
-
-class Metrics:
-    """What Prometheus is told of one server."""
-
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
-        registry = self.registry = CollectorRegistry()
-        self.requests = Counter("dpo_requests", "Answered requests.", ["route", "status"], registry=registry)
-        self.tokens = Counter("dpo_tokens", "Tokens read and generated.", ["model", "kind"], registry=registry)
-        self.first = Histogram("dpo_first_token_seconds", "Until the first token.", ["model"], registry=registry)
-        active = Gauge("dpo_active_requests", "Waiting for tokens.", ["model"], registry=registry)
-        cache = Gauge("dpo_cache_used_ratio", "Share of the cache in use.", ["model"], registry=registry)
-        alive = Gauge("dpo_engine_alive", "1 while the model answers.", ["model"], registry=registry)
-        for name, engine in engines.items():
-            active.labels(name).set_function(partial(attrgetter("active"), engine))
-            cache.labels(name).set_function(partial(attrgetter("cache_used"), engine))
-            alive.labels(name).set_function(partial(attrgetter("alive"), engine))
+REQUESTS = Counter("dpo_requests", "Answered requests.", ["route", "status"])
+TOKENS = Counter("dpo_tokens", "Tokens read and generated.", ["model", "kind"])
+FIRST = Histogram("dpo_first_token_seconds", "Until the first token.", ["model"])
+ACTIVE = Gauge("dpo_active_requests", "Waiting for tokens.", ["model"])
+CACHE = Gauge("dpo_cache_used_ratio", "Share of the cache in use.", ["model"])
+ALIVE = Gauge("dpo_engine_alive", "1 while the model answers.", ["model"])
 
 
+@dataclass
 class Service:
     """Everything of one server.
 
@@ -52,11 +42,14 @@ class Service:
         stopping: No more are let in.
     """
 
-    def __init__(self, origin: Origin, engines: Mapping[str, Engine], scorer: Scorer, text: Text, slots: int) -> None:
-        self.origin, self.engines, self.scorer, self.text, self.slots = origin, engines, scorer, text, slots
-        self.admitted, self.stopping = 0, False
-        self.tokenizing = ThreadPoolExecutor(1, "tokenizer")
-        self.metrics = Metrics(engines)
+    origin: Origin
+    engines: Mapping[str, Engine]
+    scorer: Scorer
+    text: Text
+    slots: int
+    admitted: int = 0
+    stopping: bool = False
+    tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
 
     @asynccontextmanager
     async def lifespan(self, _: object) -> AsyncIterator[None]:
@@ -84,28 +77,30 @@ class Service:
             asyncio.get_running_loop().call_later(seconds, engine.abort)
 
     def expect_ready(self) -> None:
-        """Both models answer.
-
-        Raises:
-            Fault: They do not.
-        """
+        """Both models answer, or that they do not is a `Fault`."""
         if self.stopping or not all(engine.alive for engine in self.engines.values()):
             raise Fault(503, "the server is stopping or a model has failed", "unavailable")
 
-    async def tokenize(self, make: Callable[[], T]) -> T:
+    def measure(self) -> None:
+        """Bring up to date what is not counted as it happens."""
+        for name, engine in self.engines.items():
+            ACTIVE.labels(name).set(len(engine.waiting))
+            CACHE.labels(name).set(engine.cache_used)
+            ALIVE.labels(name).set(engine.alive)
+
+    async def tokenize(self, make: Callable[..., T], *given: Any) -> T:
         """Beside the event loop, one at a time."""
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, make)
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, make, *given)
 
     async def score(self, examples: Sequence[Example], tokens: bool) -> list[Json]:
         """Every answer of every example: log-prob under both models and reward, in nats; each token if asked for."""
-        scores = await self.scorer(examples)
         answers = [ids for example in examples for ids in example.answers]
-        told = []
-        for ids, each in zip(answers, scores, strict=True):
-            sums = {name: math.fsum(values) for name, values in each.items()}
+        told: list[Json] = []
+        for ids, scores in zip(answers, await self.scorer(examples), strict=True):
+            sums = {name: math.fsum(values) for name, values in scores.items()}
             reward = self.origin.beta * (sums["policy"] - sums["reference"])
             told.append({"logprob": sums, "reward": reward, "length": len(ids)})
             if tokens:
-                rows = zip(self.text.pieces(ids), *each.values(), strict=True)
-                told[-1]["tokens"] = [dict(zip(("text", *each), row, strict=True)) for row in rows]
+                rows = zip(self.text.pieces(ids), *scores.values(), strict=True)
+                told[-1]["tokens"] = [dict(zip(("text", *scores), row, strict=True)) for row in rows]
         return told
