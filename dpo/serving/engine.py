@@ -4,10 +4,10 @@ Takes token ids and a `Draw`, gives the tokens as they come. Knows no text. The 
 """
 
 import asyncio
-import itertools
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import torch
 from jaxtyping import Float
@@ -101,7 +101,6 @@ class Engine:
     """
 
     def __init__(self, model: PreTrainedModel, slots: int, context: int) -> None:
-        self.model = model
         config = model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -109,8 +108,7 @@ class Engine:
         tokens = max(2 * context, min(slots * context // 2, CACHE_BYTES // token_bytes))  # few use all of theirs
         sizes = {"page_size": PAGE, "num_blocks": -(-tokens // PAGE), "max_batch_tokens": max(BATCH_TOKENS, slots)}
         off: Any = dict.fromkeys(("auto_switch_to_flash", "use_cuda_graph", "use_async_batching"), False)
-        self.batching = ContinuousBatchingConfig(**sizes, **off)
-        self.names = map(str, itertools.count())
+        self.model, self.batching = model, ContinuousBatchingConfig(**sizes, **off)
         self.waiting: dict[str, asyncio.Queue[GenerationOutput | None]] = {}
 
     def start(self) -> None:
@@ -133,11 +131,6 @@ class Engine:
         return self.manager.is_running() and not self.manager.background_thread_status.can_accept_new_requests()
 
     @property
-    def active(self) -> int:
-        """Requests that wait for tokens."""
-        return len(self.waiting)
-
-    @property
     def cache_used(self) -> float:
         """Share of the cache that holds tokens."""
         processor = self.manager.batch_processor
@@ -151,13 +144,11 @@ class Engine:
         Raises:
             Fault: No (more) tokens will come.
         """
-        manager, name, finished = self.manager, next(self.names), False
+        manager, name, finished = self.manager, uuid4().hex, False
         queue = self.waiting[name] = asyncio.Queue()
         manager.register_result_handler(name, queue.put_nowait)
         try:
-            taken = self.alive and manager.add_request(
-                list(prompt), name, limit, streaming=True, eos_token_id=list(ends), draw=draw
-            )
+            taken = manager.add_request(list(prompt), name, limit, streaming=True, eos_token_id=list(ends), draw=draw)
             while taken and not finished:
                 output = await queue.get()
                 while not queue.empty() and output is not None:

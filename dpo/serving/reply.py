@@ -11,10 +11,11 @@ from contextlib import aclosing
 from itertools import accumulate
 
 from dpo.batch import Example
+from dpo.columns import HUMAN
 from dpo.serving.engine import Draw
 from dpo.serving.schema import ChatRequest, Fault, Generation
 from dpo.serving.service import FIRST, TOKENS, Json, Service
-from dpo.serving.text import HUMAN, Writer
+from dpo.serving.text import Writer
 
 
 class Reply:

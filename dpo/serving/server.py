@@ -3,6 +3,7 @@
 Takes the options of `serve.py`, where they are described. Knows nothing of requests.
 """
 
+import asyncio
 import logging
 import os
 import socket
@@ -110,8 +111,9 @@ class Server(uvicorn.Server):
             print(f"policy     {made.policy}\nreference  {reference}\nat         {self.link}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for what is being said, but not for ever."""
-        self.service.stop_soon(STREAMS_END)
+        """Wait for what is being said, which later ends with an error."""
+        for engine in self.service.engines.values():
+            asyncio.get_running_loop().call_later(STREAMS_END, engine.abort)
         await super().shutdown(sockets)
 
 

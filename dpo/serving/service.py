@@ -39,7 +39,6 @@ class Service:
     Attributes:
         slots: Requests answered at a time; more are told to try again.
         admitted: Requests being answered.
-        stopping: No more are let in.
     """
 
     origin: Origin
@@ -48,7 +47,6 @@ class Service:
     text: Text
     slots: int
     admitted: int = 0
-    stopping: bool = False
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
 
     @asynccontextmanager
@@ -60,7 +58,7 @@ class Service:
         yield
         watch.cancel()
         for engine in self.engines.values():
-            await asyncio.to_thread(engine.manager.stop, hard_stop=True)
+            engine.manager.stop(hard_stop=True)
 
     async def _watch(self) -> None:
         while True:
@@ -70,16 +68,10 @@ class Service:
                     engine.abort()
                     engine.start()
 
-    def stop_soon(self, seconds: float) -> None:
-        """Let nobody in; what is still being said by then ends with an error."""
-        self.stopping = True
-        for engine in self.engines.values():
-            asyncio.get_running_loop().call_later(seconds, engine.abort)
-
     def expect_ready(self) -> None:
         """Both models answer, or that they do not is a `Fault`."""
-        if self.stopping or not all(engine.alive for engine in self.engines.values()):
-            raise Fault(503, "the server is stopping or a model has failed", "unavailable")
+        if not all(engine.alive for engine in self.engines.values()):
+            raise Fault(503, "a model has failed and is being started again", "unavailable")
 
     def measure(self) -> None:
         """Bring up to date what is not counted as it happens."""

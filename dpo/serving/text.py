@@ -4,19 +4,19 @@ Dialogues are read as rows of the data are (`Columns`) and become tokens through
 data. Knows no model.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 from tokenizers.decoders import DecodeStream
 
 from dpo.batch import Example
-from dpo.columns import Columns
+from dpo.columns import ASSISTANT, HUMAN, Columns
 from dpo.dialogue import MARKERS, Pair, Refusal, Turns
+from dpo.prompts import PROBES
 from dpo.serving.schema import Fault, Message, Question
 from dpo.tokens import Encoder, control_tokens
 
 T = TypeVar("T")
-HUMAN, ASSISTANT = MARKERS
 UNCUT = 2**40  # tokens: what is too long is refused here, never cut
 
 
@@ -33,16 +33,14 @@ class Text:
         self.control = control_tokens(encoder.tokenizer, encoder.end_ids, ())
 
     def prompt(self, prompt: str | None, messages: Sequence[Message] | None) -> list[int]:
-        """Ids up to where the answer begins, which any two answers show."""
-        pair = Pair(_history(prompt, messages), " Yes.", " No.")
-        return self._fitting(_used(self.encoder.encode(pair)).prompt, answer=1)
+        """Ids up to where the answer begins."""
+        return self._fitting(_used(self.encoder.encode(Pair(_history(prompt, messages), *PROBES))).prompt, answer=1)
 
     def raw(self, prompt: str) -> list[int]:
         """Ids of a text as it is."""
         if self.control.search(prompt):
             raise Fault(400, "the text spells a control token of the model", "control_token_in_text", "prompt")
-        ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
-        return self._fitting(ids, answer=1)
+        return self._fitting(self.tokenizer(prompt, verbose=False)["input_ids"], answer=1)
 
     def example(self, question: Question, *answers: str) -> Example:
         """One answer, or two that are tokenised together as in training."""
@@ -60,7 +58,7 @@ class Text:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each token adds; empty where a character or the answer ends."""
-        return Writer(self, (), (), False).words(ids)
+        return Writer(self).words(ids)
 
 
 def _history(prompt: str | None, messages: Sequence[Message] | None) -> Turns:
@@ -80,8 +78,10 @@ def _used(read: T | Refusal) -> T:
 class Writer:
     """Tokens -> text, holding back what could still become a stop string."""
 
-    def __init__(self, text: Text, prompt: Sequence[int], stops: Iterable[str], skip_space: bool) -> None:
-        self.backend, self.stops, self.skip = text.tokenizer.backend_tokenizer, list(stops), skip_space
+    def __init__(
+        self, text: Text, prompt: Sequence[int] = (), stops: Sequence[str] = (), skip_space: bool = False
+    ) -> None:
+        self.backend, self.stops, self.skip = text.tokenizer.backend_tokenizer, stops, skip_space
         self.stream = DecodeStream(skip_special_tokens=True)
         self.words(prompt[-4:])  # so that the first token of the answer keeps its space
         self.held, self.stopped = "", False
