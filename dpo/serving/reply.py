@@ -45,76 +45,71 @@ class Reply:
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         dialogue = self.chat and not service.text.encoder.chat
         self.writer = Writer(service.text, prompt, stops + [HUMAN] * dialogue, skip_space=dialogue)
-        self.generated: list[int] = []
+        self.tokens: list[int] = []  # of the answer
         self.words: list[str] = []  # what each of them adds
-        self.described = 0  # of them
 
-    async def pieces(self) -> AsyncGenerator[tuple[str, str | None]]:
-        """The text that each step adds, until an end, a stop string or the limit; the last says which it was."""
+    async def pieces(self) -> AsyncGenerator[tuple[str, list[str], str | None]]:
+        """Text to show and words that came, until an end, a stop string or the limit; the last says which it was."""
         name, ends, started = self.body.model, self.service.text.encoder.end_ids, time.perf_counter()
         TOKENS.labels(name, "prompt").inc(len(self.prompt))
         async with aclosing(self.service.engines[name].generate(self.prompt, self.draw, self.limit, ends)) as steps:
             async for tokens in steps:
-                if not self.generated:
+                if not self.tokens:
                     FIRST.labels(name).observe(time.perf_counter() - started)
-                words = self.writer.words(tokens[len(self.generated) :])
-                TOKENS.labels(name, "completion").inc(len(words))
-                self.generated = tokens
+                words, self.tokens = self.writer.words(tokens[len(self.tokens) :]), tokens
                 self.words += words
+                TOKENS.labels(name, "completion").inc(len(words))
                 ended, full = tokens[-1] in ends, len(tokens) >= self.limit
                 text = self.writer.write(words, last=ended or full)
                 finish = "stop" if ended or self.writer.stopped else "length" if full else None
-                yield text, finish
+                yield text, words, finish
                 if finish:
                     return
 
-    def _choice(self, part: str, text: str, finish: str | None) -> Json:
+    def _choice(self, part: str, text: str, words: list[str], finish: str | None) -> Json:
         said = {part: {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return {"index": 0, **said, "logprobs": self._logprobs(), "finish_reason": finish}
+        logprobs = None if self.draw.top_logprobs is None else self._logprobs(words)
+        return {"index": 0, **said, "logprobs": logprobs, "finish_reason": finish}
 
-    def _logprobs(self) -> Json | None:
-        """Of the tokens that were not described before."""
-        if self.draw.top_logprobs is None:
-            return None
-        first, decode = self.described, self.service.text.tokenizer.decode
-        new, self.described = self.words[first:], len(self.words)
+    def _logprobs(self, words: list[str]) -> Json:
+        """Of the newest words."""
+        before, decode = len(self.words) - len(words), self.service.text.tokenizer.decode
         told = [
             _token(word, logprob) | {"top_logprobs": [_token(str(decode([token])), value) for token, value in top]}
-            for word, (logprob, top) in zip(new, self.draw.logprobs[first:], strict=False)
+            for word, (logprob, top) in zip(words, self.draw.logprobs[before:], strict=False)  # that may be ahead
         ]
         if self.chat:
             return {"content": told}
         return {
-            "tokens": new,
+            "tokens": words,
             "token_logprobs": [token["logprob"] for token in told],
             "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in told],
-            "text_offset": [*accumulate(map(len, new), initial=sum(map(len, self.words[:first])))][:-1],
+            "text_offset": [*accumulate(map(len, words), initial=len("".join(self.words[:before])))][:-1],
         }
 
     @property
     def _usage(self) -> Json:
-        read, written = len(self.prompt), len(self.generated)
+        read, written = len(self.prompt), len(self.tokens)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     async def _reward(self) -> Json:
-        """What is told of the answer's reward: of what was said, without a stop string and what runs into it."""
+        """Of what was said: without a stop string and what runs into it."""
         if not self.body.reward:
             return {}
         ends = list(accumulate(map(len, self.words)))
         said = sum(end <= ends[-1] - len(self.writer.held) for end in ends)
-        answer = Example("answer", self.prompt, (self.generated[: max(said, 1)],))
-        [scored] = await self.service.score([answer], tokens=False)
+        [scored] = await self.service.score([Example("reply", self.prompt, (self.tokens[: max(said, 1)],))], False)
         return {"reward": scored}
 
-    def _head(self, kind: str) -> Json:
-        prefix, name = ("chatcmpl-", f"chat.completion{kind}") if self.chat else ("cmpl-", "text_completion")
-        made = {"id": prefix + secrets.token_hex(12), "object": name, "created": int(time.time())}
+    def _head(self, part: str) -> Json:
+        prefix, kind = ("chatcmpl-", f"chat.completion{part}") if self.chat else ("cmpl-", "text_completion")
+        made = {"id": prefix + secrets.token_hex(12), "object": kind, "created": int(time.time())}
         return made | {"model": self.body.model}
 
     async def whole(self) -> Json:
         """The reply as one object."""
-        texts, finishes = zip(*[piece async for piece in self.pieces()], strict=True)
-        choice = self._choice("message", "".join(texts), finishes[-1])
+        texts, _, finishes = zip(*[piece async for piece in self.pieces()], strict=True)
+        choice = self._choice("message", "".join(texts), self.words, finishes[-1])
         return self._head("") | {"choices": [choice], "usage": self._usage} | await self._reward()
 
     async def stream(self) -> AsyncGenerator[str]:
@@ -123,10 +118,10 @@ class Reply:
         head = self._head(".chunk") | ({"usage": None} if counted else {})
         try:
             async with aclosing(self.pieces()) as pieces:
-                async for text, finish in pieces:
+                async for text, words, finish in pieces:
                     if text or finish or self.draw.logprobs:
-                        choices = [self._choice("delta", text, finish)]
-                        yield _event(head | {"choices": choices} | (await self._reward() if finish else {}))
+                        choice = self._choice("delta", text, words, finish)
+                        yield _event(head | {"choices": [choice]} | (await self._reward() if finish else {}))
             if counted:
                 yield _event(head | {"choices": [], "usage": self._usage})
             yield "data: [DONE]\n\n"
