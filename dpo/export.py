@@ -93,6 +93,7 @@ class Origin:
         reference: The same of what it was trained against, or is to be compared with.
         run: Where its run left what it measured, if there was one.
         moved: The checkpoint with the weights of a reference that moved; None: it is as it lies there.
+        compared: It was trained against a reference, or is to be compared with this one.
         beta: What its rewards are scaled with.
         format: How text was made of dialogues: hh, chat or auto.
     """
@@ -101,8 +102,18 @@ class Origin:
     reference: str
     run: Run
     moved: Path | None = None
+    compared: bool = True
     beta: float = 0.1
     format: Any = "auto"
+
+    @property
+    def note(self) -> str:
+        """What one should know of the reference, as a sentence; empty where it is what one expects."""
+        if self.moved:
+            return f"The reference moved during training; it is as it was at the end ({self.moved})."
+        if not self.compared:
+            return "The policy was trained without a reference; what it was before training stands in for one."
+        return ""
 
 
 def origin(policy: str, reference: str | None = None) -> Origin:
@@ -127,7 +138,8 @@ def origin(policy: str, reference: str | None = None) -> Origin:
     moved = run.checkpoints / "last.ckpt" if follows else None
     if moved and not moved.is_file():
         raise ValueError(f"The reference of {policy} moved, and {moved}, which has it, is gone: name a --reference.")
-    return Origin(policy, locate(found), run, moved, _beta(stage.get("loss")), data.get("format", "auto"))
+    compared = bool(reference) or _compares(stage.get("loss"))
+    return Origin(policy, locate(found), run, moved, compared, _beta(stage.get("loss")), data.get("format", "auto"))
 
 
 def moved(policy: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
@@ -169,8 +181,8 @@ def _inside(loss: Any) -> list[Any]:
 
 
 def _compares(loss: Any) -> bool:
-    """Whether it uses a reference."""
-    kind = vars(losses).get(_name(loss), ReferenceLoss)
+    """Whether it uses a reference; a supervised stage has no loss to choose."""
+    kind = vars(losses).get(_name(loss), ReferenceLoss if loss else PolicyLoss)
     return any(map(_compares, _inside(loss))) if _inside(loss) else not issubclass(kind, PolicyLoss)
 
 

@@ -156,6 +156,26 @@ def test_beta_is_the_one_of_the_rewards(tmp_path: Path, loss: PreferenceLoss) ->
     assert origin(str(described(tmp_path, policy="a", loss=written(loss)))).beta == pytest.approx(beta)
 
 
+@pytest.mark.parametrize(
+    ("loss", "compared"),
+    [
+        (chosen("losses.DPO", beta=0.3), True),
+        (chosen("losses.SimPO", beta=2.0), False),
+        (chosen("losses.Sum", losses=[chosen("losses.SimPO"), chosen("losses.NLL")]), False),
+        (chosen("losses.Sum", losses=[chosen("losses.NLL"), chosen("losses.DPO")]), True),
+        (None, False),  # a supervised stage chooses none
+    ],
+)
+def test_a_run_without_a_reference_says_what_stands_in_for_it(
+    tmp_path: Path, loss: dict[str, object] | None, compared: bool
+) -> None:
+    folder = described(tmp_path, policy="the/start", **({"loss": loss} if loss else {}))
+    found, named = origin(str(folder)), origin(str(folder), "another/model")
+    assert (found.reference, found.compared) == ("the/start", compared)
+    assert ("trained without a reference" in found.note) is not compared
+    assert (named.reference, named.compared, named.note) == ("another/model", True, "")
+
+
 def test_without_a_configuration_the_reference_must_be_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--reference"):
         origin(str(tmp_path))

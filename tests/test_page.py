@@ -505,6 +505,17 @@ def test_trouble_is_told_in_plain_words(troubled: Watched) -> None:
     expect(told.last).to_contain_text("got 100000")
 
 
+def test_what_is_special_about_the_reference_is_said_in_every_view(watched: Watched, address: str) -> None:
+    page = watched.page
+    expect(page.locator("#note")).to_be_hidden()  # it was trained against the reference that is shown
+    note = "The policy was trained without a reference; <b>what it was</b> stands in for one."
+    page.route("**/v1/run", lambda route: route.fulfill(json=route.fetch().json() | {"note": note}))
+    page.reload()
+    for view in ("chat", "why", "judge", "run"):
+        watched.show(view)
+        expect(page.locator("#note")).to_have_text(note)
+
+
 def test_the_key_is_asked_for_once(troubled: Watched, address: str) -> None:
     page = troubled.page
 

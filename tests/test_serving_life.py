@@ -212,6 +212,14 @@ def test_a_reference_that_moved_is_served_as_it_is_at_the_end(tmp_path: Path, ad
     assert find(options(model=str(run.export), reference="quickstart")).moved is None
 
 
+def test_a_run_without_a_reference_says_so_when_it_is_served(tmp_path: Path, capsys) -> None:
+    run = Lab(tmp_path).fit("free", "--model.loss=SimPO", "--trainer.max_steps=1")
+    with run_server(options(model=str(run.export), device="cpu", port=0)) as running:
+        told = running.get("/v1/run").json()
+    assert (told["policy"], told["reference"]) == (str(run.export), str(policy()))
+    assert "trained without a reference" in told["note"] and f"note       {told['note']}" in capsys.readouterr().out
+
+
 def test_what_a_run_writes_is_what_the_server_reads(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     run = lab.fit("real", "--trainer.max_steps=1", "--model.loss.beta=0.3", "--data.format=hh")

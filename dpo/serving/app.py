@@ -108,8 +108,10 @@ async def models(service: Served) -> Json:
 
 @router.get("/v1/run")
 async def run(service: Served) -> Json:
-    """What the training run left behind."""
-    return await asyncio.to_thread(report.left, service.origin.run)
+    """The models, and what the training run left behind."""
+    origin = service.origin
+    models = {"policy": origin.policy, "reference": origin.reference, "note": origin.note}
+    return models | await asyncio.to_thread(report.left, origin.run)
 
 
 @router.get("/health")

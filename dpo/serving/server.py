@@ -107,8 +107,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             made = self.service.origin
-            reference = f"{made.reference}, moved as in {made.moved}" if made.moved else made.reference
-            print(f"policy     {made.policy}\nreference  {reference}\nat         {self.link}", flush=True)
+            told = ("policy", made.policy), ("reference", made.reference), ("note", made.note), ("at", self.link)
+            print("\n".join(f"{name:10} {value}" for name, value in told if value), flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for what is being said, which later ends with an error."""

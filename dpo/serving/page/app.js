@@ -2,7 +2,7 @@
 
 import { connect, get } from "./api.js";
 import { showExamples, startChat } from "./chat.js";
-import { $, h } from "./dom.js";
+import { $, h, harmless } from "./dom.js";
 import { showPairs, startJudge } from "./judge.js";
 import { showRun, showRunProblem } from "./run.js";
 import { showWhy, startWhy } from "./why.js";
@@ -96,6 +96,8 @@ async function loadRun() {
       return showRunProblem(error.message, loadRun);
     }
   }
+  $("note").textContent = harmless(run?.note ?? "");
+  $("note").hidden = !run?.note;
   const pairs = run?.held_out ?? [];
   showRun(run);
   showPairs(pairs);
