@@ -18,7 +18,7 @@ from dpo import __version__, losses, report
 from dpo.adapters import merged, save
 from dpo.checkpoints import AtomicIO
 from dpo.losses.base import PolicyLoss, ReferenceLoss
-from dpo.models import base_of, locate
+from dpo.models import Loader, base_of, locate
 from dpo.reference import AdapterOff, Moving
 from dpo.run import Run, complete
 
@@ -142,12 +142,19 @@ def origin(policy: str, reference: str | None = None) -> Origin:
     return Origin(policy, locate(found), run, moved, compared, _beta(stage.get("loss")), data.get("format", "auto"))
 
 
-def moved(policy: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
-    """The reference that began as this policy and moved, as it is in a checkpoint.
+def models(found: Origin) -> dict[str, PreTrainedModel]:
+    """Read the policy and its reference, as it was at the end.
 
     Raises:
-        ValueError: It is not there.
+        ValueError: One is not there, or cannot be read.
     """
+    paths = {"policy": found.policy, "reference": found.reference}
+    read = {name: Loader().model(path, attn_implementation="sdpa") for name, path in paths.items()}
+    return read | ({"reference": _moved(read["reference"], found.moved)} if found.moved else {})
+
+
+def _moved(policy: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
+    """The reference that began as this policy and moved, as it is in a checkpoint."""
     model, place = merged(policy), "reference.model."
     weights = AtomicIO().load_checkpoint(checkpoint)["state_dict"]
     theirs = {name.removeprefix(place): weight for name, weight in weights.items() if name.startswith(place)}

@@ -8,14 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from dpo import quickstart
 from dpo.batch import Example, collate
-from dpo.serving import app, engine, scorer
+from dpo.export import origin
+from dpo.serving import app, engine, service
 from dpo.serving.engine import Draw
 from dpo.serving.schema import Fault, Message, Question
-from dpo.serving.scorer import Scorer
+from dpo.serving.service import Service
 from dpo.serving.text import UNCUT, Text, Writer
 from dpo.sharing import twin
 from dpo.tokens import Encoder
@@ -106,14 +107,19 @@ def test_odd_prompts_are_refused_by_name(prompt: str) -> None:
         TEXT.prompt(prompt, None)
 
 
+def serving(model: PreTrainedModel) -> Service:
+    """A service of one model in both places."""
+    engines = {name: engine.Engine(model, 8, 96) for name in ("policy", "reference")}
+    return Service(origin("quickstart", "quickstart"), engines, TEXT, 8)
+
+
 def test_work_is_cut_into_rows_and_comes_back_in_order(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [Example(str(n), [5] * n, ([6] * n, [7, 2])) for n in (3, 9, 1, 5)]
-    model, rows = tiny_model("llama"), []
-    scorer_ = Scorer({"policy": model, "reference": model})
-    monkeypatch.setattr(scorer, "collate", lambda part: (rows.append([each.id for each in part]), collate(part))[1])
-    whole = asyncio.run(scorer_(examples))
-    monkeypatch.setattr(scorer, "ROW_TOKENS", 2 * 9 + 2)  # the longest alone
-    cut = asyncio.run(scorer_(examples))
+    served, rows = serving(tiny_model("llama")), []
+    monkeypatch.setattr(service, "collate", lambda part: (rows.append([each.id for each in part]), collate(part))[1])
+    whole = asyncio.run(served.logps(examples))
+    monkeypatch.setattr(service, "ROW_TOKENS", 2 * 9 + 2)  # the longest alone
+    cut = asyncio.run(served.logps(examples))
     assert rows == [["9", "5", "3", "1"], ["9"], ["5", "3"], ["1"]]  # 5 + 3 take 2 * 8 + 4 = 20 tokens
     assert [len(one["policy"]) for one in cut] == [3, 2, 9, 2, 1, 2, 5, 2]
     for one, other in zip(whole, cut, strict=True):
@@ -133,7 +139,7 @@ def test_a_twin_shares_weights_and_nothing_else(tiny_model) -> None:
 def test_scores_of_every_family(tiny_model, family: str) -> None:
     model = tiny_model(family)
     prompt, answers = [5, 6, 7, 8], ([9, 10, 2], [11, 2])
-    scores = asyncio.run(Scorer({"policy": model, "reference": model})([Example("x", prompt, answers)]))
+    scores = asyncio.run(serving(model).logps([Example("x", prompt, answers)]))
     for answer, got in zip(answers, scores, strict=True):
         with torch.no_grad():
             logps = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from dpo import report
 from dpo.serving.reply import Reply
 from dpo.serving.schema import ChatRequest, CompareRequest, CompletionRequest, Fault, ScoreRequest
-from dpo.serving.service import Json, Service
+from dpo.serving.service import ACTIVE, ALIVE, CACHE, Json, Service
 
 PAGE = {file.name: file.read_bytes() for file in (Path(__file__).parent / "page").glob("*.*")}
 KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -130,7 +130,10 @@ async def ready(service: Served) -> Json:
 @router.get("/metrics")
 async def metrics(service: Served) -> Response:
     """For Prometheus."""
-    service.measure()
+    for name, engine in service.engines.items():
+        ACTIVE.labels(name).set(len(engine.waiting))
+        CACHE.labels(name).set(engine.cache_used)
+        ALIVE.labels(name).set(engine.alive)
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -1,6 +1,7 @@
-"""One model that answers many requests at a time (continuous batching).
+"""One model that answers many requests at a time (continuous batching), and scores answers as training does.
 
-Takes token ids and a `Draw`, gives the tokens as they come. Knows no text. The batching thread is `transformers`' own.
+Takes token ids and a `Draw`, gives the tokens as they come; takes a batch, gives the log-probs of its tokens. Knows no
+text. The batching thread is `transformers`' own.
 """
 
 import asyncio
@@ -18,7 +19,10 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from dpo.batch import Batch
+from dpo.logps import score
 from dpo.serving.schema import Fault
+from dpo.sharing import share_if_exact, twin
 
 PAGE = 32  # tokens in a block of the cache
 CACHE_BYTES = 4 * 2**30
@@ -72,10 +76,7 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
 
     def __init__(self) -> None:
         super().__init__(LogitsProcessorList())
-        self.do_processing = True
-
-    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
-        """Every request brings a `Draw`."""
+        self.do_processing, self.supported_keys = True, {"draw": Draw}
 
     def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Tensor:
         """Note whose logits the rows will be."""
@@ -93,8 +94,10 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
 class Engine:
     """A model and its batching thread.
 
+    Scores come from a twin around the same weights, so that neither thread sees what the other sets on its model during
+    a forward (or it would lose its causal mask), and no stream waits for a score.
+
     Args:
-        model: Used by the batching thread alone: a forward from another thread would lose its causal mask.
         slots: Requests at a time. Half of their contexts fit into the cache, as far as `CACHE_BYTES` reach; when it is
             full some requests leave it, and come back with what they have said.
         context: Most tokens of prompt and answer.
@@ -108,7 +111,8 @@ class Engine:
         tokens = max(2 * context, min(slots * context // 2, CACHE_BYTES // token_bytes))  # few use all of theirs
         sizes = {"page_size": PAGE, "num_blocks": -(-tokens // PAGE), "max_batch_tokens": max(BATCH_TOKENS, slots)}
         off: Any = dict.fromkeys(("auto_switch_to_flash", "use_cuda_graph", "use_async_batching"), False)
-        self.model, self.batching = model, ContinuousBatchingConfig(**sizes, **off)
+        self.model, self.batching, self.twin = model, ContinuousBatchingConfig(**sizes, **off), twin(model)
+        share_if_exact(self.twin)
         self.waiting: dict[str, asyncio.Queue[GenerationOutput | None]] = {}
 
     def start(self) -> None:
@@ -136,14 +140,16 @@ class Engine:
         processor = self.manager.batch_processor
         return 0.0 if processor is None else 1 - processor.cache.compute_free_capacity()
 
+    @torch.no_grad()
+    def score(self, batch: Batch) -> list[list[float]]:
+        """Log-prob of each token of every answer, nats; for one thread at a time."""
+        logps = score(self.twin, batch.to(self.twin.device)).logps.cpu()
+        return [answer.tolist() for answer in logps.split(batch.lengths)]
+
     async def generate(
         self, prompt: Sequence[int], draw: Draw, limit: int, ends: Sequence[int]
     ) -> AsyncGenerator[list[int]]:
-        """All tokens so far, again and again until one of `ends` or `limit` tokens; leaving early cancels the rest.
-
-        Raises:
-            Fault: No (more) tokens will come.
-        """
+        """All tokens so far, again and again until one of `ends` or `limit` tokens; leaving early cancels the rest."""
         manager, name, finished = self.manager, uuid4().hex, False
         queue = self.waiting[name] = asyncio.Queue()
         manager.register_result_handler(name, queue.put_nowait)

@@ -17,8 +17,8 @@ from dpo.serving.service import REQUESTS
 
 BODY_BYTES = 2**20
 HEAD_SECONDS = BODY_SECONDS = SEND_SECONDS = 10
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
-OPEN = frozenset({"/", "/health", "/ready", *(f"/{name}" for name in PAGE)})
+LOOPBACK = {"localhost", "127.0.0.1", "::1", "[::1]"}
+OPEN = {"/", "/health", "/ready", *(f"/{name}" for name in PAGE)}
 HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"x-frame-options": b"DENY",
@@ -33,15 +33,12 @@ HEADERS = {
 class Guard:
     """Pure ASGI: it costs a function call per chunk.
 
-    Args:
-        app: What is guarded.
-        key: Without it everybody who reaches the port may ask.
-        hosts: Names that the Host header may hold, or None for any: a page of another site that had its name point
-            here (DNS rebinding) sends its own.
+    Without a key everybody who reaches the port may ask, but only by a name of this machine: a page of another site
+    that had its name point here (DNS rebinding) sends its own.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, hosts: frozenset[str] | None) -> None:
-        self.app, self.hosts, self.asked = app, hosts, f"Bearer {key}".encode() if key else b""
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
+        self.app, self.asked = app, f"Bearer {key}".encode() if key else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or refuse in words."""
@@ -72,7 +69,7 @@ class Guard:
 
     def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        if self.hosts is not None and re.sub(r":\d+$", "", host) not in self.hosts:
+        if not self.asked and re.sub(r":\d+$", "", host) not in LOOPBACK:
             raise Fault(421, "this name is not served here", "unknown_host")
         given = headers.get(b"authorization", b"") if self.asked and path not in OPEN else self.asked
         if not hmac.compare_digest(given, self.asked):

@@ -19,14 +19,9 @@ from dpo.serving.text import Writer
 
 
 class Reply:
-    """The answer to one request.
+    """The answer to one request: at most `limit` tokens (None: what the context leaves).
 
-    Args:
-        limit: Most tokens of it; None is what the context leaves.
-        top: Alternatives to tell of each token; None where no log-probs are asked for.
-
-    Raises:
-        Fault: It asks for a model that is not there, or for more tokens than there can be.
+    Of each are told its log-prob and those of the `top` most probable ones; nothing where that is None.
     """
 
     def __init__(

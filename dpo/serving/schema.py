@@ -36,17 +36,15 @@ class Message(Strict):
 
     role: Literal["system", "user", "assistant"]
     content: Words
-    name: None = None
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=256)]
 
 
 class StreamOptions(Strict):
-    """OpenAI's; obfuscation is a padding that we never add."""
+    """OpenAI's."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
 
 
 class Generation(Strict):

@@ -15,12 +15,11 @@ import uvicorn
 from transformers.utils.logging import disable_progress_bar
 
 from dpo import quickstart
-from dpo.export import Origin, moved, origin
+from dpo.export import Origin, models, origin
 from dpo.models import Loader, end_ids
 from dpo.serving.app import build
 from dpo.serving.engine import Engine
 from dpo.serving.guard import HEAD_SECONDS, LOOPBACK, Guard, TimedProtocol
-from dpo.serving.scorer import Scorer
 from dpo.serving.service import Service
 from dpo.serving.text import UNCUT, Text
 from dpo.sharing import vocabulary
@@ -32,11 +31,7 @@ STREAMS_END, ALL_ENDS = 5.0, 8  # seconds after the signal
 
 
 def find(options: Namespace) -> Origin:
-    """Find policy and reference.
-
-    Raises:
-        ValueError: There is no run yet, or nothing says what the policy is compared with.
-    """
+    """Policy and reference; a ValueError says what to type where there is no run, or nothing to compare it with."""
     if options.demo:
         return origin(str(quickstart.TRAINED / "export"), options.reference)
     if options.model is None and not LATEST.is_dir():
@@ -49,49 +44,41 @@ def find(options: Namespace) -> Origin:
 
 
 def load(options: Namespace) -> Service:
-    """Read both models and put them to work.
-
-    Raises:
-        ValueError: Something is missing or does not fit together.
-    """
-    if options.max_concurrency < 1 or (options.max_context or 2) < 2 or not 0 <= options.port < 2**16:
+    """Read both models and put them to work; a ValueError says what is missing or does not fit together."""
+    slots, context = options.max_concurrency, options.max_context or MOST_CONTEXT
+    if slots < 1 or context < 2 or not 0 <= options.port < 2**16:
         least = "--max-concurrency of at least 1, --max-context of at least 2 tokens"
         raise ValueError(f"Expected {least} and --port of 0 to 65535.")
     found = find(options)
-    paths = {"policy": found.policy, "reference": found.reference}
-    models = {name: Loader().model(path, attn_implementation="sdpa") for name, path in paths.items()}
-    if found.moved:
-        models["reference"] = moved(models["reference"], found.moved)
+    both = models(found)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     try:
-        for model in models.values():
+        for model in both.values():
             torch.nn.Module.to(model.requires_grad_(False), device=device, dtype=getattr(torch, options.dtype))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {error}") from error
-    sizes = {name: vocabulary(model) for name, model in models.items()}
+    sizes = {name: vocabulary(model) for name, model in both.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"policy and reference must share a vocabulary; their sizes are {sizes}.")
-    configs = [model.config.get_text_config() for model in models.values()]
-    known = min(getattr(config, "max_position_embeddings", 2**31) for config in configs)  # some know no limit
-    context = options.max_context or min(known, MOST_CONTEXT)
-    if context > known:
+    configs = [model.config.get_text_config() for model in both.values()]
+    known = min(getattr(config, "max_position_embeddings", context) for config in configs)  # some know no limit
+    if options.max_context and context > known:
         raise ValueError(f"--max-context: expected at most {known} tokens, which both models know, got {context}.")
+    context = min(context, known)
     text = Text(Encoder(Loader().tokenizer(found.policy), UNCUT, found.format, end_ids(found.policy)), context)
-    engines = {name: Engine(model, options.max_concurrency, context) for name, model in models.items()}
-    return Service(found, engines, Scorer(models), text, options.max_concurrency)
+    engines = {name: Engine(model, slots, context) for name, model in both.items()}
+    return Service(found, engines, text, slots)
 
 
 class Server(uvicorn.Server):
     """uvicorn's server, which says where it is and lets streams end before it goes."""
 
     def __init__(self, service: Service, host: str, port: int, key: str | None) -> None:
-        local = host in ("localhost", "127.0.0.1", "::1")
-        if not local and key is None:
+        if key is None and host not in LOOPBACK:
             raise ValueError(f"--host {host} is reachable from other machines: set a key in DPO_API_KEY first.")
-        guard = Guard(build(service), key, LOOPBACK if local else None)
         config = uvicorn.Config(
-            guard, host, port, http=TimedProtocol, ws="none", log_level="warning", access_log=False,
-            server_header=False, timeout_keep_alive=HEAD_SECONDS, timeout_graceful_shutdown=ALL_ENDS,
+            Guard(build(service), key), host, port, http=TimedProtocol, ws="none", log_level="warning",
+            access_log=False, server_header=False, timeout_keep_alive=HEAD_SECONDS, timeout_graceful_shutdown=ALL_ENDS,
         )  # fmt: skip
         super().__init__(config)
         self.service = service
@@ -118,11 +105,7 @@ class Server(uvicorn.Server):
 
 
 def serve(options: Namespace) -> None:
-    """Serve until a signal.
-
-    Raises:
-        ValueError: It cannot start so.
-    """
+    """Serve until a signal; a ValueError says why it cannot start."""
     for name in ("transformers", "ContinuousBatchingLogger"):
         logging.getLogger(name).setLevel(logging.ERROR)
     disable_progress_bar()

@@ -8,21 +8,24 @@ import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 from prometheus_client import Counter, Gauge, Histogram
 
-from dpo.batch import Example
+from dpo.batch import Batch, Example, collate
+from dpo.cached import packs
 from dpo.export import Origin
 from dpo.serving.engine import Engine
 from dpo.serving.schema import Fault
-from dpo.serving.scorer import Scorer
 from dpo.serving.text import Text
 
 T = TypeVar("T")
 Json = dict[str, Any]
+Scores = dict[str, list[float]]  # log-prob of each token of one answer, nats, by name of the model
 RESTART_SECONDS = 1.0
+ROW_TOKENS = 4096  # of one forward; longer work is cut, and others come in between
 
 REQUESTS = Counter("dpo_requests", "Answered requests.", ["route", "status"])
 TOKENS = Counter("dpo_tokens", "Tokens read and generated.", ["model", "kind"])
@@ -32,22 +35,12 @@ CACHE = Gauge("dpo_cache_used_ratio", "Share of the cache in use.", ["model"])
 ALIVE = Gauge("dpo_engine_alive", "1 while the model answers.", ["model"])
 
 
-@dataclass
 class Service:
-    """Everything of one server.
+    """Everything of one server, which answers so many requests at a time as it has slots."""
 
-    Attributes:
-        slots: Requests answered at a time; more are told to try again.
-        admitted: Requests being answered.
-    """
-
-    origin: Origin
-    engines: Mapping[str, Engine]
-    scorer: Scorer
-    text: Text
-    slots: int
-    admitted: int = 0
-    tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+    def __init__(self, origin: Origin, engines: Mapping[str, Engine], text: Text, slots: int) -> None:
+        self.origin, self.engines, self.text, self.slots, self.admitted = origin, engines, text, slots, 0
+        self.tokenizing, self.scoring = ThreadPoolExecutor(1, "tokenizer"), ThreadPoolExecutor(1, "scorer")
 
     @asynccontextmanager
     async def lifespan(self, _: object) -> AsyncIterator[None]:
@@ -73,22 +66,29 @@ class Service:
         if not all(engine.alive for engine in self.engines.values()):
             raise Fault(503, "a model has failed and is being started again", "unavailable")
 
-    def measure(self) -> None:
-        """Bring up to date what is not counted as it happens."""
-        for name, engine in self.engines.items():
-            ACTIVE.labels(name).set(len(engine.waiting))
-            CACHE.labels(name).set(engine.cache_used)
-            ALIVE.labels(name).set(engine.alive)
-
     async def tokenize(self, make: Callable[..., T], *given: Any) -> T:
         """Beside the event loop, one at a time."""
         return await asyncio.get_running_loop().run_in_executor(self.tokenizing, make, *given)
+
+    async def logps(self, examples: Sequence[Example]) -> list[Scores]:
+        """Scores of every answer of every example, in order."""
+        found: dict[int, list[Scores]] = {}
+        costs = np.array([len(example.prompt) + sum(map(len, example.answers)) for example in examples])
+        for rows in packs(costs, ROW_TOKENS):
+            batch = collate([examples[row] for row in rows])
+            scores = iter(await asyncio.get_running_loop().run_in_executor(self.scoring, self._score, batch))
+            found |= {row: list(islice(scores, len(examples[row].answers))) for row in rows}
+        return [answer for row in range(len(examples)) for answer in found[row]]
+
+    def _score(self, batch: Batch) -> list[Scores]:
+        by_model = {name: engine.score(batch) for name, engine in self.engines.items()}
+        return [dict(zip(by_model, answer, strict=True)) for answer in zip(*by_model.values(), strict=True)]
 
     async def score(self, examples: Sequence[Example], tokens: bool) -> list[Json]:
         """Every answer of every example: log-prob under both models and reward, in nats; each token if asked for."""
         answers = [ids for example in examples for ids in example.answers]
         told: list[Json] = []
-        for ids, scores in zip(answers, await self.scorer(examples), strict=True):
+        for ids, scores in zip(answers, await self.logps(examples), strict=True):
             sums = {name: math.fsum(values) for name, values in scores.items()}
             reward = self.origin.beta * (sums["policy"] - sums["reference"])
             told.append({"logprob": sums, "reward": reward, "length": len(ids)})

@@ -21,12 +21,7 @@ UNCUT = 2**40  # tokens: what is too long is refused here, never cut
 
 
 class Text:
-    """Makes tokens for one model.
-
-    Args:
-        encoder: As in training, but for `max_length`, which is `UNCUT`.
-        context: Most tokens of prompt and answer.
-    """
+    """Makes tokens for models that read `context` of them; the encoder is that of the training, but cuts nothing."""
 
     def __init__(self, encoder: Encoder, context: int) -> None:
         self.encoder, self.context, self.tokenizer = encoder, context, encoder.tokenizer
