@@ -36,32 +36,32 @@ def _service(request: Request) -> Service:
 Served = Annotated[Service, Depends(_service)]
 
 
-async def _admitted(service: Served) -> AsyncIterator[None]:
-    """Hold one of the places while a request is answered."""
+async def _admitted(service: Served) -> AsyncIterator[Service]:
+    """Hold one of the slots while a request is answered."""
     service.expect_ready()
     if service.admitted >= service.slots:
         raise Fault(429, f"{service.slots} requests are being answered: try again", "too_many_requests")
     service.admitted += 1
     try:
-        yield
+        yield service
     finally:
         service.admitted -= 1
 
 
+Admitted = Annotated[Service, Depends(_admitted)]
 router = APIRouter()
-work = APIRouter(prefix="/v1", dependencies=[Depends(_admitted)])
 
 
-@work.post("/chat/completions")
-async def chat(service: Served, body: ChatRequest) -> Response:
+@router.post("/v1/chat/completions")
+async def chat(service: Admitted, body: ChatRequest) -> Response:
     """Answer messages."""
     prompt = await service.tokenize(service.text.prompt, None, body.messages)
     limit = body.max_completion_tokens or body.max_tokens
     return await _answer(Reply(service, body, prompt, limit, (body.top_logprobs or 0) if body.logprobs else None))
 
 
-@work.post("/completions")
-async def completions(service: Served, body: CompletionRequest) -> Response:
+@router.post("/v1/completions")
+async def completions(service: Admitted, body: CompletionRequest) -> Response:
     """Go on with a text; OpenAI's default is 16 tokens."""
     prompt = await service.tokenize(service.text.raw, body.prompt)
     return await _answer(Reply(service, body, prompt, body.max_tokens or 16, body.logprobs))
@@ -73,16 +73,16 @@ async def _answer(reply: Reply) -> Response:
     return JSONResponse(await reply.whole())
 
 
-@work.post("/score")
-async def score(service: Served, body: ScoreRequest) -> Json:
+@router.post("/v1/score")
+async def score(service: Admitted, body: ScoreRequest) -> Json:
     """The log-prob of answers under both models, and their rewards."""
     examples = await service.tokenize(lambda: [service.text.example(body, answer) for answer in body.answers])
     answers = await service.score(examples, body.tokens)
     return {"object": "score", "beta": service.origin.beta, "answers": answers}
 
 
-@work.post("/compare")
-async def compare(service: Served, body: CompareRequest) -> Json:
+@router.post("/v1/compare")
+async def compare(service: Admitted, body: CompareRequest) -> Json:
     """Which of two answers the policy prefers, and how surely."""
     example = service.text.example
     examples = await service.tokenize(lambda: [example(pair, pair.chosen, pair.rejected) for pair in body.pairs])
@@ -109,9 +109,9 @@ async def models(service: Served) -> Json:
 @router.get("/v1/run")
 async def run(service: Served) -> Json:
     """The models, and what the training run left behind."""
-    origin = service.origin
-    models = {"policy": origin.policy, "reference": origin.reference, "note": origin.note}
-    return models | await asyncio.to_thread(report.left, origin.run)
+    made = service.origin
+    left = await asyncio.to_thread(report.left, made.run)
+    return left | {"policy": made.policy, "reference": made.reference, "note": made.note}
 
 
 @router.get("/health")
@@ -171,6 +171,5 @@ def build(service: Service) -> FastAPI:
     app.state.service = service
     for kind in (HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, lambda _, error: refusal(error))
-    app.include_router(work)
     app.include_router(router)
     return app

@@ -111,7 +111,8 @@ class Engine:
         tokens = max(2 * context, min(slots * context // 2, CACHE_BYTES // token_bytes))  # few use all of theirs
         sizes = {"page_size": PAGE, "num_blocks": -(-tokens // PAGE), "max_batch_tokens": max(BATCH_TOKENS, slots)}
         off: Any = dict.fromkeys(("auto_switch_to_flash", "use_cuda_graph", "use_async_batching"), False)
-        self.model, self.batching, self.twin = model, ContinuousBatchingConfig(**sizes, **off), twin(model)
+        self.batching = ContinuousBatchingConfig(**sizes, **off)
+        self.model, self.twin = model, twin(model)
         share_if_exact(self.twin)
         self.waiting: dict[str, asyncio.Queue[GenerationOutput | None]] = {}
 
