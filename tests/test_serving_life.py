@@ -1,6 +1,7 @@
 """From start to stop: many at once, clients that leave, an engine that dies, signals."""
 
 import asyncio
+import itertools
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import serve
+from dpo.serving import service
 from dpo.serving.server import find, load
 from tests.runs import Lab, checkpoint, policy
 from tests.serving import Running, options, run_server, start, trained_server, wait_until
@@ -121,19 +123,26 @@ def test_an_answer_does_not_depend_on_its_neighbours(running: Running) -> None:
     assert together == alone and len(set(alone)) > 4
 
 
-def test_a_dead_engine_is_said_and_started_again() -> None:
+def test_a_dead_engine_is_said_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "RESTART_SECONDS", 4.0)  # so that there is time to ask in between
     with run_server(options(demo=True, port=0, max_concurrency=4)) as running:
         engine = running.service.engines["policy"]
 
-        def broken(*_: object) -> None:
-            raise RuntimeError("out of memory")
+        def length(seed: int) -> int:
+            return running.post("completions", LONG | {"seed": seed, "stream": False})["usage"]["completion_tokens"]
 
-        with httpx.stream("POST", f"{running.url}/v1/completions", json=LONG, timeout=20) as reply:
-            lines = reply.iter_lines()
-            next(lines)
-            engine.manager.batch_processor._generation_step = broken
-            rest = "".join(lines)
-        assert '"type": "server_error"' in rest and "[DONE]" not in rest
+        lasting = LONG | {"seed": next(seed for seed in range(100) if length(seed) > 9)}  # others end before they break
+        step, steps = engine.manager.batch_processor._generation_step, itertools.count()
+
+        def broken(*given: object) -> None:
+            if next(steps) == 5:
+                raise RuntimeError("out of memory")
+            step(*given)
+
+        engine.manager.batch_processor._generation_step = broken
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=lasting, timeout=20) as reply:
+            rest = "".join(reply.iter_lines())
+        assert rest.count('"choices"') > 1 and '"type": "server_error"' in rest and "[DONE]" not in rest
         assert not engine.alive
         codes = {running.get("/ready").status_code for _ in range(3)}
         assert codes == {503} and running.get("/health").status_code == 200
