@@ -112,16 +112,15 @@ class Engine:
         sizes = {"page_size": PAGE, "num_blocks": -(-tokens // PAGE), "max_batch_tokens": max(BATCH_TOKENS, slots)}
         off: Any = dict.fromkeys(("auto_switch_to_flash", "use_cuda_graph", "use_async_batching"), False)
         self.batching = ContinuousBatchingConfig(**sizes, **off)
-        self.model, self.twin = model, twin(model)
+        self.model: Any = model  # its continuous batching is declared for a private type
+        self.twin = twin(model)
         share_if_exact(self.twin)
         self.waiting: dict[str, asyncio.Queue[GenerationOutput | None]] = {}
 
     def start(self) -> None:
         """Start a batching thread; after a death, a new one."""
         generation = GenerationConfig(do_sample=False, eos_token_id=-1)
-        self.manager: ContinuousBatchingManager = self.model.init_continuous_batching(  # type: ignore[operator]
-            generation, self.batching
-        )
+        self.manager: ContinuousBatchingManager = self.model.init_continuous_batching(generation, self.batching)
         self.manager.logit_processor = Sampler()
         self.manager.start()
 

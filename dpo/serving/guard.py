@@ -71,8 +71,8 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if not self.asked and re.sub(r":\d+$", "", host) not in LOOPBACK:
             raise Fault(421, "this name is not served here", "unknown_host")
-        given = headers.get(b"authorization", b"") if self.asked and path not in OPEN else self.asked
-        if not hmac.compare_digest(given, self.asked):
+        given = headers.get(b"authorization", b"")
+        if self.asked and path not in OPEN and not hmac.compare_digest(given, self.asked):
             raise Fault(401, "expected the server's key: Authorization: Bearer KEY", "invalid_api_key")
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if method == "POST" and kind != b"application/json":
