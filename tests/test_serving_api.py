@@ -70,6 +70,27 @@ def test_chat_is_the_trained_form(client) -> None:
     assert f" {chat.choices[0].message.content}" == plain.choices[0].text
 
 
+def test_a_reply_goes_back_as_it_came_and_text_may_come_in_parts(client) -> None:
+    """As clients hold a conversation: the message object of the last reply, with all its empty fields, or parts."""
+
+    def said(messages) -> str:
+        return client.chat.completions.create(model="policy", messages=messages, temperature=0, max_tokens=12)
+
+    first = said(ASKED).choices[0].message
+    again = [*ASKED, first, {"role": "user", "content": "And coffee?"}]
+    plain = [*ASKED, {"role": "assistant", "content": first.content}, {"role": "user", "content": "And coffee?"}]
+    parts = [*plain[:2], {"role": "user", "content": [{"type": "text", "text": t} for t in ("And ", "coffee?")]}]
+    nulls = [*plain[:2], plain[2] | {"name": None, "tool_calls": None, "audio": None}]
+    expected = said(plain)
+    assert expected.usage.prompt_tokens > said(ASKED).usage.prompt_tokens
+    for messages in (again, parts, nulls):
+        got = said(messages)
+        assert (got.choices[0].message, got.usage) == (expected.choices[0].message, expected.usage)
+    picture = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
+    with pytest.raises(openai.BadRequestError, match="content"):
+        said([{"role": "user", "content": picture}])
+
+
 def test_zero_temperature_is_greedy_and_so_is_no_nucleus(client) -> None:
     def said(**how) -> str:
         how = {"model": "policy", "messages": ASKED, "max_tokens": 12} | how

@@ -3,9 +3,9 @@
 Limits are in characters and numbers of things; tokens are counted where there is a tokenizer (`text`).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
 Words = Annotated[str, Field(min_length=1, max_length=400_000)]
@@ -30,12 +30,28 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _asked(cls, given: Any) -> Any:
+        """An unknown field that is null asks for nothing: clients send our replies back with all that was in them."""
+        known = cls.model_fields
+        return {k: v for k, v in given.items() if k in known or v is not None} if isinstance(given, dict) else given
+
 
 class Message(Strict):
     """One turn. A system message comes first, where the model has learned any."""
 
     role: Literal["system", "user", "assistant"]
     content: Words
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, content: Any) -> Any:
+        """Parts of text are one text; of parts of another kind it is said that they are none."""
+        parts = content if isinstance(content, list) else [None]
+        texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+        said = [text for text in texts if isinstance(text, str)]
+        return "".join(said) if len(said) == len(parts) else content
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=256)]

@@ -15,6 +15,7 @@ import uvicorn
 from transformers.utils.logging import disable_progress_bar
 
 from dpo import quickstart
+from dpo.allocator import keep_few_kernels
 from dpo.export import Origin, models, origin
 from dpo.models import Loader, end_ids
 from dpo.serving.app import build
@@ -109,4 +110,5 @@ def serve(options: Namespace) -> None:
     for name in ("transformers", "ContinuousBatchingLogger"):
         logging.getLogger(name).setLevel(logging.ERROR)
     disable_progress_bar()
+    keep_few_kernels()
     Server(load(options), options.host, options.port, os.environ.pop("DPO_API_KEY", None) or None).run()
