@@ -153,10 +153,15 @@ def adapt_layers(model: PreTrainedModel, compiled: bool, recomputed: bool) -> No
     """Compile every layer, or keep only its inputs and compute the rest again in the backward pass.
 
     Not through transformers, which recomputes in train mode (with dropout) only.
+
+    Raises:
+        ValueError: The model does not say what its layers are.
     """
-    for layer in model.modules():
-        if not isinstance(layer, GradientCheckpointingLayer):
-            continue
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not layers and (compiled or recomputed):
+        option = "compile" if compiled else "gradient_checkpointing"
+        raise ValueError(f"--model.{option}: {type(model).__name__} does not say what its layers are. Leave it out.")
+    for layer in layers:
         if compiled:
             layer.compile(dynamic=True)
         if recomputed:  # around the compiled code: the reference, which recomputes nothing, runs the same kernels

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo import quickstart
 from dpo.models import Loader, adapt_layers, end_ids, locate, weights_sha256
@@ -144,3 +144,11 @@ def test_recomputed_layers_give_the_same_gradients() -> None:
         model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.parametrize(("compiled", "option"), [(False, "gradient_checkpointing"), (True, "compile")])
+def test_a_model_without_marked_layers_is_not_silently_left_as_it_is(compiled: bool, option: str) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("openai-gpt", n_embd=32, n_head=4, n_layer=2))
+    with pytest.raises(ValueError, match=rf"--model\.{option}: OpenAIGPTLMHeadModel does not say what its layers are"):
+        adapt_layers(model, compiled=compiled, recomputed=not compiled)
+    adapt_layers(model, compiled=False, recomputed=False)
