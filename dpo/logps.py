@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -45,12 +45,16 @@ class TokenScores:
     collision: Float[Tensor, " scored"]
 
 
-def backbone(model: PreTrainedModel) -> nn.Module:
-    """What stands before the head: the model that turns token ids into hidden states."""
+def backbones(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """What stands before the head and turns token ids into hidden states: the decoder and what is around it."""
+    inside = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
     decoder = model.get_decoder()
-    if isinstance(decoder, PreTrainedModel) and decoder is not model:
-        return decoder
-    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+    return [part for part in inside if decoder in part.modules()] or inside[:1]
+
+
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """What the model itself asks for hidden states: of several around each other the outermost."""
+    return backbones(model)[0]
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[ModelOutput, Float[Tensor, "scored width"]]:
@@ -75,18 +79,22 @@ def head(model: PreTrainedModel, output: ModelOutput) -> Callable[[Tensor], Tens
 
     It is the model's `forward` over a backbone that returns the hidden states it is given.
     """
-    shadow = backbone(model).__dict__  # what stands here is found before the method of the class
+    shadows = [part.__dict__ for part in backbones(model)]  # what stands here is found before the method of the class
 
     def logits(hidden: Float[Tensor, "chunk width"]) -> Float[Tensor, "chunk vocab"]:
         given = copy(output)
         given["last_hidden_state"] = hidden[None]
-        before = {key: shadow[key] for key in ("forward",) if key in shadow}
-        shadow["forward"] = lambda *args, **kwargs: given
+        before = [shadow.get("forward") for shadow in shadows]
+        for shadow in shadows:
+            shadow["forward"] = lambda *args, **kwargs: given
         try:
-            return model(input_ids=None, use_cache=False, return_dict=True).logits[0]  # type: ignore[no-any-return]
+            ids = torch.zeros_like(hidden[None, :, 0], dtype=torch.long)  # some models look at their shape
+            return model(input_ids=ids, use_cache=False, return_dict=True).logits[0]  # type: ignore[no-any-return]
         finally:
-            del shadow["forward"]
-            shadow.update(before)
+            for shadow, forward in zip(shadows, before, strict=True):
+                del shadow["forward"]
+                if forward is not None:
+                    shadow["forward"] = forward
 
     return logits
 

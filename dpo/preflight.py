@@ -15,12 +15,12 @@ from torch import Tensor
 
 from dpo.attention import NAME
 from dpo.batch import Batch, Example, collate
-from dpo.logps import backbone, score
+from dpo.logps import backbone
 from dpo.losses import NoConstant
 from dpo.module import DPO, IN_ONE_PIECE
 from dpo.pairs import PairData
 from dpo.reference import computed_in, rounding
-from dpo.sharing import difference, plain, unshare, vocabulary
+from dpo.sharing import difference, plain, scoring_error, tried, unshare, vocabulary
 from dpo.training import Stage
 
 PAIRS, STEPS = 4, 100  # that are looked at
@@ -52,14 +52,10 @@ class Preflight(L.Callback):
         pairs = self.data.kept("train")
         examples = [pairs[row] for row in range(min(PAIRS, len(pairs)))]
         batch = collate(examples).to(pl_module.device)
-        passed = list(_answers(examples, self.data.encoder.end_ids))
-        passed += _context(pl_module, self.data.max_length)
-        passed += _vocabulary(pl_module, self.data)
-        passed += _finite(pl_module)
-        passed += _frozen(pl_module, trainer.optimizers[0])
+        passed = [*_answers(examples, self.data.encoder.end_ids), *_context(pl_module, self.data.max_length)]
+        passed += [*_vocabulary(pl_module, self.data), *_finite(pl_module), *_frozen(pl_module, trainer.optimizers[0])]
         with trainer.precision_plugin.forward_context():
-            passed += _repeatable(pl_module, batch)
-            passed += _causal(pl_module, batch)
+            passed += [*_repeatable(pl_module, batch), *_scored(pl_module, batch), *_causal(pl_module, batch)]
             passed += _shared(pl_module, self._largest_row().to(pl_module.device))
             if isinstance(pl_module, DPO):
                 passed += _preferences(pl_module, batch, trainer, self.data.max_tokens)
@@ -151,7 +147,7 @@ def _frozen(module: Stage, optimizer: torch.optim.Optimizer) -> Iterator[str]:
 
 
 def _repeatable(module: Stage, batch: Batch) -> Iterator[str]:
-    first, second = (score(module.policy, batch).logps for _ in range(2))
+    first, second = (tried(module.policy, batch).logps for _ in range(2))
     same = torch.equal(first, second)
     _require(
         same,
@@ -161,6 +157,18 @@ def _repeatable(module: Stage, batch: Batch) -> Iterator[str]:
         do="Some dropout or noise is on: turn it off in the model.",
     )
     yield "two passes agree to the bit"
+
+
+def _scored(module: Stage, batch: Batch) -> Iterator[str]:
+    found, limit = scoring_error(module.policy, batch.sequences()[0]), rounding(module.policy)
+    _require(
+        found <= limit,
+        what="log-probabilities by the scorer and by the model's own forward pass",
+        expected=f"a difference of at most {limit:g} nats a token",
+        got=found,
+        do="Its way from hidden states to logits is one that is not known here: take another model.",
+    )
+    yield f"the scorer gives the model's own log-probabilities (to {found:.0e})"
 
 
 def _causal(module: Stage, batch: Batch) -> Iterator[str]:

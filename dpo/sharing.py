@@ -11,15 +11,17 @@ from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo.attention import NAME
 from dpo.batch import Batch, Example, collate
-from dpo.logps import hidden_states
+from dpo.logps import TokenScores, hidden_states, score
 from dpo.masks import NotShareable
 
 TOLERANCE = 1e-4  # of the largest hidden state: rounding gives 1e-6 in float32, a token seen wrongly 1e-2
+LOOKED_AT = 64  # tokens
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -53,9 +55,10 @@ def share(model: PreTrainedModel) -> None:
     """
     if not model._can_set_attn_implementation():
         raise NotShareable(f"{type(model).__name__} does not use the attention interface of transformers")
-    if model.config.to_dict().get("attn_temperature_tuning"):  # Llama 4
+    config = model.config.get_text_config().to_dict()
+    if config.get("attn_temperature_tuning"):  # Llama 4
         raise NotShareable("its attention is scaled by the place in the row, not by the position in the sequence")
-    scaling = str(model.config.to_dict().get("rope_parameters"))
+    scaling = str(config.get("rope_parameters"))
     if "'dynamic'" in scaling or "'longrope'" in scaling:
         raise NotShareable("its rotary frequencies change with the length of the longest sequence in a row")
     model.set_attn_implementation(NAME)
@@ -85,8 +88,11 @@ def plain(model: PreTrainedModel) -> Iterator[None]:
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Another object with a configuration of its own around the very same tensors, for another thread."""
-    return deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    """Another object around the very same weights, for another thread.
+
+    Its configuration and buffers are its own: some models overwrite rotary frequencies by the length of what they read.
+    """
+    return deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 @torch.no_grad()
@@ -98,12 +104,39 @@ def difference(model: PreTrainedModel, batch: Batch) -> float:
     return ((together - alone).abs().max() / alone.abs().max()).item()
 
 
+def tried(model: PreTrainedModel, batch: Batch) -> TokenScores:
+    """Score a batch with a model that perhaps cannot be scored.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    try:
+        return score(model, batch)
+    except Exception as error:  # whatever a foreign model raises
+        raise ValueError(f"{type(model).__name__} cannot be scored: {type(error).__name__}: {error}") from error
+
+
+@torch.no_grad()
+def scoring_error(model: PreTrainedModel, row: Int[Tensor, " tokens"]) -> float:
+    """Largest difference of the scorer's log-probabilities to those of the model's own forward pass, nats.
+
+    Args:
+        model: With or without sharing.
+        row: Two tokens or more, of which the first few are looked at: all their logits are held.
+    """
+    inputs, targets = row[:LOOKED_AT][:-1], row[1:LOOKED_AT]
+    found = tried(model, collate([Example("row", [int(row[0])], (targets.tolist(),))]).to(row.device)).logps
+    with plain(model):
+        logits: Tensor = model(input_ids=inputs[None], use_cache=False).logits[0].float()
+    return (found - logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]).abs().max().item()
+
+
 def share_if_exact(model: PreTrainedModel) -> str:
     """Let the model share prompts if that changes nothing; empty, or the reason why it does not.
 
     Whatever a foreign model raises on a flat row is a reason too.
     """
-    layers = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS
     if layers:
         return f"it has layers that carry state along the row ({', '.join(sorted(layers))})"
     before = model.config._attn_implementation

@@ -4,11 +4,12 @@ import math
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from dpo import preflight, quickstart
 from dpo.batch import Batch, Example
@@ -165,6 +166,34 @@ def test_a_model_that_sees_the_next_token(lab: Lab, capsys: pytest.CaptureFixtur
     message = refused(lab, capsys, f"--model.policy={policy('bert')}")
     assert "preflight: hidden states with the next token and without it: expected the same, to 0.0001, got " in message
     assert "it is no causal language model." in message
+
+
+def test_logits_that_depend_on_more_than_hidden_states(
+    lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaForCausalLM.forward
+
+    def warmer(self: LlamaForCausalLM, input_ids: Tensor, **options: Any) -> Any:
+        output = forward(self, input_ids=input_ids, **options)
+        output.logits = output.logits * (1.0 + input_ids[:, -1:, None] / 10)
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", warmer)
+    message = refused(lab, capsys)
+    assert "log-probabilities by the scorer and by the model's own forward pass: expected a difference of" in message
+    assert "Its way from hidden states to logits is one that is not known here: take another model." in message
+
+
+def test_a_model_that_cannot_be_scored(
+    lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise IndexError("list index out of range")
+
+    path = f"--model.policy={policy()}"
+    monkeypatch.setattr(LlamaForCausalLM, "forward", broken)
+    message = refused(lab, capsys, path)
+    assert message == "ValueError: LlamaForCausalLM cannot be scored: IndexError: list index out of range"
 
 
 def test_more_tokens_than_the_policy_has_positions(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:

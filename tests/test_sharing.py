@@ -13,7 +13,7 @@ from dpo.batch import Batch, Example, collate
 from dpo.logps import score
 from dpo.masks import NotShareable
 from dpo.models import adapt_layers
-from dpo.sharing import plain, share, share_if_exact
+from dpo.sharing import plain, share, share_if_exact, twin
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -33,6 +33,20 @@ EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_local_experts": 4, "nu
 LLAMA4: dict[str, Any] = {
     "head_dim": 8, "attention_chunk_size": 16, "intermediate_size_mlp": 48, "num_local_experts": 2
 }  # fmt: skip
+GEMMA4: dict[str, Any] = {
+    "global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "final_logit_softcapping": 5.0,
+}  # fmt: skip
+SIGHT: dict[str, Any] = {  # of a model that could also see images
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56,
+    "patch_size": 14,
+}  # fmt: skip
+SEES: dict[str, Any] = {"text_config": {**SIZES, "head_dim": 8, "sliding_window": 8}, "vision_config": SIGHT}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 40,
+    "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0],
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
 # Windows are smaller than the sequences (up to 60 tokens), so that one ignored is seen.
 SHARED: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -56,9 +70,12 @@ SHARED: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 8, "sliding_window": 8, **EXPERTS},
     "llama4_text": {**LLAMA4, "attn_temperature_tuning": False},
     "starcoder2": {"sliding_window": 8},
+    "gemma3": SEES,
 }
 SEPARATE: dict[str, dict[str, Any]] = {
     "llama-dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
+    "phi3-long": {"rope_parameters": LONG, "original_max_position_embeddings": 40},
+    "gemma3-dynamic": SEES | {"text_config": SEES["text_config"] | {"rope_parameters": {"full_attention": DYNAMIC}}},
     "bloom": OLD,  # ALiBi
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 4},
     "gptj": {**OLD, "rotary_dim": 4},
@@ -68,6 +85,7 @@ SEPARATE: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"attention_window_size": 8},
     "llama4_text-tuned": LLAMA4,  # attention scaled by the place in the row, from place 8192 on
     "stablelm": {},  # keeps the layout from its attention
+    "gemma4_text": {"head_dim": 8, "sliding_window": 8, **GEMMA4},
 }
 
 
@@ -143,6 +161,15 @@ def test_plain_gives_the_ordinary_model_back_for_a_while() -> None:
     with plain(model):
         assert torch.equal(model(input_ids=ids).logits, expected)
     assert model.config._attn_implementation == NAME
+
+
+def test_what_a_twin_reads_leaves_the_frequencies_of_the_other() -> None:
+    model = build("phi3", SEPARATE["phi3-long"])
+    frequencies = model.model.rotary_emb.inv_freq
+    before, other = frequencies.clone(), twin(model)
+    other(input_ids=torch.arange(50)[None] + 3)  # longer than 40: the long factors
+    assert not torch.equal(other.model.rotary_emb.inv_freq, before)
+    assert torch.equal(frequencies, before)
 
 
 def test_an_attention_that_looks_ahead_is_refused() -> None:
