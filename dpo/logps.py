@@ -69,9 +69,17 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[ModelOutput, Fl
         return output, output.last_hidden_state[0, batch.predictors]
     parts = []
     for tokens, scored in zip(batch.sequences(), batch.lengths, strict=True):
+        _forget_lengths(body)
         output = body(input_ids=tokens[None], use_cache=False)
         parts.append(output.last_hidden_state[0, -scored:])
     return output, torch.cat(parts)
+
+
+def _forget_lengths(body: PreTrainedModel) -> None:
+    """Let dynamic rotary frequencies be those of the next sequence, not of the longest so far."""
+    for part in body.modules():
+        for name in [name for name in vars(part) if name.endswith("max_seq_len_cached")]:
+            setattr(part, name, 0)
 
 
 def head(model: PreTrainedModel, output: ModelOutput) -> Callable[[Tensor], Tensor]:

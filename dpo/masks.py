@@ -31,6 +31,10 @@ class Rule:
     sees: MaskFunction
     window: int | None = None
 
+    def __getitem__(self, kept: object) -> "Rule":
+        """Of the queries that are kept: it asks for their positions, not for their places (Gemma 4)."""
+        return self
+
 
 def rule_of(
     *,

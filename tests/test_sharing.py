@@ -71,6 +71,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "llama4_text": {**LLAMA4, "attn_temperature_tuning": False},
     "starcoder2": {"sliding_window": 8},
     "gemma3": SEES,
+    "gemma4_text": {"head_dim": 8, "sliding_window": 8, **GEMMA4},
 }
 SEPARATE: dict[str, dict[str, Any]] = {
     "llama-dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
@@ -85,7 +86,6 @@ SEPARATE: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"attention_window_size": 8},
     "llama4_text-tuned": LLAMA4,  # attention scaled by the place in the row, from place 8192 on
     "stablelm": {},  # keeps the layout from its attention
-    "gemma4_text": {"head_dim": 8, "sliding_window": 8, **GEMMA4},
 }
 
 
@@ -161,6 +161,15 @@ def test_plain_gives_the_ordinary_model_back_for_a_while() -> None:
     with plain(model):
         assert torch.equal(model(input_ids=ids).logits, expected)
     assert model.config._attn_implementation == NAME
+
+
+def test_dynamic_frequencies_are_those_of_the_sequence_not_of_the_longest_so_far() -> None:
+    options = {"rope_parameters": DYNAMIC, "max_position_embeddings": 20}
+    draw = random.Random(0)
+    prompts = ([draw.randrange(3, 97) for _ in range(n)] for n in (50, 25, 10))  # the last is short enough as it is
+    examples = [Example(str(i), prompt, ([5, 9, 2],)) for i, prompt in enumerate(prompts)]
+    expected = torch.cat([alone(build("llama", options), collate([example])) for example in examples])
+    torch.testing.assert_close(score(build("llama", options), collate(examples)).logps, expected, rtol=1e-5, atol=2e-5)
 
 
 def test_what_a_twin_reads_leaves_the_frequencies_of_the_other() -> None:
