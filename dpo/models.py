@@ -58,6 +58,7 @@ def base_of(path: str) -> str | None:
     return str(config["base_model_name_or_path"])
 
 
+ALIGNMENT = 64  # bytes, of what torch allocates
 PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 
 
@@ -110,6 +111,7 @@ class Loader:
                 f"the weights in {path!r} are not all of the model: {len(lost)} are missing, which would be random "
                 f"({', '.join(lost[:3])}, ...). Fetch or export it again."
             )
+        _align(model)
         return model.eval()  # type: ignore[no-any-return]
 
     def _adapted(self, model: PreTrainedModel, path: str) -> PreTrainedModel:
@@ -147,6 +149,13 @@ class Loader:
             if base is not None:
                 return self.tokenizer(base)
             raise ValueError(f"cannot read a tokenizer from {path!r}: {error}") from error
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Copy weights that lie in a mapped file at any address: a product may round otherwise than with a copy of them."""
+    for parameter in model.parameters():
+        if parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def adapt_layers(model: PreTrainedModel, compiled: bool, recomputed: bool) -> None:

@@ -64,6 +64,14 @@ def test_weights_that_are_not_all_of_the_model_are_refused(tmp_path: Path) -> No
         Loader().model(str(tmp_path))
 
 
+def test_weights_lie_as_those_of_a_copy_wherever_they_are_in_the_file(tmp_path: Path) -> None:
+    make_tiny_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for padding in ("", "8 bytes."):
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt", "padding": padding})
+        assert not any(p.data_ptr() % 64 for p in Loader().model(str(tmp_path)).parameters())
+
+
 def test_weights_that_were_cut_short_are_named(tmp_path: Path) -> None:
     make_tiny_model().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
