@@ -59,6 +59,7 @@ OURS: dict[str, tuple[str, ...]] = {
 }
 SIDES = ("ours", "ours-cached", "ours-plain", "trl", "trl-best")  # unless others are asked for
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 products a second, dense, as their makers say
+AGAIN = ("settings-bf16", "batch64-cached-bf16")  # cases that are others with other sides: only where asked for
 Row = tuple[str, str]
 
 
@@ -94,6 +95,7 @@ CASES = {
     "long-prompts-bf16": Case(rows="long", max_length=1_152, precision="bf16"),
     "long-answers-bf16": Case(rows="short", max_length=512, precision="bf16"),
     "batch64-bf16": Case(batch=64, precision="bf16"),
+    "batch64-cached-bf16": Case(batch=64, precision="bf16"),
     "quickstart-float32": Case(rows="quickstart", max_tokens=16_384, **QUICK),
     "0.5B-512": Case(batch=32, **HALF, **GPU),
     "0.5B-2048": Case(batch=32, max_length=2_048, **HALF, **GPU),
@@ -472,7 +474,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     stored = RESULTS / "training.json"
     results = json.loads(stored.read_text()) if stored.exists() else {}
-    every = [name for name, case in CASES.items() if case.device == options.device and name != "settings-bf16"]
+    every = [name for name, case in CASES.items() if case.device == options.device and name not in AGAIN]
     for name in options.cases or every:
         command = f"python benchmarks/training.py {' '.join(sys.argv[1:])}"
         about = {"command": command, "machine": machine(CASES[name].device)}
