@@ -1,6 +1,7 @@
 """Compiled layers: the same numbers, and few compilations however the lengths of batches vary."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch._dynamo.utils import counters
 from dpo.batch import Batch, Example, collate
 from dpo.logps import score
 from dpo.models import adapt_layers
-from dpo.sharing import share
+from dpo.sharing import plain, share
 from tests.test_sharing import build
 
 
@@ -57,3 +58,15 @@ def test_recomputed_layers_run_the_kernels_of_those_that_are_not() -> None:
             score(model, batch).logps.sum().backward()
         for ours, theirs in zip(policy.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # imported by torch's own compiler
+def test_passes_over_ordinary_rows_compile_nothing() -> None:
+    model: Any = build("llama", {"num_hidden_layers": 2})
+    share(model)
+    adapt_layers(model, compiled=True, recomputed=False)
+    torch._dynamo.reset()
+    counters.clear()
+    with plain(model), torch.no_grad():
+        model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, do_sample=False)
+    assert counters["stats"]["unique_graphs"] == 0
