@@ -110,6 +110,7 @@ class CLI(LightningCLI):
         if checkpoint:
             config.ckpt_path = str(local_file(checkpoint))
         self.resume = bool(checkpoint) and owner(root, checkpoint) == config.name
+        self.run.admit(str(self.subcommand), self.resume)
         if (config.trainer.max_epochs, config.trainer.max_steps, config.trainer.max_time) == (None, -1, None):
             config.trainer.max_epochs = 1
 
@@ -120,7 +121,8 @@ class CLI(LightningCLI):
         """Give the trainer what every run has, in front of what the user adds."""
         self.stop, self.log = Stop(), MetricsCSV(self.run.metrics)
         verb, theirs = str(self.subcommand), self.config_init[self.subcommand].trainer
-        config = self.config[verb]
+        config = self.config[verb].clone()
+        config.ckpt_path = None if self.resume else config.ckpt_path  # which of its own checkpoints it goes on from
         text = self._parser(verb).dump(config, skip_none=False)
         ours = callbacks(verb, config, text, self.run, self.datamodule, self.log, self.stop)
         trainer = super().instantiate_trainer(
@@ -152,9 +154,8 @@ class CLI(LightningCLI):
 
     @rank_zero_only
     def _finish(self, stage: str) -> None:
-        values = {
-            name: value.item() for name, value in self.trainer.callback_metrics.items() if name.startswith(f"{stage}/")
-        }
+        metrics = self.trainer.callback_metrics
+        values = {name: value.item() for name, value in metrics.items() if name.startswith(f"{stage}/")}
         if values:
             self.run.update_results(values)
 

@@ -67,6 +67,22 @@ class Run:
         """The Hugging Face folder."""
         return self.folder / "export"
 
+    def admit(self, verb: str, own: bool) -> None:
+        """Let a verb into the folder.
+
+        Args:
+            verb: fit, validate, test or predict.
+            own: It is about one of the checkpoints in it.
+
+        Raises:
+            ValueError: Another policy would be measured in the place of the one that was trained here.
+        """
+        if verb != "fit" and self.checkpoints.exists() and not own:
+            raise ValueError(
+                f"--ckpt_path: expected last, best or another checkpoint of {self.folder}, which keeps what is found. "
+                "To try the policy as it was before training, or another one, choose another --name."
+            )
+
     @contextmanager
     def opened(self, resume: bool) -> Iterator[None]:
         """Make the folder and keep it for this process as long as it trains, however that ends.

@@ -130,6 +130,9 @@ def test_a_configuration_alone_is_enough_to_go_on(lab: Lab) -> None:
     run = lab.fit("alone", "--trainer.max_steps=1", "--data.val_fraction=0")
     assert lab.only("fit", f"--config={run.config}", "--ckpt_path=last", "--trainer.max_steps=2") == 0
     assert [row["step"] for row in metrics(run)] == [1, 2]
+    again = ["--name=afresh", "--trainer.max_steps=1"]  # another run from its configuration begins at its beginning
+    assert lab.only("fit", f"--config={run.config}", *again) == 0
+    assert [row["step"] for row in metrics(Run(lab.folder / "afresh"))] == [1]
 
 
 def test_another_name_goes_on_from_a_checkpoint_and_leaves_its_run_alone(lab: Lab, whole: Run) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,19 @@ def test_predict_writes_every_pair(lab: Lab, run: Run) -> None:
 def test_without_a_checkpoint_the_policy_as_it_is_given_is_measured(lab: Lab) -> None:
     assert lab.main("test", "--name=untrained") == 0
     assert results(Run(lab.folder / "untrained"), "test")["test/loss"] == pytest.approx(0.693147, abs=1e-6)
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_a_trained_run_keeps_values_of_its_own_checkpoints_only(
+    lab: Lab, run: Run, verb: str, tmp_path, capsys
+) -> None:
+    """Those of the policy before training, or of another run's, would stand in its table and model card."""
+    before = run.results.read_bytes()
+    foreign = shutil.copy(run.checkpoints / "last.ckpt", tmp_path)
+    for words in ([], [f"--ckpt_path={foreign}"]):
+        assert lab.main(verb, "--name=one", *words) == 1
+        assert "--ckpt_path: expected last, best or another checkpoint" in capsys.readouterr().err
+    assert run.results.read_bytes() == before
 
 
 def test_measuring_is_not_training(lab: Lab, run: Run) -> None:
