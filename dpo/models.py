@@ -99,7 +99,7 @@ class Loader:
             read = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=safe, output_loading_info=True, **self._options(path), **more
             )
-        except (OSError, ValueError, ImportError, SafetensorError) as error:  # import: the configuration names a kernel
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:  # a kernel, other shapes
             raise ValueError(
                 f"cannot read a causal language model from {path!r}: {error}\nExpected a folder or hub id with "
                 "config.json and safetensors weights (--model.pickled_weights true also reads .bin files, "

@@ -36,6 +36,9 @@ class Parser(LightningArgumentParser):
         last = _meant(message) if self.exit_on_error else []
         super().error("\n".join([message, *new, *last]), ex)
 
+    def print_usage(self, file: Any = None) -> None:
+        """Nothing: the fifty lines of all options would stand before every message, which names `--help`."""
+
 
 def _hint(path: str, option: str) -> str:
     takers = sorted(leaf.__name__ for leaf in relatives(path) if option in inspect.signature(leaf).parameters)

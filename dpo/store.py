@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from errno import ENOSPC
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def build(folder: Path, sources: Sequence[Source], encoder: Encoder, limit: int 
 
     Raises:
         ValueError: A row or a file cannot be read; the message names file and line and says what to do.
+        OSError: Nothing can be written there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
@@ -95,10 +97,15 @@ def build(folder: Path, sources: Sequence[Source], encoder: Encoder, limit: int 
 
 
 def _write(file: Path, tables: Iterable[dict[str, list[Any]]]) -> None:
-    with ArrowWriter(features=_FEATURES, path=str(file)) as writer:
-        for table in tables:
-            writer.write_batch(table)
-        writer.finalize()
+    try:
+        with ArrowWriter(features=_FEATURES, path=str(file)) as writer:
+            for table in tables:
+                writer.write_batch(table)
+            writer.finalize()
+    except OSError as error:
+        if error.errno == ENOSPC:  # which does not say where
+            raise OSError(f"{error}: {file}. Make room, or name another folder: DPO_CACHE.") from error
+        raise
 
 
 def load(folder: Path, split: str) -> Dataset:

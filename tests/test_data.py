@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 from collections.abc import Iterable
@@ -441,3 +442,15 @@ def test_real_rows_add_up(hh_rlhf: Path, pretrained: Path) -> None:
             assert count.kept + sum(count.refused.values()) == count.read == min(rows, 300)
             assert sum(count.bad.values()) == 0
     assert len(data.pairs["train"]) + len(data.pairs["val"]) == data.audits["train"].counts["total"].kept
+
+
+def test_a_disk_that_is_full_is_named(
+    tokenizer: str, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store.ArrowWriter, "write_batch", full)
+    with pytest.raises(OSError, match=rf"No space left on device: {cache}.* another folder: DPO_CACHE"):
+        ready(tokenizer, folder)
+    assert not list(cache.iterdir())

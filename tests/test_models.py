@@ -80,6 +80,15 @@ def test_weights_that_were_cut_short_are_named(tmp_path: Path) -> None:
         Loader().model(str(tmp_path))
 
 
+def test_weights_of_other_shapes_than_the_configuration_says_are_named(tmp_path: Path) -> None:
+    make_tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
+    with pytest.raises(ValueError, match=f"cannot read a causal language model from '{tmp_path}'"):
+        Loader().model(str(tmp_path))
+
+
 CODE = """
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,5 +1,7 @@
 """Choosing classes by name: defaults of the one that was chosen, and who takes an option that it does not."""
 
+import re
+
 import pytest
 
 from dpo import losses
@@ -70,6 +72,13 @@ def test_an_option_of_another_loss_is_refused_with_those_who_take_it(words, take
     message = capsys.readouterr().err
     assert message.count(takers) == 1
     assert "is not accepted" in message
+
+
+def test_a_message_is_not_lost_among_all_the_options(capsys) -> None:
+    """What stands before it is the way to them."""
+    with pytest.raises(SystemExit):
+        parse(["--nothing=1"])
+    assert re.fullmatch(r"tip: .* --help\nerror: .*--nothing.*\n", capsys.readouterr().err)
 
 
 CDPO = ["--model.loss=DPO", "--model.loss.label_smoothing=0.1"]

@@ -212,3 +212,10 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
         raise KeyError
     assert (folder / "file").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_terminal_that_lacks_a_character_ends_no_run(lab: Lab) -> None:
+    words = ["--name=ascii", "--trainer.max_steps=1", "--data.val_fraction=0", "--trainer.enable_progress_bar=true"]
+    process = lab.start("fit", *words, PYTHONIOENCODING="ascii")
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, printed
