@@ -10,9 +10,10 @@ def parser() -> ArgumentParser:
     """The options, their defaults and what they mean."""
     made = ArgumentParser("serve.py", description="Serve a trained policy beside its reference.", epilog=EPILOG)
     add, types = made.add_argument, ["float32", "bfloat16", "float16"]
-    add("--model", help="folder or hub id of the policy (runs/latest/export)")
+    policy = made.add_mutually_exclusive_group()
+    policy.add_argument("--model", help="folder or hub id of the policy (runs/latest/export)")
+    policy.add_argument("--demo", action="store_true", help="serve the shipped run of the built-in example")
     add("--reference", help="folder or hub id of the reference (what the run was trained against)")
-    add("--demo", action="store_true", help="serve the shipped run of the built-in example")
     add("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     add("--port", default=8000, type=int, help="port to listen at (%(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (%(default)s)")

@@ -182,6 +182,7 @@ def test_without_a_run_it_says_what_to_type(tmp_path: Path, monkeypatch, capsys)
         ("--device nowhere", "--device nowhere"),
         ("--port 65536", "--port of 0 to 65535"),
         ("--max-context 1", "at least 2 tokens"),
+        ("--max-context 0", "at least 2 tokens"),
         ("--max-context 5000", "--max-context: expected at most 512 tokens"),
         ("--max-concurrency 0", "--max-concurrency of at least 1"),
         ("--host 0.0.0.0", "set a key in DPO_API_KEY"),
@@ -193,6 +194,12 @@ def test_what_cannot_start_is_said_in_words(words: str, said: str, tmp_path: Pat
     tiny_model("llama").save_pretrained(tmp_path)
     assert serve.main(["--demo", *words.format(other=tmp_path).split()]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_the_demo_is_not_served_in_the_place_of_a_model(capsys) -> None:
+    with pytest.raises(SystemExit):
+        serve.main(["--demo", "--model=anything"])
+    assert "argument --model: not allowed with argument --demo" in capsys.readouterr().err
 
 
 def test_help_fits_a_screen() -> None:

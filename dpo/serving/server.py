@@ -46,7 +46,7 @@ def find(options: Namespace) -> Origin:
 
 def load(options: Namespace) -> Service:
     """Read both models and put them to work; a ValueError says what is missing or does not fit together."""
-    slots, context = options.max_concurrency, options.max_context or MOST_CONTEXT
+    slots, context = options.max_concurrency, MOST_CONTEXT if options.max_context is None else options.max_context
     if slots < 1 or context < 2 or not 0 <= options.port < 2**16:
         least = "--max-concurrency of at least 1, --max-context of at least 2 tokens"
         raise ValueError(f"Expected {least} and --port of 0 to 65535.")
