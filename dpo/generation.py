@@ -56,7 +56,11 @@ def write(
         **(drawn if sampling.temperature else {"do_sample": False}),
     )
     stop = [] if encoder.chat else [_NextTurn(encoder, width)]
-    with plain(model), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    with (
+        torch.compiler.set_stance("force_eager"),  # layers compiled for training would be so anew with every cache
+        plain(model),
+        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
+    ):
         torch.manual_seed(seed)
         output = writer.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=stop)
     answers = [_ended(row, encoder) for row in output[:, width:].tolist()]

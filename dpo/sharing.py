@@ -75,17 +75,13 @@ def unshare(model: PreTrainedModel) -> None:
 
 @contextmanager
 def plain(model: PreTrainedModel) -> Iterator[None]:
-    """Within: the model attends to ordinary rows, as for generation. Not for passes that keep a graph.
-
-    Its layers run as they are also where they are compiled for training: every step of a cache would be compiled anew.
-    """
+    """Within: the model attends to ordinary rows, as for generation. Not for passes that keep a graph."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     flat = [config for config in configs.values() if config._attn_implementation == NAME]
     for config in flat:
         config._attn_implementation_internal = _ordinary(model)
     try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         for config in flat:
             config._attn_implementation_internal = NAME

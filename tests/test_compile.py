@@ -1,16 +1,20 @@
 """Compiled layers: the same numbers, and few compilations however the lengths of batches vary."""
 
 import random
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from dpo.batch import Batch, Example, collate
+from dpo.generation import write
 from dpo.logps import score
-from dpo.models import adapt_layers
-from dpo.sharing import plain, share
+from dpo.models import Loader, adapt_layers
+from dpo.prompts import GREEDY
+from dpo.sharing import share
+from dpo.tokens import Encoder
+from tests.runs import policy
 from tests.test_sharing import build
 
 
@@ -61,12 +65,12 @@ def test_recomputed_layers_run_the_kernels_of_those_that_are_not() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # imported by torch's own compiler
-def test_passes_over_ordinary_rows_compile_nothing() -> None:
-    model: Any = build("llama", {"num_hidden_layers": 2})
+def test_answers_are_written_without_compilation() -> None:
+    loader = Loader()
+    model, encoder = loader.model(str(policy())), Encoder(loader.tokenizer(str(policy())), 64)
     share(model)
     adapt_layers(model, compiled=True, recomputed=False)
     torch._dynamo.reset()
     counters.clear()
-    with plain(model), torch.no_grad():
-        model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, do_sample=False)
+    write(model, encoder, [[3, 4, 5]], replace(GREEDY, max_new_tokens=3), seed=0)
     assert counters["stats"]["unique_graphs"] == 0
