@@ -91,6 +91,20 @@ def test_a_reply_goes_back_as_it_came_and_text_may_come_in_parts(client) -> None
         said([{"role": "user", "content": picture}])
 
 
+def test_the_reply_that_a_client_puts_together_from_a_stream_goes_back_as_it_is(client) -> None:
+    """Clients join the texts of all chunks, the role's too; old ones add an empty list of calls."""
+    options = {"model": "policy", "messages": ASKED, "max_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**options).choices[0].message
+    with client.chat.completions.stream(**options) as stream:
+        said = stream.get_final_completion().choices[0].message
+    assert (said.role, said.content) == (whole.role, whole.content)
+    for reply in (said, {"role": "assistant", "content": said.content, "tool_calls": []}):
+        client.chat.completions.create(**options | {"messages": [*ASKED, reply, *ASKED]})
+    called = whole.model_dump() | {"tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}]}
+    with pytest.raises(openai.BadRequestError, match="tool_calls"):
+        client.chat.completions.create(**options | {"messages": [*ASKED, called, *ASKED]})
+
+
 def test_zero_temperature_is_greedy_and_so_is_no_nucleus(client) -> None:
     def said(**how) -> str:
         how = {"model": "policy", "messages": ASKED, "max_tokens": 12} | how

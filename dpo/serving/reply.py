@@ -40,6 +40,7 @@ class Reply:
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         dialogue = self.chat and not service.text.encoder.chat
         self.writer = Writer(service.text, prompt, stops + [HUMAN] * dialogue, skip_space=dialogue)
+        self.speaker = {"role": "assistant"}  # said once: clients join what the chunks of a stream say
         self.tokens: list[int] = []  # of the answer
         self.words: list[str] = []  # what each of them adds
 
@@ -62,7 +63,8 @@ class Reply:
                     return
 
     def _choice(self, part: str, text: str, words: list[str], finish: str | None) -> Json:
-        said = {part: {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        said = {part: self.speaker | {"content": text}} if self.chat else {"text": text}
+        self.speaker = {}
         logprobs = None if self.draw.top_logprobs is None else self._logprobs(words)
         return {"index": 0, **said, "logprobs": logprobs, "finish_reason": finish}
 

@@ -43,6 +43,7 @@ class Message(Strict):
 
     role: Literal["system", "user", "assistant"]
     content: Words
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None  # old clients put it into every reply
 
     @field_validator("content", mode="before")
     @classmethod
