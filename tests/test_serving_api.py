@@ -105,6 +105,13 @@ def test_the_reply_that_a_client_puts_together_from_a_stream_goes_back_as_it_is(
         client.chat.completions.create(**options | {"messages": [*ASKED, called, *ASKED]})
 
 
+def test_the_one_prompt_may_stand_in_a_list(client) -> None:
+    """As LangChain sends it."""
+    options = {"model": "policy", "max_tokens": 8, "temperature": 0}
+    alone, listed = (client.completions.create(prompt=prompt, **options) for prompt in (PROMPT, [PROMPT]))
+    assert (listed.choices, listed.usage) == (alone.choices, alone.usage)
+
+
 def test_zero_temperature_is_greedy_and_so_is_no_nucleus(client) -> None:
     def said(**how) -> str:
         how = {"model": "policy", "messages": ASKED, "max_tokens": 12} | how

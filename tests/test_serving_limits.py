@@ -82,7 +82,7 @@ POISON = {
 
 
 PROMPTS = {
-    "prompt": ["", "word " * 2000, "</s>", ["a"], 7, None],
+    "prompt": ["", "word " * 2000, "</s>", ["a", "b"], [5], [""], [["a"]], [], 7, None],
     "logprobs": [6, -1, True, "1"],
     "echo": [True],
     "suffix": ["x"],

@@ -5,7 +5,7 @@ Limits are in characters and numbers of things; tokens are counted where there i
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
 Words = Annotated[str, Field(min_length=1, max_length=400_000)]
@@ -13,6 +13,11 @@ Answer = Annotated[str, Field(max_length=400_000, pattern=r"\S")]
 Stop = Annotated[str, Field(min_length=1, max_length=100)]
 Count = Annotated[int, Field(ge=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+def _alone(given: Any) -> Any:
+    """LangChain sends its one prompt in a list."""
+    return given[0] if isinstance(given, list) and len(given) == 1 else given
 
 
 class Fault(HTTPException):
@@ -108,7 +113,7 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """`POST /v1/completions`: the prompt goes to the model as it is."""
 
-    prompt: Words
+    prompt: Annotated[Words, BeforeValidator(_alone)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
