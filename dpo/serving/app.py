@@ -49,7 +49,8 @@ async def _admitted(service: Served) -> AsyncIterator[Service]:
 
 
 Admitted = Annotated[Service, Depends(_admitted)]
-router = APIRouter()
+ERRORS: dict[int | str, Json] = {kind: {"description": "What is wrong, as OpenAI tells it"} for kind in ("4XX", "5XX")}
+router = APIRouter(responses=ERRORS)
 
 
 @router.post("/v1/chat/completions")
@@ -157,7 +158,8 @@ def refusal(error: Exception) -> Response:
             fault = Fault(error.status_code, error.detail, "http_error")
         case RequestValidationError():
             first = error.errors()[0]
-            field = ".".join(map(str, first["loc"][1:]))[:200].encode("ascii", "backslashreplace").decode()
+            place = () if first["type"] == "json_invalid" else first["loc"][1:]
+            field = ".".join(map(str, place))[:200].encode("ascii", "backslashreplace").decode()
             said = "not supported" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
             fault = Fault(400, f"{field or 'body'}: {said}", first["type"], field or None)
         case _:

@@ -37,9 +37,8 @@ class Reply:
         self.limit = min(limit or context, context - len(prompt))
         temperature, top_p = (1.0 if value is None else value for value in (body.temperature, body.top_p))
         self.draw = Draw(temperature, top_p, secrets.randbits(62) if body.seed is None else body.seed, top)
-        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         dialogue = self.chat and not service.text.encoder.chat
-        self.writer = Writer(service.text, prompt, stops + [HUMAN] * dialogue, skip_space=dialogue)
+        self.writer = Writer(service.text, prompt, (body.stop or []) + [HUMAN] * dialogue, skip_space=dialogue)
         self.speaker = {"role": "assistant"}  # said once: clients join what the chunks of a stream say
         self.tokens: list[int] = []  # of the answer
         self.words: list[str] = []  # what each of them adds

@@ -15,9 +15,17 @@ Count = Annotated[int, Field(ge=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
+def _listed(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
 def _alone(given: Any) -> Any:
     """LangChain sends its one prompt in a list."""
     return given[0] if isinstance(given, list) and len(given) == 1 else given
+
+
+UpToFour = Annotated[list[Stop], Field(max_length=4)]
+Stops = Annotated[UpToFour, BeforeValidator(_listed, json_schema_input_type=Stop | UpToFour)]
 
 
 class Fault(HTTPException):
@@ -77,7 +85,7 @@ class Generation(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     reward: bool = Field(default=False, description="Also give the answer's implicit reward: one forward a model.")
