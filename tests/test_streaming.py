@@ -122,6 +122,6 @@ def test_shards_of_the_hub_are_read_where_they_are(hub: Server, tmp_path: Path) 
     assert not list((tmp_path / "home").rglob("*.parquet"))
 
     hub.shutdown()
-    process = Lab(tmp_path).start("validate", *words, **home, HF_HUB_OFFLINE="1")
+    process = Lab(tmp_path).start("validate", *words, "--ckpt_path=last", **home, HF_HUB_OFFLINE="1")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
