@@ -20,7 +20,7 @@ from pathlib import Path
 
 from training import QUICK, RESULTS, ROOT, Case, machine, measure, median_step, prepare
 
-SMALL = Case(rows="quickstart", **QUICK)
+SMALL = Case(rows="quickstart", max_tokens=16_384, **QUICK)  # as configs/quickstart.yaml
 GROWN = {
     "batch": lambda by: replace(SMALL, batch=8 * by),
     "length": lambda by: replace(SMALL, rows=f"made:{32 * by}", batch=8, max_length=2_048),

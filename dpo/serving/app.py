@@ -29,7 +29,7 @@ CSP = (
 )
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # async: FastAPI would run it in a thread
     return request.app.state.service  # type: ignore[no-any-return]
 
 

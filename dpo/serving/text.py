@@ -17,6 +17,7 @@ from dpo.serving.schema import Fault, Message, Question
 from dpo.tokens import Encoder, control_tokens
 
 T = TypeVar("T")
+SAID = {"system_without_template": "the model has learned no system messages: leave them out"}
 UNCUT = 2**40  # tokens: what is too long is refused here, never cut
 
 
@@ -66,7 +67,7 @@ def _history(prompt: str | None, messages: Sequence[Message] | None) -> Turns:
 
 def _used(read: T | Refusal) -> T:
     if isinstance(read, Refusal):
-        raise Fault(400, f"the dialogue cannot be used: {read.replace('_', ' ')}", read)
+        raise Fault(400, SAID.get(read, f"the dialogue cannot be used: {read.replace('_', ' ')}"), read)
     return read
 
 
