@@ -28,7 +28,7 @@ from dpo.tokens import Encoder
 
 LATEST = Path("runs/latest/export")
 MOST_CONTEXT = 4096  # tokens, where --max-context does not say
-STREAMS_END, ALL_ENDS = 5.0, 8  # seconds after the signal
+STREAMS_END, ALL_ENDS = 4.0, 6  # seconds after the signal
 
 
 def find(options: Namespace) -> Origin:
