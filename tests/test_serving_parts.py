@@ -81,6 +81,8 @@ def test_who_prefers_neither_says_so() -> None:
     tie = app._compared({"reward": 1.5}, {"reward": 1.5})
     assert (tie["margin"], tie["probability"], tie["preferred"]) == (0, 0.5, None)
     assert app._compared({"reward": -2000.0}, {"reward": 0.0})["probability"] == 0  # exp would overflow
+    unlikely = app._compared({"reward": -40.0}, {"reward": 0.0})["probability"]
+    assert unlikely == pytest.approx(math.exp(-40), rel=1e-12)  # 1 / (1 + e^40), which tanh rounds to 0
 
 
 def test_pieces_are_the_text() -> None:

@@ -94,7 +94,7 @@ async def compare(service: Admitted, body: CompareRequest) -> Json:
 
 def _compared(chosen: Json, rejected: Json) -> Json:
     margin = chosen["reward"] - rejected["reward"]
-    probability = (1 + math.tanh(margin / 2)) / 2  # the logistic function, without overflow
+    probability = math.exp(min(margin, 0.0)) / (1 + math.exp(-abs(margin)))  # logistic; small ones keep their digits
     preferred = None if margin == 0 else "chosen" if margin > 0 else "rejected"
     verdict = {"margin": margin, "probability": probability, "preferred": preferred}
     return verdict | {"chosen": chosen, "rejected": rejected}
