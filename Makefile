@@ -57,9 +57,9 @@ test test-slow: export HF_HUB_OFFLINE := 1
 test test-slow: export WANDB_MODE := offline
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --ignore tests/test_page.py $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --ignore tests/serving/test_page.py $(ARGS)
 	# The browser afterwards, alone: what a person sees in time should not hang on other tests. (5: ARGS chose none of it)
-	$(BIN)/python -m pytest tests/test_page.py $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest tests/serving/test_page.py $(ARGS) || [ $$? -eq 5 ]
 
 test-slow: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)

@@ -8,7 +8,7 @@ from io import TextIOWrapper
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
 if __name__ == "__main__":
-    from dpo.cli import main
+    from dpo.cli.main import main
 
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # no run ends because a terminal lacks a character

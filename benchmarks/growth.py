@@ -29,7 +29,7 @@ START = """
 import sys, threading, time
 from pathlib import Path
 from training import most_resident
-from dpo.cli import main
+from dpo.cli.main import main
 
 def sample():
     while True:

@@ -106,7 +106,7 @@ CASES = {
 
 def real_rows() -> Iterator[Row]:
     """Rows of hh-rlhf from all its subsets in turn, whole pairs only."""
-    from dpo.dialogue import Pair, pair
+    from dpo.data.dialogue import Pair, pair
 
     folder = os.environ.get("DPO_HH_RLHF")
     if not folder:
@@ -183,9 +183,9 @@ def longest(tokenizer: PreTrainedTokenizerFast, row: Row) -> int:
 
 def run_ours(folder: Path, case: Case, steps: int, *more: str) -> dict[str, object]:
     """Train through the command line; times as it logs them."""
-    from dpo import cached
-    from dpo.cli import main
-    from dpo.loggers import read_metrics
+    from dpo.cli.main import main
+    from dpo.runs.loggers import read_metrics
+    from dpo.training import precomputed
 
     name = f"run-{time.time_ns()}"
     words = [
@@ -200,7 +200,7 @@ def run_ours(folder: Path, case: Case, steps: int, *more: str) -> dict[str, obje
         *more,
     ]  # fmt: skip
     passes: list[float] = []
-    compute = cached.compute
+    compute = precomputed.compute
 
     def timed(*arguments: Any) -> None:
         compute(*arguments)  # compiles
@@ -208,7 +208,7 @@ def run_ours(folder: Path, case: Case, steps: int, *more: str) -> dict[str, obje
         compute(*arguments)
         passes.append(time.perf_counter() - began)
 
-    cached.compute = timed
+    precomputed.compute = timed
     if code := main(words):
         sys.exit(code)
     rows = read_metrics(folder / "runs" / name / "metrics.csv")[WARM:]
@@ -295,7 +295,7 @@ def side(name: str, folder: Path, case: Case, steps: int) -> None:
     """One side in this process; its figures on the last line."""
     import trl  # noqa: F401  # every side has imported everything that any side needs
 
-    import dpo.cli  # noqa: F401
+    import dpo.cli.main  # noqa: F401
 
     before = resident()
     found = (

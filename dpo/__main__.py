@@ -1,6 +1,6 @@
 """`python -m dpo <verb>`: the home of everything that is neither training nor serving.
 
-A verb is a module with a `main` that takes the words behind the verb. It raises ValueError or OSError for what its user
+A verb is a function that takes the words behind the verb. It raises ValueError or OSError for what its user
 can put right: the program ends with that message and exit code 1.
 """
 
@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-VERBS = {  # verb: its module, imported only when it is asked for, and what it does
-    "demo": ("dpo.demo", "Make the shipped run again, which serve.py --demo serves."),
-    "losses": ("dpo.losses.table", "Print every loss: formula, parameters, source, values on three known pairs."),
-    "push": ("dpo.hub", "Upload a run's export to the Hugging Face hub."),
-    "quickstart": ("dpo.rebuild", "Make the shipped quickstart policy again from nothing."),
+VERBS = {  # verb: its function, imported only when it is asked for, and what it does
+    "demo": ("dpo.cli.shipped:make_run", "Make the shipped run again, which serve.py --demo serves."),
+    "losses": ("dpo.losses.table:main", "Print every loss: formula, parameters, source, values on three known pairs."),
+    "push": ("dpo.runs.hub:main", "Upload a run's export to the Hugging Face hub."),
+    "quickstart": ("dpo.cli.shipped:make_policy", "Make the shipped quickstart policy again from nothing."),
 }
 
 
@@ -33,7 +33,8 @@ def main(arguments: Sequence[str]) -> int:
         print(usage(), file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     try:
-        import_module(VERBS[arguments[0]][0]).main(arguments[1:])
+        module, _, function = VERBS[arguments[0]][0].partition(":")
+        getattr(import_module(module), function)(arguments[1:])
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -6,7 +6,8 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from dpo.precision import bfloat16_where_fast, check
+from dpo.models.cpu import bfloat16_where_fast
+from dpo.training.base import check
 
 
 @pytest.mark.parametrize(("avx", "amx"), [(True, False), (False, True), (False, False)])

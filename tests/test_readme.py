@@ -10,8 +10,8 @@ from unittest.mock import patch
 import pytest
 
 from dpo import __main__ as verbs
-from dpo.cli import main
-from tests.runs import ROOT, pairs, policy
+from dpo.cli.main import main
+from tests.support.runs import ROOT, pairs, policy
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)

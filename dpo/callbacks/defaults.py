@@ -1,21 +1,26 @@
 """What stands beside training in every run, without being asked for: the callbacks of each verb.
 
-Takes the verb, the run and its data. `dpo.cli` is its only caller.
+Takes the verb, the run and its data. `dpo.cli.main` is its only caller.
 """
 
 from typing import Any
 
 import lightning as L
 
-from dpo.callbacks import LastStep, Predictions, Rates, Record, Stop
-from dpo.checkpoints import LastAndBest, Settings
-from dpo.console import Bar, Lines, Samples
-from dpo.loggers import MetricsCSV, Rewind
-from dpo.pairs import PairData
-from dpo.preflight import Preflight
-from dpo.resuming import Terms
-from dpo.run import Run
-from dpo.texts import TextData
+from dpo.callbacks.checkpoints import LastAndBest
+from dpo.callbacks.metrics_rewind import Rewind
+from dpo.callbacks.optimizer_overrides import Settings
+from dpo.callbacks.predictions import Predictions
+from dpo.callbacks.progress import Bar, Lines
+from dpo.callbacks.rates import Rates
+from dpo.callbacks.record import Record
+from dpo.callbacks.resume_check import Terms
+from dpo.callbacks.samples import Samples
+from dpo.callbacks.stopping import LastStep, Stop
+from dpo.data.datamodule import PairData, TextData
+from dpo.runs.folder import Run
+from dpo.runs.loggers import MetricsCSV
+from dpo.training.preflight import Preflight
 
 
 def callbacks(

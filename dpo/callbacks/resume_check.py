@@ -9,9 +9,9 @@ from typing import Any
 
 import lightning as L
 
-from dpo.module import DPO
-from dpo.pairs import PairData
-from dpo.training import Stage
+from dpo.data.datamodule import PairData
+from dpo.training.base import Stage
+from dpo.training.dpo import DPO
 
 
 class Terms(L.Callback):

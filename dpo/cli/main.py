@@ -22,26 +22,27 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSched
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from dpo import precision, report
-from dpo.allocator import keep_few_kernels, keep_freed_memory
-from dpo.cached import Cached
-from dpo.callbacks import Predictions, Stop
-from dpo.checkpoints import AtomicIO, local_file
-from dpo.data import HHRLHF, PreferencePairs
-from dpo.export import export
-from dpo.finite import NonFinite
-from dpo.loggers import MetricsCSV, wandb_logger
-from dpo.module import DPO
-from dpo.options import Parser
-from dpo.preflight import PreflightError
-from dpo.prompts import Prompts
-from dpo.run import NAMED, Run, jsonl, owner
-from dpo.schedules import Warmup
-from dpo.sft import SFT
-from dpo.standard import callbacks
-from dpo.texts import QUICKSTART, TextData
-from dpo.training import Stage
-from dpo.words import completed, hand_on, reason
+from dpo.callbacks.defaults import callbacks
+from dpo.callbacks.predictions import Predictions
+from dpo.callbacks.stopping import Stop
+from dpo.cli.parser import Parser, completed, hand_on, reason
+from dpo.data.datamodule import QUICKSTART, TextData
+from dpo.data.preferences import HHRLHF, PreferencePairs
+from dpo.data.prompts import Prompts
+from dpo.files import jsonl
+from dpo.models.cpu import keep_few_kernels, keep_freed_memory
+from dpo.runs import results
+from dpo.runs.checkpoint_io import AtomicIO, local_file
+from dpo.runs.export import export
+from dpo.runs.folder import NAMED, Run, owner
+from dpo.runs.loggers import MetricsCSV, wandb_logger
+from dpo.training.base import Stage, check
+from dpo.training.dpo import DPO
+from dpo.training.nonfinite import NonFinite
+from dpo.training.precomputed import Cached
+from dpo.training.preflight import PreflightError
+from dpo.training.schedules import Warmup
+from dpo.training.sft import SFT
 
 NOISE = {  # what Lightning says about things that are as they should be here
     "policy and reference are in eval mode by design (dropout off)": "Found .* module.s. in eval mode",
@@ -87,7 +88,11 @@ class CLI(LightningCLI):
         parser.add_optimizer_args((torch.optim.Optimizer,), link_to="model.init_args.optimizer")
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.init_args.lr_scheduler")
         parser.set_defaults(
-            {"model": {"class_path": "dpo.module.DPO"}, "data": {"class_path": "dpo.data.HHRLHF"}, "optimizer": ADAMW}
+            {
+                "model": {"class_path": "dpo.training.dpo.DPO"},
+                "data": {"class_path": "dpo.data.preferences.HHRLHF"},
+                "optimizer": ADAMW,
+            }
         )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -132,7 +137,7 @@ class CLI(LightningCLI):
             use_distributed_sampler=False,
             **kwargs,
         )
-        precision.check(trainer)
+        check(trainer)
         rank_zero_info(f"Run: {self.run.folder}")
         return trainer
 
@@ -164,8 +169,8 @@ class CLI(LightningCLI):
         self._finish("val")
         if not self.trainer.is_global_zero:
             return
-        rows = report.write(self.run)
-        report.show(rows, f"Results of {self.run.folder.name}", report.remarks(self.run.metrics))
+        rows = results.write(self.run)
+        results.show(rows, f"Results of {self.run.folder.name}", results.remarks(self.run.metrics))
         folder = export(
             self.run,
             self.model.adapter.exported(self.model.policy),
@@ -190,7 +195,7 @@ class CLI(LightningCLI):
 
     @rank_zero_only
     def _print(self, stage: str) -> None:
-        report.show_values({name: float(value) for name, value in self.trainer.callback_metrics.items()}, stage)
+        results.show_values({name: float(value) for name, value in self.trainer.callback_metrics.items()}, stage)
 
 
 def tokenizer(policy: str, data: Any) -> str:

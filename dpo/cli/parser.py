@@ -1,16 +1,20 @@
 """Options of classes that are chosen by name: what another choice keeps, and who takes an option that one does not.
 
-Takes what jsonargparse reads, gives the parser of the command line. Knows no class by name.
+Takes the words of a command line and what jsonargparse reads, gives the parser and what is said where something is
+refused. Knows no class by name but those that lay elsewhere in earlier versions, and no option but those that name what
+to train.
 """
 
 import inspect
 import re
+import sys
 from abc import ABC
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from pydoc import locate
 from typing import Any, NoReturn, get_args
 
@@ -18,12 +22,62 @@ from jsonargparse import Namespace, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+NAMING = (
+    "--config",
+    "--confi",
+    "--conf",
+    "--con",
+    "--co",
+    "-c",
+    "--model.policy",
+    "--data.path",
+)  # argparse takes them
+
+
+def completed(words: Sequence[str]) -> list[str]:
+    """The words; of a `fit` that names neither configuration nor model nor data, with those of the quickstart."""
+    named = any(word.split("=")[0].replace(".init_args.", ".") in NAMING for word in words)
+    quickstart = ["--config", str(QUICKSTART)] if words[:1] == ["fit"] and not named else []
+    return [*words[:1], *quickstart, *words[1:]]
+
+
+def hand_on(words: Sequence[str]) -> None:
+    """Make these the command line, which is parsed here and run again by every process that Lightning starts."""
+    sys.argv[1:] = words
+
+
+def reason(error: BaseException) -> str:
+    """What is wrong, without jsonargparse's list of all that the option is not."""
+    wrapped = error.__cause__ if "Union subtypes" in str(error) else None
+    return reason(wrapped) if wrapped else f"{type(error).__name__}: {error}"
+
+
 REFUSED = re.compile(r"class_path '([\w.]+)':\s+(?:Option '|unrecognized arguments: --)(\w+)")
 _discard: Callable[[Any, Any, Any], None] = _typehints.discard_init_args_on_class_path_change
 
 
 UNKNOWN = re.compile(r"Expected a dot import path string: (\w+)$", re.M)
 WANTED = re.compile(r"class_path '([\w.]+)':\s+Parser key \"(\w+)\"|Subtypes: \[<class '([\w.]+)'>")
+
+
+# Classes that a configuration may name, and where they lay when earlier versions wrote it.
+MOVED = {
+    f"dpo.{old}.{name}": f"dpo.{new}.{name}"
+    for old, new, names in (
+        ("adapters", "models.lora", "AsLoaded LoRA QLoRA"),
+        ("reference", "models.reference", "AdapterOff Copy Model Moving Nothing"),
+        ("precision", "models.cpu", "bfloat16_where_fast"),
+        ("data", "data.preferences", "HHRLHF PreferencePairs"),
+        ("prompts", "data.prompts", "Prompts"),
+        ("module", "training.dpo", "DPO"),
+        ("sft", "training.sft", "SFT"),
+        ("cached", "training.precomputed", "Cached"),
+        ("schedules", "training.schedules", "Warmup"),
+    )
+    for name in names.split()
+}
+MOVED_PATH = re.compile(rf"\b(?:{'|'.join(map(re.escape, MOVED))})\b")
 
 
 class Parser(LightningArgumentParser):
@@ -35,6 +89,11 @@ class Parser(LightningArgumentParser):
         new = [hint for hint in hints if hint not in message]  # parsers within parsers have said theirs
         last = _meant(message) if self.exit_on_error else []
         super().error("\n".join([message, *new, *last]), ex)
+
+    def _load_config_parser_mode(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        """Read a configuration, also one of an earlier version."""
+        now = MOVED_PATH.sub(lambda found: MOVED[found[0]], content)
+        return super()._load_config_parser_mode(now, *args, **kwargs)
 
     def print_usage(self, file: Any = None) -> None:
         """Nothing: the fifty lines of all options would stand before every message, which names `--help`."""

@@ -1,20 +1,23 @@
-"""`python -m dpo quickstart`: makes the shipped quickstart policy again from nothing.
+"""What the package ships, made again: the quickstart policy and the run that `serve.py --demo` serves.
 
-Draws the supervised rows from their seed, makes a tokenizer and a random policy (`quickstart.fresh`), then runs the
-project's own supervised stage on the chosen answers. Nothing is downloaded.
+`python -m dpo quickstart` makes the policy from nothing: draws the supervised rows from their seed, makes a tokenizer
+and a random policy (`quickstart.fresh`), then runs the project's own supervised stage on the chosen answers. Nothing
+is downloaded. `python -m dpo demo` trains the quickstart as `train.py fit` does and keeps what that leaves, but for
+checkpoints and what wandb notes down.
 """
 
 import argparse
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 
 from dpo import quickstart
-from dpo.cli import main as train
-from dpo.run import complete
+from dpo.cli.main import main as train
+from dpo.files import complete
 
-CONFIG = Path(__file__).parents[1] / "configs" / "quickstart_sft.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart_sft.yaml"
 TRAINED = ("config.json", "generation_config.json", "model.safetensors")
 UNTRAINED = ("tokenizer.json", "tokenizer_config.json")
 
@@ -38,9 +41,36 @@ def rebuild(to: Path, extra: Sequence[str] = ()) -> None:
     print(f"Quickstart policy: {to}")
 
 
-def main(arguments: Sequence[str]) -> None:
+def make_policy(arguments: Sequence[str]) -> None:
     """Make the shipped quickstart policy again from nothing."""
-    parser = argparse.ArgumentParser("python -m dpo quickstart", description=main.__doc__)
+    parser = argparse.ArgumentParser("python -m dpo quickstart", description=make_policy.__doc__)
     parser.add_argument("--to", type=Path, default=quickstart.POLICY, help="folder to write; default: the shipped one")
     options, extra = parser.parse_known_args(arguments)
     rebuild(options.to, extra)
+
+
+NAME = "quickstart"
+DEMO = """Make the shipped run again, which `serve.py --demo` serves: train the quickstart as `train.py fit` does and
+keep what that leaves, but for checkpoints and what wandb notes down."""
+
+
+def make_run(arguments: Sequence[str]) -> None:
+    """Make the shipped run again.
+
+    Raises:
+        ValueError: Training did not end well.
+    """
+    parser = argparse.ArgumentParser("python -m dpo demo", description=DEMO)
+    parser.add_argument("--to", type=Path, default=quickstart.TRAINED, help="folder to write; default: the shipped one")
+    options, extra = parser.parse_known_args(arguments)
+    to = options.to.resolve()
+    with tempfile.TemporaryDirectory() as scratch:
+        with chdir(scratch):  # so that the configuration, which is shipped, names no folder of this machine
+            code = train(["fit", "--name", NAME, *extra])
+        if code:
+            raise ValueError(f"training ended with exit code {code}; {to} is unchanged.")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with complete(to) as folder:
+            left_out = shutil.ignore_patterns("checkpoints", "wandb")
+            shutil.copytree(Path(scratch) / "runs" / NAME, folder, ignore=left_out)
+    print(f"Quickstart run: {to}")

@@ -1,6 +1,6 @@
 """The table of tokenised rows -> what was read, kept, refused and cut, subset by subset.
 
-Takes the columns that `dpo.store` writes; gives numbers, as a table for people and as plain values for files
+Takes the columns that `dpo.data.store` writes; gives numbers, as a table for people and as plain values for files
 and loggers. Knows nothing of files or tokenizers.
 """
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE
 from rich.table import Table
 
-from dpo.dialogue import Refusal
-from dpo.formats import Fault
+from dpo.data.dialogue import Refusal
+from dpo.data.formats import Fault
 
 KEPT = "kept"
 """The verdict on a row that is used; the others are the values of `Fault` and `Refusal`."""

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dpo.dialogue import MARKERS, Pair, Refusal, Role, Turn, Turns, checked, parse, preference
-from dpo.formats import BadLineError, Fault, Fields
+from dpo.data.dialogue import MARKERS, Pair, Refusal, Role, Turn, Turns, checked, parse, preference
+from dpo.data.formats import BadLineError, Fault, Fields
 
 HUMAN, ASSISTANT = MARKERS
 _ROLES = {"user": Role.HUMAN, "assistant": Role.ASSISTANT, "system": Role.SYSTEM}

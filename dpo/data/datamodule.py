@@ -1,31 +1,112 @@
 """What all preference data share: tokenised once, split, and given to Lightning step by step.
 
 Takes sources of rows and options; gives Lightning its loaders, and everybody else the audits and tokenised pairs. Where
-the rows come from is said by the leaves in `dpo.data`. Knows nothing of models: of a policy it sees the tokenizer and
-the ids that end an answer.
+the rows come from is said by the leaves in `dpo.data.preferences`. Knows nothing of models: of a policy it sees the
+tokenizer and the ids that end an answer.
 """
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from math import isnan
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
+from lightning import LightningDataModule
 from numpy.typing import NDArray
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
-from dpo import store
-from dpo.audit import KEPT, Audit
-from dpo.batch import Example
-from dpo.rows import SPLITS, Source
-from dpo.sampler import Plan, StepLoader
-from dpo.texts import QUICKSTART, TextData, cache_folder, check
+from dpo.data import store
+from dpo.data.audit import KEPT, Audit
+from dpo.data.sampler import Plan, StepLoader
+from dpo.data.sources import SPLITS, Source
+from dpo.data.tokenization import MIN_LENGTH, Encoder, Format
+from dpo.models.batch import Example
+from dpo.models.loading import Loader, end_ids
+
+QUICKSTART = "quickstart"
+"""The path that stands for generated data."""
+
+OnBadRow = Literal["error", "skip"]
+
+
+def cache_folder() -> Path:
+    """Where files lie that can be made again."""
+    return Path(os.environ.get("DPO_CACHE", "~/.cache/dpo-lightning")).expanduser()
+
+
+def check(name: str, value: object, holds: bool, expected: str) -> None:
+    """Refuse a value of an option.
+
+    Raises:
+        ValueError: It does not hold.
+    """
+    if not holds:
+        raise ValueError(f"--data.{name}: expected {expected}, got {value!r}.")
+
+
+class TextData(LightningDataModule):
+    """Text for one model.
+
+    Attributes:
+        path: Where it comes from, in words.
+    """
+
+    path: str
+
+    def __init__(
+        self,
+        tokenizer: str = QUICKSTART,
+        max_length: int = 512,
+        batch_size: int = 8,
+        limit: int | None = None,
+        format: Format = "auto",
+        on_bad_row: OnBadRow = "error",
+        seed: int = 0,
+    ) -> None:
+        """Choose how it is read.
+
+        Args:
+            tokenizer: Hub id or folder of the tokenizer, as a rule the policy's.
+            max_length: Most tokens of prompt + answer; `dpo.data.tokenization.Encoder` says what is cut first.
+            batch_size: Pairs per optimizer step, over all devices and accumulated batches.
+            limit: Read only so many rows of each file, train and test, from its start. None: all.
+            format: ``hh`` keeps the dialogue's text, ``chat`` uses the tokenizer's chat template, ``auto`` does so
+                where there is one.
+            on_bad_row: Stop at an unreadable row (``error``), or leave it out and count it (``skip``).
+            seed: Of everything that is drawn: the order of training pairs, sampled answers.
+
+        Raises:
+            ValueError: An option has no such value.
+        """
+        super().__init__()
+        check("max_length", max_length, max_length >= MIN_LENGTH, f"at least {MIN_LENGTH} tokens")
+        check("batch_size", batch_size, batch_size >= 1, "at least 1 pair")
+        check("limit", limit, limit is None or limit >= 1, "at least 1 row, or null for all")
+        check("format", format, format in get_args(Format), f"one of {get_args(Format)}")
+        check("on_bad_row", on_bad_row, on_bad_row in get_args(OnBadRow), f"one of {get_args(OnBadRow)}")
+        check("seed", seed, seed >= 0, "at least 0")
+        self.tokenizer_name, self.max_length, self.format, self.seed = tokenizer, max_length, format, seed
+        self.batch_size, self.limit, self.skip_bad = batch_size, limit, on_bad_row == "skip"
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The loaded tokenizer."""
+        return Loader().tokenizer(self.tokenizer_name)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What makes tokens of pairs; its `end_ids` end an answer."""
+        return Encoder(self.tokenizer, self.max_length, self.format, end_ids(self.tokenizer_name))
+
 
 RowNumbers = NDArray[np.int64]
 
@@ -34,7 +115,7 @@ class PairDataset:
     """Some rows of a store as examples, memory-mapped: only row numbers and lengths are in memory.
 
     Args:
-        table: Rows as `dpo.store` writes them.
+        table: Rows as `dpo.data.store` writes them.
         rows: Which of them, in this order.
         split: For the ids: ``subset/split:line``.
         answers: Which sides of a pair an example holds.
@@ -85,7 +166,7 @@ class PairData(TextData, ABC):
         val_fraction: Share of the openings (first human turns) of train whose pairs are the validation split; an
             opening is never in both. 0: no validation split.
         answers: Sides of a pair that the stage of training wants, in this order.
-        options: See `dpo.texts.TextData`.
+        options: See `dpo.data.datamodule.TextData`.
 
     Raises:
         ValueError: An option has no such value; later, while reading, a row, file or tokenizer cannot be used. The

@@ -1,6 +1,6 @@
 """Preference data by name: `HHRLHF`, and `PreferencePairs` from anywhere.
 
-Takes where the rows are; what is done with them is `dpo.pairs.PairData`.
+Takes where the rows are; what is done with them is `dpo.data.datamodule.PairData`.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo import quickstart
-from dpo.columns import Columns
-from dpo.listing import Listed, listed, sources
-from dpo.pairs import PairData, RowNumbers
-from dpo.rows import Source, download, find
-from dpo.texts import QUICKSTART, cache_folder, check
+from dpo.data.columns import Columns
+from dpo.data.datamodule import QUICKSTART, PairData, RowNumbers, cache_folder, check
+from dpo.data.sources import Listed, Source, download, find, listed, sources
 
 __all__ = ["HHRLHF", "QUICKSTART", "Part", "PreferencePairs", "cache_folder"]
 
@@ -34,7 +32,7 @@ class HHRLHF(PairData):
             path: Hub id (``Anthropic/hh-rlhf``) or folder with ``<subset>/{train,test}.jsonl.gz``; ``quickstart``
                 generates data that needs neither network nor file.
             subsets: Which of them, in this order; all that are there by default.
-            options: See `dpo.pairs.PairData`.
+            options: See `dpo.data.datamodule.PairData`.
 
         Raises:
             ValueError: An option has no such value.
@@ -93,12 +91,12 @@ class PreferencePairs(PairData):
 
         Args:
             tokenizer: Hub id or folder of the tokenizer, as a rule the policy's.
-            path: File, folder, pattern, address or hub id (`dpo.listing` has examples and says what is of the test
+            path: File, folder, pattern, address or hub id (`dpo.data.sources` has examples and says what is of the test
                 split), or ``quickstart`` as of `HHRLHF`, here with margins; or several of them by a name each, mixed:
                 with shares, an epoch lasts until every pair was seen, and those of parts that are smaller than their
                 share are seen more than once.
             columns: What stands where.
-            options: See `dpo.pairs.PairData`.
+            options: See `dpo.data.datamodule.PairData`.
 
         Raises:
             ValueError: An option has no such value.

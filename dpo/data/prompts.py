@@ -16,48 +16,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from dpo.columns import Columns, messages, text
-from dpo.dialogue import Pair, Turns
-from dpo.formats import BadLineError, fields
-from dpo.listing import Listed, listed
-from dpo.models import end_ids
-from dpo.texts import QUICKSTART, TextData, cache_folder, check
-from dpo.tokens import MIN_LENGTH, Encoder
+from dpo.data.columns import Columns, messages, text
+from dpo.data.datamodule import QUICKSTART, TextData, cache_folder, check
+from dpo.data.dialogue import Pair, Turns
+from dpo.data.formats import BadLineError, fields
+from dpo.data.sources import Listed, listed
+from dpo.data.tokenization import MIN_LENGTH, Encoder
+from dpo.models.generation import Sampling
+from dpo.models.loading import end_ids
 
 PROBES = (" Yes.", " No.")  # two answers that show where the tokens of a prompt end
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn.
-
-    Attributes:
-        answers: To every prompt, from each model.
-        temperature: The logits are divided by it; 0 takes the most probable token (one answer, then).
-        top_p: Only the most probable tokens that together have this probability.
-        max_new_tokens: Longest answer.
-    """
-
-    answers: int = 4
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-
-    def __post_init__(self) -> None:
-        """Check all.
-
-        Raises:
-            ValueError: One has no such value.
-        """
-        check("sampling.answers", self.answers, self.answers >= 1, "at least 1 answer")
-        check("sampling.temperature", self.temperature, 0 <= self.temperature < float("inf"), "a number of 0 or more")
-        drawn = self.temperature > 0 or self.answers == 1
-        check("sampling.temperature", self.temperature, drawn, "more than 0, or all answers would be the same")
-        check("sampling.top_p", self.top_p, 0 < self.top_p <= 1, "a probability above 0")
-        check("sampling.max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1 token")
-
-
-GREEDY = Sampling(answers=1, temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -101,17 +69,17 @@ class Prompts(TextData):
         tokenizer: str = QUICKSTART,
         path: str = "",
         columns: Columns = Columns(),  # noqa: B008  # frozen
-        sampling: Sampling = Sampling(),  # frozen
+        sampling: Sampling = Sampling(),  # noqa: B008  # frozen
         **options: Any,
     ) -> None:
         """Choose what is asked.
 
         Args:
             tokenizer: Hub id or folder of the tokenizer, as a rule the policy's.
-            path: As of `dpo.data.PreferencePairs`; files of both splits are read.
+            path: As of `dpo.data.preferences.PreferencePairs`; files of both splits are read.
             columns: What stands where.
             sampling: How answers are drawn.
-            options: See `dpo.texts.TextData`.
+            options: See `dpo.data.datamodule.TextData`.
 
         Raises:
             ValueError: An option has no such value.

@@ -12,9 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
-from dpo.batch import Batch, Example, collate
+from dpo.models.batch import Batch, Example, collate
 
 # Of one optimizer step: share -> micro-batch -> row; one share for every device and accumulated batch.
 Shares = list[list[list[int]]]
@@ -202,3 +203,16 @@ class StepLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on behind that position in the next epoch that is iterated."""
         self.sampler.start = state["position"]
+
+
+def packs(costs: NDArray[np.int64], max_tokens: int) -> Iterator[list[int]]:
+    """Rows in batches of at most `max_tokens`, longest first (so that what does not fit into memory shows at once)."""
+    pack: list[int] = []
+    room = max_tokens
+    for row in np.argsort(-costs, kind="stable"):
+        if pack and costs[row] > room:
+            yield pack
+            pack, room = [], max_tokens
+        pack.append(int(row))
+        room -= costs[row]
+    yield pack

@@ -23,12 +23,12 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from rich.progress import Progress
 
-from dpo.audit import KEPT, Audit
-from dpo.columns import Row
-from dpo.dialogue import Pair, Refusal
-from dpo.formats import Fault
-from dpo.rows import SPLITS, BadRow, Source, read
-from dpo.tokens import Encoded, Encoder
+from dpo.data.audit import KEPT, Audit
+from dpo.data.columns import Row
+from dpo.data.dialogue import Pair, Refusal
+from dpo.data.formats import Fault
+from dpo.data.sources import SPLITS, BadRow, Source, read
+from dpo.data.tokenization import Encoded, Encoder
 
 VERSION = 2
 """Of the columns and their meaning; to be raised with any change of them."""

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo.dialogue import MARKERS, Pair, Refusal, Role, Turn
+from dpo.data.dialogue import MARKERS, Pair, Refusal, Role, Turn
 
 MIN_LENGTH = 8
 """Tokens of prompt + answer below which a preference cannot be told."""
@@ -98,6 +98,7 @@ class Encoder:
             raise ValueError("The tokenizer has no end of sequence, so that no answer could end: set its eos_token.")
         self.tokenizer, self.max_length, self.end_ids = tokenizer, max_length, tuple(ends)
         self.chat = format != "hh" and tokenizer.chat_template is not None
+        self.next_turn = None if self.chat else MARKERS[0]  # what an answer also ends at
         self._render: _Render = self._chat_texts if self.chat else _plain_texts
         added = _added_in_front(tokenizer)
         self._front = [] if self.chat else added  # a chat template writes its own

@@ -4,6 +4,7 @@ Takes log-probabilities per scored token, gives sums and log-ratios of pairs. No
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo.logps import sum_answers
+
+def sum_answers(values: Float[Tensor, " scored"], lengths: Sequence[int]) -> Float[Tensor, " answers"]:
+    """Sum per-token values over answers of these lengths, in float32 at least; no sum depends on its neighbours."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return torch.stack([part.sum() for part in wide.split(list(lengths))])
+
 
 Pairs = Float[Tensor, " pairs"]
 Answers = Float[Tensor, "pairs 2"]

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo.losses.answers import AOT, BCO, NCA, SPPO, AOTUnpaired, APODown, APOZero
 from dpo.losses.base import NoConstant, PairLogps, PreferenceLoss
-from dpo.losses.difference import DPO, EXO, IPO, ODPO, DiscoPOP, Hinge, LengthNormalizedDPO, RobustDPO
 from dpo.losses.divergences import Alpha, Divergence, ForwardKL, JensenShannon, ReverseKL
-from dpo.losses.modifiers import LD, WPO, Sum
-from dpo.losses.policy import CPO, NLL, ORPO, SimPO
+from dpo.losses.pairwise import DPO, EXO, IPO, ODPO, DiscoPOP, Hinge, LengthNormalizedDPO, RobustDPO
+from dpo.losses.pointwise import AOT, BCO, NCA, SPPO, AOTUnpaired, APODown, APOZero
+from dpo.losses.reference_free import CPO, NLL, ORPO, SimPO
+from dpo.losses.wrappers import LD, WPO, Sum
 
 EXAMPLES: tuple[PreferenceLoss, ...] = (
     *(DPO(), DPO(label_smoothing=0.1), ODPO(), RobustDPO(), IPO(), Hinge(), EXO(), DiscoPOP(), LengthNormalizedDPO()),

@@ -1,10 +1,15 @@
 """What a long run does with the memory of a processor: freed blocks serve the next step, kernels do not pile up.
 
-Knows only the C library and oneDNN.
+And the number format that it is fast at, for configurations that do not know where they will run. Knows only the C
+library, oneDNN and Lightning's precisions.
 """
 
 import ctypes
 import os
+
+import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities import rank_zero_info
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 KERNELS = 64  # more than one pass needs; oneDNN would keep 1,024
@@ -32,3 +37,12 @@ def keep_few_kernels() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # its own cache, and PyTorch's of it
         os.environ.setdefault(name, str(KERNELS))
+
+
+def bfloat16_where_fast() -> Precision:
+    """Mixed bfloat16 where the CPU multiplies it natively (AVX512-BF16 or AMX), otherwise float32."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    rank_zero_info(
+        f"Precision: {'bf16-mixed' if fast else '32-true'}, as this processor {'has' if fast else 'lacks'} bfloat16."
+    )
+    return MixedPrecision("bf16-mixed", "cpu") if fast else Precision()

@@ -5,21 +5,71 @@ Takes token ids, gives token ids and text, up to the end of the answer. Knows no
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria
 
-from dpo.columns import HUMAN
-from dpo.prompts import Sampling
-from dpo.sharing import plain
-from dpo.tokens import Encoder
+from dpo.models.prompt_sharing import plain
 
 WINDOW = 12  # tokens in which the next human turn is looked for; there are no more in its marker
 
 # What a model's own generation config may say; an answer is to be a draw from the model as it is scored.
 NEUTRAL = {"top_k": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0}
+
+
+def _check(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"--data.sampling.{name}: expected {expected}, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        answers: To every prompt, from each model.
+        temperature: The logits are divided by it; 0 takes the most probable token (one answer, then).
+        top_p: Only the most probable tokens that together have this probability.
+        max_new_tokens: Longest answer.
+    """
+
+    answers: int = 4
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        """Check all.
+
+        Raises:
+            ValueError: One has no such value.
+        """
+        _check("answers", self.answers, self.answers >= 1, "at least 1 answer")
+        _check("temperature", self.temperature, 0 <= self.temperature < float("inf"), "a number of 0 or more")
+        drawn = self.temperature > 0 or self.answers == 1
+        _check("temperature", self.temperature, drawn, "more than 0, or all answers would be the same")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "a probability above 0")
+        _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1 token")
+
+
+GREEDY = Sampling(answers=1, temperature=0.0)
+
+
+@runtime_checkable
+class Speech(Protocol):
+    """What is to be known of the text that a model writes.
+
+    Attributes:
+        tokenizer: Makes text of tokens.
+        end_ids: Ids that end an answer, of which the first is the end of sequence.
+        next_turn: The marker of the next human turn, where answers also end at one.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    end_ids: tuple[int, ...]
+    next_turn: str | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +89,7 @@ class Answer:
 
 @torch.no_grad()
 def write(
-    model: PreTrainedModel, encoder: Encoder, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int
+    model: PreTrainedModel, encoder: Speech, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int
 ) -> list[list[Answer]]:
     """Answers to every prompt, the same for the same seed, models and prompts."""
     writer: Any = model  # its `generate` is declared for a private type
@@ -55,7 +105,7 @@ def write(
         pad_token_id=pad,
         **(drawn if sampling.temperature else {"do_sample": False}),
     )
-    stop = [] if encoder.chat else [_NextTurn(encoder, width)]
+    stop = [_NextTurn(encoder.tokenizer, encoder.next_turn, width)] if encoder.next_turn else []
     with (
         torch.compiler.set_stance("force_eager"),  # layers compiled for training would be so anew with every cache
         plain(model),
@@ -70,25 +120,25 @@ def write(
 class _NextTurn(StoppingCriteria):
     """Stops where the model goes on as the human."""
 
-    def __init__(self, encoder: Encoder, start: int) -> None:
-        self.tokenizer, self.start = encoder.tokenizer, start
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, marker: str, start: int) -> None:
+        self.tokenizer, self.marker, self.start = tokenizer, marker, start
 
     def __call__(self, input_ids: Tensor, *_: object, **__: object) -> Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.start :][:, -WINDOW:])
-        return torch.tensor([HUMAN in text for text in texts], device=input_ids.device)
+        return torch.tensor([self.marker in text for text in texts], device=input_ids.device)
 
 
-def _ended(ids: list[int], encoder: Encoder) -> Answer:
+def _ended(ids: list[int], encoder: Speech) -> Answer:
     """The answer up to its end: an end of sequence, or the next human turn, which counts as one."""
     end = next((i for i, token in enumerate(ids) if token in encoder.end_ids), None)
     body = ids[:end]
     text = _text(body, encoder)
-    turn = -1 if encoder.chat else text.find(HUMAN)
+    turn = text.find(encoder.next_turn) if encoder.next_turn else -1
     if turn >= 0:
         kept = next(n for n in range(len(body)) if len(_text(body[: n + 1], encoder)) > turn)
         return Answer([*body[:kept], encoder.end_ids[0]], text[:turn].strip(), True)
     return Answer(body if end is None else ids[: end + 1], text.strip(), end is not None)
 
 
-def _text(ids: list[int], encoder: Encoder) -> str:
+def _text(ids: list[int], encoder: Speech) -> str:
     return str(encoder.tokenizer.decode(ids, skip_special_tokens=True))

@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
-from dpo.models import PEFT_PREFIX, Loader, put_on
+from dpo.models.loading import PEFT_PREFIX, Loader, put_on
 
 NAME = "default"  # of the one adapter of a model: what peft calls it where nothing is said
 ALL_LINEAR = "all-linear"

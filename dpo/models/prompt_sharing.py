@@ -15,10 +15,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo.attention import NAME
-from dpo.batch import Batch, Example, collate
-from dpo.logps import TokenScores, hidden_states, score
-from dpo.masks import NotShareable
+from dpo.models.attention import NAME, NotShareable
+from dpo.models.batch import Batch, Example, collate
+from dpo.models.scoring import TokenScores, hidden_states, score
 
 TOLERANCE = 1e-4  # of the largest hidden state: rounding gives 1e-6 in float32, a token seen wrongly 1e-2
 LOOKED_AT = 64  # tokens

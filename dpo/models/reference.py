@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo import adapters
-from dpo.batch import Batch
-from dpo.logps import score
-from dpo.models import Loader, weights_sha256
-from dpo.sharing import vocabulary
+from dpo.models import lora
+from dpo.models.batch import Batch
+from dpo.models.loading import Loader, weights_sha256
+from dpo.models.prompt_sharing import vocabulary
+from dpo.models.scoring import score
 
 SAME, ROUNDED, OTHER = 0.0, 1.0, float("inf")
 """How far a reference may be from the policy before the first step: not at all, by rounding, or as far as it is."""
@@ -106,19 +106,19 @@ class Follower(Held):
 
     def __init__(self, policy: PreTrainedModel, alpha: float, tau: int) -> None:
         """Begin as a copy of the policy."""
-        super().__init__(adapters.merged(policy))
+        super().__init__(lora.merged(policy))
         shared = set(map(id, policy.parameters()))
         self.moving = [name for name, p in self.model.named_parameters() if id(p) not in shared]
         self.alpha, self.tau = alpha, tau
         self.origin = f"moving, {alpha:g} of the policy every {tau} steps, now a copy of it"
-        self.distance = SAME if adapters.untrained(policy) else ROUNDED  # base + product in one matrix, or in two
+        self.distance = SAME if lora.untrained(policy) else ROUNDED  # base + product in one matrix, or in two
 
     @torch.no_grad()
     def follow(self, policy: PreTrainedModel, step: int) -> None:
         """Every tau steps: pi_ref <- alpha pi + (1 - alpha) pi_ref (TR-DPO, arXiv 2404.09656, section 3.1)."""
         if step % self.tau == 0:
             for name in self.moving:
-                self.model.get_parameter(name).lerp_(adapters.effective(policy, name), self.alpha)
+                self.model.get_parameter(name).lerp_(lora.effective(policy, name), self.alpha)
 
     def changing(self) -> set[str]:
         """What moves."""
@@ -167,11 +167,11 @@ class Copy(Reference):
 
     def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
         """Copy what trains."""
-        if not adapters.untrained(policy):
-            return Frozen(adapters.copied(policy), "frozen copy of the adapter as it was loaded, on its base", SAME)
-        adapted = bool(adapters.layers(policy))
+        if not lora.untrained(policy):
+            return Frozen(lora.copied(policy), "frozen copy of the adapter as it was loaded, on its base", SAME)
+        adapted = bool(lora.layers(policy))
         origin = "the policy with its adapter off, weights shared" if adapted else "frozen copy of the policy"
-        return Frozen(adapters.without(policy), origin, SAME)
+        return Frozen(lora.without(policy), origin, SAME)
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,13 @@ class AdapterOff(Reference):
         Raises:
             ValueError: There is none.
         """
-        if not adapters.layers(policy):
+        if not lora.layers(policy):
             raise ValueError(
                 "--model.reference AdapterOff: the policy has no adapter. Leave it out for a frozen copy, "
                 "or add an adapter: --model.adapter LoRA."
             )
-        distance = SAME if adapters.untrained(policy) else OTHER
-        return Frozen(adapters.without(policy), "the policy with its adapter off, weights shared", distance)
+        distance = SAME if lora.untrained(policy) else OTHER
+        return Frozen(lora.without(policy), "the policy with its adapter off, weights shared", distance)
 
 
 @dataclass(frozen=True)

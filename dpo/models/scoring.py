@@ -6,7 +6,7 @@ reach the head, a chunk at a time with recomputation in the backward pass, so no
 Log-softmax and sums are float32, always. Knows nothing of pairs, losses or references.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dpo.attention import NAME
-from dpo.batch import Batch
+from dpo.models.attention import NAME
+from dpo.models.batch import Batch
 
 CHUNK_ELEMENTS = 2**25  # logits alive at a time: 128 MiB in float32; a batch that needs more is cut and recomputed
 CACHED_ELEMENTS = 2**18  # of them worked on at a time: 1 MiB stays in a processor's cache
@@ -60,7 +60,8 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
 def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[ModelOutput, Float[Tensor, "scored width"]]:
     """The backbone's output and, out of it, the hidden states that predict the scored tokens.
 
-    One pass over the flat row where the model attends over branches (`dpo.sharing.share`), otherwise one per answer.
+    One pass over the flat row where the model attends over branches (`dpo.models.prompt_sharing.share`), otherwise one
+    per answer.
     """
     body = backbone(model)
     if model.config._attn_implementation == NAME:
@@ -165,9 +166,3 @@ def score(model: PreTrainedModel, batch: Batch) -> TokenScores:
         return TokenScores(*chunk(*chunks[0]))
     parts = [checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=False) for inputs in chunks]
     return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def sum_answers(values: Float[Tensor, " scored"], lengths: Sequence[int]) -> Float[Tensor, " answers"]:
-    """Sum per-token values over answers of these lengths, in float32 at least; no sum depends on its neighbours."""
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    return torch.stack([part.sum() for part in wide.split(list(lengths))])

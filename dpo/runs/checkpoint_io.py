@@ -5,21 +5,15 @@ losses.
 """
 
 import hashlib
-import math
 import shutil
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
 
-from dpo.run import Run, complete
+from dpo.files import complete
 
 
 class NotWritten(OSError):
@@ -102,102 +96,3 @@ def _beside(path: Path) -> Path:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class LastAndBest(Checkpoint):
-    """Saves last.ckpt after every validation and epoch and at the end, best.ckpt at the lowest validation loss.
-
-    The end of an epoch, and of training, is its last batch: a checkpoint that is saved in the hooks after it counts an
-    epoch as done that `max_steps` or a stop has cut short.
-    """
-
-    def __init__(self, run: Run) -> None:
-        """Save into the folder of a run."""
-        self.run = run
-        self.best = math.inf
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save both."""
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        loss = trainer.callback_metrics["val/loss"].item()
-        if loss < self.best:
-            self.best = loss
-            self._save(trainer, "best")
-        if not (trainer.should_stop and trainer.is_last_batch):  # Lightning takes an epoch that ends so for unfinished
-            self._save(trainer, "last")
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """After the last batch save, before the validation that may follow."""
-        if trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
-            self._save(trainer, "last")
-
-    def _save(self, trainer: L.Trainer, name: str) -> None:
-        trainer.save_checkpoint(self.run.checkpoints / f"{name}.ckpt", weights_only=False)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The best loss so far."""
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self.best = state_dict["best"]
-
-
-class Settings(L.Callback):
-    """Goes on from a checkpoint with the optimizer's options and the schedule of the command line, not with saved ones.
-
-    What is saved of them is what they had been. Where they are the same, a resumed run is the uninterrupted one.
-    """
-
-    saved = ""  # optimizer of the checkpoint that training goes on from
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember which optimizer the saved state is of."""
-        checkpoint["optimizer"] = type(trainer.optimizers[0]).__name__
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look it up."""
-        self.saved = checkpoint["optimizer"]
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before the state is restored.
-
-        Raises:
-            ValueError: It is of another optimizer.
-        """
-        name = type(trainer.optimizers[0]).__name__
-        if self.saved not in ("", name):
-            raise ValueError(
-                f"the checkpoint holds the state of {self.saved}: expected --optimizer {self.saved}, got {name}. "
-                "To change it, begin a run with --model.policy at the export of this one."
-            )
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make optimizer and schedule anew, go as many steps along the schedule, and take over all but the state."""
-        if not self.saved:
-            return
-        (optimizer,), configs = trainer.optimizers, trainer.lr_scheduler_configs
-        made: Any = pl_module.configure_optimizers()
-        if configs:
-            schedule, made = made["lr_scheduler"]["scheduler"], made["optimizer"]
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # there are no steps to take
-                for _ in range(trainer.global_step):
-                    schedule.step()
-            configs[0].scheduler.load_state_dict(schedule.state_dict())
-        for group, chosen in zip(optimizer.param_groups, made.param_groups, strict=True):
-            options = {name: value for name, value in chosen.items() if name != "params"}
-            changed = [name for name, value in options.items() if name in group and group[name] != value]
-            for name in changed:
-                rank_zero_info(f"Optimizer: {name} is {options[name]}, in the checkpoint {group[name]}.")
-            group.update(options)
-            _count_on_device(optimizer, group)
-
-
-def _count_on_device(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-    """A fused optimizer counts its steps on the device, where one that was not has counted on the host."""
-    for parameter in group["params"] if group.get("fused") else ():
-        state = optimizer.state.get(parameter, {})
-        if "step" in state:
-            state["step"] = state["step"].to(parameter.device, torch.float32)

@@ -14,13 +14,15 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import __version__, losses, report
-from dpo.adapters import merged, save
-from dpo.checkpoints import AtomicIO
+from dpo import __version__, losses
+from dpo.files import complete
 from dpo.losses.base import PolicyLoss, ReferenceLoss
-from dpo.models import Loader, base_of, locate
-from dpo.reference import AdapterOff, Moving
-from dpo.run import Run, complete
+from dpo.models.loading import Loader, base_of, locate
+from dpo.models.lora import merged, save
+from dpo.models.reference import AdapterOff, Moving
+from dpo.runs import results
+from dpo.runs.checkpoint_io import AtomicIO
+from dpo.runs.folder import Run
 
 
 def export(
@@ -80,7 +82,7 @@ Last measured on the validation and test pairs of this run (nats; rewards: beta 
 
 During training:
 
-{report.text(run.metrics)}"""
+{results.text(run.metrics)}"""
     return ModelCard(text)
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run, and files in it that are either complete or absent.
+"""The folder of a run.
 
 Takes a name, gives paths. Knows nothing of models or data.
 """
@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from typing import Any
+
+from dpo.files import complete, remove
 
 NAMED = ("last", "best")  # checkpoints of a run that need no path
 
@@ -106,7 +107,7 @@ class Run:
                     f"--config {self.config} --ckpt_path {self.checkpoints / 'last.ckpt'}"
                 )
             for left in (*self.checkpoints.glob(".*.tmp"), *self.folder.glob(f".{self.export.name}.*.tmp")):
-                _remove(left)  # by a process that was killed while it wrote
+                remove(left)  # by a process that was killed while it wrote
             try:
                 yield
             finally:
@@ -132,49 +133,3 @@ def owner(root: Path, checkpoint: str | Path) -> str | None:
     """Name of the run below `root` that a checkpoint is of; the newest run for `last` and `best`."""
     folder = (root / "latest" if checkpoint in NAMED else Path(checkpoint).parents[1]).resolve()
     return folder.name if folder.parent == root.resolve() and folder.is_dir() else None
-
-
-@contextmanager
-def complete(path: Path) -> Iterator[Path]:
-    """Write a file or folder aside; it takes its name, flushed to disk, only when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of this process, others may write the same
-    _remove(temporary)
-    try:
-        yield temporary
-        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
-            _sync(file)
-        if path.is_dir():
-            shutil.rmtree(path)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a file, one JSON object a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def rewind(path: Path, step: int) -> None:
-    """Leave out the rows of a file of such rows that are of this step or a later one: they are written again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        with complete(path) as temporary:
-            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] < step), encoding="utf-8")

@@ -9,12 +9,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from dpo.run import Run, complete
+from dpo.files import complete
+from dpo.runs.folder import Run
 
 
 class MetricsCSV(Logger):
@@ -86,18 +86,6 @@ class MetricsCSV(Logger):
             writer.writeheader()
             writer.writerows(rows)
         self.offset = self.path.stat().st_size
-
-
-class Rewind(L.Callback):
-    """Takes metrics.csv back to the checkpoint that training goes on from."""
-
-    def __init__(self, table: MetricsCSV) -> None:
-        """Choose the file."""
-        self.table = table
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The steps of the checkpoint are known now, and none has been taken."""
-        self.table.rewind(trainer.global_step)
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

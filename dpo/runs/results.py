@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dpo.loggers import read_metrics
-from dpo.run import Run, complete
+from dpo.files import complete
+from dpo.runs.folder import Run
+from dpo.runs.loggers import read_metrics
 
 METRICS = (
     "rewards/chosen",

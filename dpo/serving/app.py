@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from dpo import report
+from dpo.runs import results
 from dpo.serving.reply import Reply
 from dpo.serving.schema import ChatRequest, CompareRequest, CompletionRequest, Fault, ScoreRequest
 from dpo.serving.service import ACTIVE, ALIVE, CACHE, Json, Service
@@ -111,7 +111,7 @@ async def models(service: Served) -> Json:
 async def run(service: Served) -> Json:
     """The models, and what the training run left behind."""
     made = service.origin
-    left = await asyncio.to_thread(report.left, made.run)
+    left = await asyncio.to_thread(results.left, made.run)
     return left | {"policy": made.policy, "reference": made.reference, "note": made.note}
 
 

@@ -19,10 +19,10 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from dpo.batch import Batch
-from dpo.logps import score
+from dpo.models.batch import Batch
+from dpo.models.prompt_sharing import share_if_exact, twin
+from dpo.models.scoring import score
 from dpo.serving.schema import Fault
-from dpo.sharing import share_if_exact, twin
 
 PAGE = 32  # tokens in a block of the cache
 CACHE_BYTES = 4 * 2**30

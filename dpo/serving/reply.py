@@ -10,12 +10,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from itertools import accumulate
 
-from dpo.batch import Example
-from dpo.columns import HUMAN
+from dpo.data.columns import HUMAN
+from dpo.models.batch import Example
 from dpo.serving.engine import Draw
 from dpo.serving.schema import ChatRequest, Fault, Generation
 from dpo.serving.service import FIRST, TOKENS, Json, Service
-from dpo.serving.text import Writer
+from dpo.serving.tokenization import Writer
 
 
 class Reply:

@@ -15,16 +15,16 @@ import uvicorn
 from transformers.utils.logging import disable_progress_bar
 
 from dpo import quickstart
-from dpo.allocator import keep_few_kernels
-from dpo.export import Origin, models, origin
-from dpo.models import Loader, end_ids
+from dpo.data.tokenization import Encoder
+from dpo.models.cpu import keep_few_kernels
+from dpo.models.loading import Loader, end_ids
+from dpo.models.prompt_sharing import vocabulary
+from dpo.runs.export import Origin, models, origin
 from dpo.serving.app import build
 from dpo.serving.engine import Engine
-from dpo.serving.guard import HEAD_SECONDS, LOOPBACK, Guard, TimedProtocol
+from dpo.serving.security import HEAD_SECONDS, LOOPBACK, Guard, TimedProtocol
 from dpo.serving.service import Service
-from dpo.serving.text import UNCUT, Text
-from dpo.sharing import vocabulary
-from dpo.tokens import Encoder
+from dpo.serving.tokenization import UNCUT, Text
 
 LATEST = Path("runs/latest/export")
 MOST_CONTEXT = 4096  # tokens, where --max-context does not say

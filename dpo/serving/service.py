@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 from prometheus_client import Counter, Gauge, Histogram
 
-from dpo.batch import Batch, Example, collate
-from dpo.cached import packs
-from dpo.export import Origin
+from dpo.data.sampler import packs
+from dpo.models.batch import Batch, Example, collate
+from dpo.runs.export import Origin
 from dpo.serving.engine import Engine
 from dpo.serving.schema import Fault
-from dpo.serving.text import Text
+from dpo.serving.tokenization import Text
 
 T = TypeVar("T")
 Json = dict[str, Any]

@@ -9,12 +9,12 @@ from typing import TypeVar
 
 from tokenizers.decoders import DecodeStream
 
-from dpo.batch import Example
-from dpo.columns import ASSISTANT, HUMAN, Columns
-from dpo.dialogue import MARKERS, Pair, Refusal, Turns
-from dpo.prompts import PROBES
+from dpo.data.columns import ASSISTANT, HUMAN, Columns
+from dpo.data.dialogue import MARKERS, Pair, Refusal, Turns
+from dpo.data.prompts import PROBES
+from dpo.data.tokenization import Encoder, control_tokens
+from dpo.models.batch import Example
 from dpo.serving.schema import Fault, Message, Question
-from dpo.tokens import Encoder, control_tokens
 
 T = TypeVar("T")
 SAID = {"system_without_template": "the model has learned no system messages: leave them out"}

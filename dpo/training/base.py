@@ -1,7 +1,9 @@
 """What every stage of training shares: a policy, one optimizer step over micro-batches, means logged at steps.
 
-Takes `Step`s, gives gradients and metrics. A stage (`dpo.module.DPO`, `dpo.sft.SFT`) says what the examples of a
-micro-batch cost and by what their sum is divided. Knows nothing of text or files.
+Takes `Step`s, gives gradients and metrics. A stage (`dpo.training.dpo.DPO`, `dpo.training.sft.SFT`) says what the
+examples of a micro-batch cost and by what their sum is divided. Checkpoints hold what training changes: weights that
+are frozen (a base under an adapter, a reference) are read again from where they came from. Knows nothing of text or
+files.
 """
 
 from abc import ABC, abstractmethod
@@ -13,19 +15,55 @@ import lightning as L
 import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo.adapters import Adapter, AsLoaded
-from dpo.batch import Batch
-from dpo.finite import Watch
-from dpo.metrics import Derived, Means
-from dpo.models import Loader, adapt_layers
-from dpo.sampler import Step
-from dpo.schedules import checked
-from dpo.sharing import share_if_exact
-from dpo.slim import Slim
+from dpo.data.sampler import Step
+from dpo.models.batch import Batch
+from dpo.models.loading import Loader, adapt_layers
+from dpo.models.lora import Adapter, AsLoaded
+from dpo.models.prompt_sharing import share_if_exact
+from dpo.training.metrics import Derived, Means
+from dpo.training.nonfinite import Watch
+from dpo.training.schedules import checked
+
+
+class Slim(L.LightningModule):
+    """A module that saves the weights that training changes."""
+
+    def __init__(self) -> None:
+        """Let Lightning accept checkpoints that do not hold everything; `load_state_dict` checks what they must."""
+        super().__init__()
+        self.strict_loading = False
+
+    def changing(self) -> set[str]:
+        """Names of the weights that training changes, which are those in a checkpoint; all others are read again."""
+        return {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What training changes."""
+        changing = self.changing()
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in changing}
+
+    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        """All that training changes must be there, and nothing else.
+
+        Raises:
+            ValueError: Weights are missing, left over, or of another shape.
+        """
+        changing, ours = self.changing(), super().state_dict()
+        missing, left_over = sorted(changing - state.keys()), sorted(state.keys() - changing)
+        misfits = sorted(name for name in changing & state.keys() if state[name].shape != ours[name].shape)
+        if missing or left_over or misfits:
+            raise ValueError(
+                f"this checkpoint is of another model: weights missing {missing[:3]}, left over {left_over[:3]}, of "
+                f"other shapes {misfits[:3]}. Give the --model.policy and --model.adapter that the run began with."
+            )
+        return super().load_state_dict(state, strict=False, assign=assign)
+
 
 AS_LOADED: Adapter = lazy_instance(AsLoaded)  # the default of the command line, made when it is used
 
@@ -248,3 +286,23 @@ def is_logged(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether an optimizer step that is to be logged has just ended with this batch."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets but does not declare it
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step % every == 0
+
+
+def check(trainer: L.Trainer) -> None:
+    """Refuse number formats that weights are kept in, and strategies that cut the model.
+
+    Raises:
+        ValueError: Weights are not kept in float32, or not whole on every device.
+    """
+    if isinstance(trainer.precision_plugin, HalfPrecision | DoublePrecision):
+        raise ValueError(
+            f"--trainer.precision: expected 32-true, bf16-mixed or 16-mixed, got {trainer.precision}. Weights are "
+            "kept in float32: in 16 bits the small steps of preference training are lost, 64 serve no purpose."
+        )
+    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        raise ValueError(
+            f"--trainer.strategy: expected auto or ddp, got {type(trainer.strategy).__name__}. Every device holds the "
+            "whole model: the number of micro-batches of a step may differ from device to device, and where weights "
+            "are spread over devices each forward pass needs all of them. Use LoRA, --model.reference Cached or "
+            "--model.gradient_checkpointing true for models that do not fit."
+        )

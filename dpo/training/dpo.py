@@ -11,16 +11,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo import losses, metrics
-from dpo.batch import Batch
-from dpo.logps import TokenScores, score
+from dpo import losses
+from dpo.data.prompts import Questions
+from dpo.data.sampler import Step
 from dpo.losses import PairLogps, PreferenceLoss
-from dpo.metrics import Means, sums_and_counts
-from dpo.online import predicted
-from dpo.prompts import Questions
-from dpo.reference import Comparison, Copy, Model, Nothing, Reference
-from dpo.sampler import Step
-from dpo.training import Stage
+from dpo.models.batch import Batch
+from dpo.models.reference import Comparison, Copy, Model, Nothing, Reference
+from dpo.models.scoring import TokenScores, score
+from dpo.training import metrics
+from dpo.training.base import Stage
+from dpo.training.metrics import Means, sums_and_counts
+from dpo.training.predict import predicted
 
 DPO_LOSS: PreferenceLoss = lazy_instance(losses.DPO)  # the default of the command line, made when it is used
 

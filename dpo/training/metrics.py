@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from dpo.batch import Batch
-from dpo.logps import TokenScores, sum_answers
 from dpo.losses import PairLogps
+from dpo.losses.base import sum_answers
+from dpo.models.batch import Batch
+from dpo.models.scoring import TokenScores
 
 Derived = tuple[str, Callable[[Tensor], Tensor]]
 NAMES = (

@@ -7,7 +7,7 @@ rows. Knows nothing of losses.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,15 +26,14 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 from transformers import PreTrainedModel
 
-from dpo.batch import Batch, Example, collate
-from dpo.cache import Arrays, Key, allocate, identify, load, mapped, seal
-from dpo.logps import score
-from dpo.models import Loader
-from dpo.pairs import PairData
-from dpo.reference import ROUNDED, Comparison, Copy, Frozen, Reference, rounding
-from dpo.run import complete
-from dpo.sampler import Pairs
-from dpo.texts import cache_folder
+from dpo.data.datamodule import PairData, cache_folder
+from dpo.data.logps_cache import Arrays, Key, allocate, identify, load, mapped, seal
+from dpo.data.sampler import Pairs, packs
+from dpo.files import complete
+from dpo.models.batch import Batch, Example, collate
+from dpo.models.loading import Loader
+from dpo.models.reference import ROUNDED, Comparison, Copy, Frozen, Reference, rounding
+from dpo.models.scoring import score
 
 SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}  # of each stage that reads the cache
 SAMPLED = 8  # rows that are scored again whenever a file is read
@@ -80,19 +79,6 @@ def survey(parts: Sequence[Pairs]) -> Rows:
         raise ValueError("--model.reference Cached finds rows by their ids: expected different ones, got one twice.")
     costs = np.concatenate([np.asarray(part.costs) for part in parts])
     return Rows(examples, costs, ids, lengths, f"{total % 2**256:064x}")
-
-
-def packs(costs: NDArray[np.int64], max_tokens: int) -> Iterator[list[int]]:
-    """Rows in batches of at most `max_tokens`, longest first (so that what does not fit into memory shows at once)."""
-    pack: list[int] = []
-    room = max_tokens
-    for row in np.argsort(-costs, kind="stable"):
-        if pack and costs[row] > room:
-            yield pack
-            pack, room = [], max_tokens
-        pack.append(int(row))
-        room -= costs[row]
-    yield pack
 
 
 @torch.no_grad()

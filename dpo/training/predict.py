@@ -13,13 +13,13 @@ import lightning as L
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo.batch import Batch, Example, collate
-from dpo.columns import Columns, text
-from dpo.dialogue import Refusal
-from dpo.generation import write
-from dpo.prompts import Questions
-from dpo.sampler import Step
-from dpo.tokens import Encoder
+from dpo.data.columns import Columns, text
+from dpo.data.dialogue import Refusal
+from dpo.data.prompts import Questions
+from dpo.data.sampler import Step
+from dpo.data.tokenization import Encoder
+from dpo.models.batch import Batch, Example, collate
+from dpo.models.generation import write
 
 Row = dict[str, Any]
 Scorer = Callable[[str, list[str]], Sequence[float]]

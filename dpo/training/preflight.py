@@ -13,15 +13,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from dpo.attention import NAME
-from dpo.batch import Batch, Example, collate
-from dpo.logps import backbone
+from dpo.data.datamodule import PairData
 from dpo.losses import NoConstant
-from dpo.module import DPO, IN_ONE_PIECE
-from dpo.pairs import PairData
-from dpo.reference import computed_in, rounding
-from dpo.sharing import difference, plain, scoring_error, tried, unshare, vocabulary
-from dpo.training import Stage
+from dpo.models.attention import NAME
+from dpo.models.batch import Batch, Example, collate
+from dpo.models.prompt_sharing import difference, plain, scoring_error, tried, unshare, vocabulary
+from dpo.models.reference import computed_in, rounding
+from dpo.models.scoring import backbone
+from dpo.training.base import Stage
+from dpo.training.dpo import DPO, IN_ONE_PIECE
 
 PAIRS, STEPS = 4, 100  # that are looked at
 # What rounding does to hidden states, in parts of the largest.

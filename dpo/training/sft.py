@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo.batch import Batch
-from dpo.logps import score, sum_answers
-from dpo.metrics import Means
-from dpo.online import predicted
-from dpo.prompts import Questions
-from dpo.sampler import Step
-from dpo.training import Stage
+from dpo.data.prompts import Questions
+from dpo.data.sampler import Step
+from dpo.losses.base import sum_answers
+from dpo.models.batch import Batch
+from dpo.models.scoring import score
+from dpo.training.base import Stage
+from dpo.training.metrics import Means
+from dpo.training.predict import predicted
 
 
 class SFT(Stage):

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo.checkpoints import AtomicIO, LastAndBest
-from dpo.run import Run, jsonl
-from tests.runs import Lab, checkpoint, metrics, policy, weights
+from dpo.callbacks.checkpoints import LastAndBest
+from dpo.files import jsonl
+from dpo.runs.checkpoint_io import AtomicIO
+from dpo.runs.folder import Run
+from tests.support.runs import Lab, checkpoint, metrics, policy, weights
 
 RATE = "--optimizer.lr=1e-3"
 EPOCHS = ["--trainer.max_epochs=2", "--trainer.val_check_interval=2", RATE]  # of five steps each

@@ -8,8 +8,8 @@ import time
 import lightning as L
 import pytest
 
-from dpo.run import Run
-from tests.runs import Lab, checkpoint, metrics
+from dpo.runs.folder import Run
+from tests.support.runs import Lab, checkpoint, metrics
 
 WORDS = ["--trainer.max_epochs=2", "--data.val_fraction=0"]  # of six steps each
 
@@ -35,7 +35,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 def pressed(number: int, **more: int) -> list[str]:
     settings = "".join(f", {name}: {value}" for name, value in more.items())
-    press = f"{{class_path: tests.test_callbacks.Press, init_args: {{number: {number}{settings}}}}}"
+    press = f"{{class_path: tests.callbacks.test_stopping.Press, init_args: {{number: {number}{settings}}}}}"
     return [f"--trainer.callbacks=[{press}]"]
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 
-from dpo import cli
-from dpo.run import Run
-from dpo.words import QUICKSTART
-from tests.runs import ROOT, Lab, checkpoint, metrics, pairs, policy
+from dpo.cli import main as cli
+from dpo.cli.parser import QUICKSTART
+from dpo.runs.folder import Run
+from tests.support.runs import ROOT, Lab, checkpoint, metrics, pairs, policy
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 QUICK = ["--trainer.max_steps=1", "--data.val_fraction=0"]

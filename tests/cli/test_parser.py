@@ -1,15 +1,21 @@
 """Choosing classes by name: defaults of the one that was chosen, and who takes an option that it does not."""
 
 import re
+from pathlib import Path
+from pydoc import locate
 
 import pytest
+from jsonargparse import Namespace
 
 from dpo import losses
+from dpo.cli.parser import MOVED, Parser, _leaves, relatives
+from dpo.data.datamodule import TextData
 from dpo.losses import PreferenceLoss
-from dpo.module import DPO
-from dpo.options import Parser, relatives
-from dpo.texts import TextData
-from dpo.training import Stage
+from dpo.models.lora import Adapter
+from dpo.models.reference import Reference
+from dpo.training.base import Stage
+from dpo.training.dpo import DPO
+from dpo.training.schedules import Warmup
 
 SUM = [
     "--model.loss=Sum",
@@ -152,7 +158,7 @@ def test_a_part_of_an_option_is_refused_with_those_who_take_it(capsys) -> None:
     parser = Parser(exit_on_error=True)
     parser.add_subclass_arguments(TextData, "data")
     with pytest.raises(SystemExit):
-        parser.parse_args(["--data=dpo.data.HHRLHF", "--data.columns.prompt=question"])
+        parser.parse_args(["--data=dpo.data.preferences.HHRLHF", "--data.columns.prompt=question"])
     assert "'columns' is taken by PreferencePairs." in capsys.readouterr().err
 
 
@@ -162,9 +168,9 @@ def test_another_stage_says_what_it_leaves_out(caplog) -> None:
     parser = Parser(exit_on_error=True)
     parser.add_subclass_arguments(Stage, "model")
     parser.set_defaults({"model": {"class_path": f"{DPO.__module__}.DPO"}})
-    parser.parse_args(["--model=dpo.sft.SFT"])
+    parser.parse_args(["--model=dpo.training.sft.SFT"])
     assert not caplog.messages
-    parser.parse_args(["--model.loss=SPPO", "--model=dpo.sft.SFT"])
+    parser.parse_args(["--model.loss=SPPO", "--model=dpo.training.sft.SFT"])
     assert caplog.messages == ["Left out: 'loss' was given for DPO, and SFT in its place does not take it."]
 
 
@@ -182,3 +188,43 @@ def test_relatives_are_the_final_classes_of_one_kind() -> None:
         "Alpha",
     }
     assert list(relatives("torch.optim.SGD")) == list(relatives("nowhere.Nothing")) == []
+
+
+def moved(words: list[str], config: str, folder: Path) -> Namespace:
+    """What the parser makes of a configuration."""
+    parser = Parser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(Stage, "model")
+    parser.add_subclass_arguments(TextData, "data")
+    (folder / "config.yaml").write_text(config)
+    return parser.parse_args([f"--config={folder / 'config.yaml'}", *words])
+
+
+def test_a_configuration_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    now = """
+    model:
+      class_path: dpo.training.dpo.DPO
+      init_args:
+        reference: {class_path: dpo.training.precomputed.Cached, init_args: {of: dpo.models.reference.Copy}}
+        adapter: {class_path: dpo.models.lora.LoRA}
+        loss: {class_path: dpo.losses.IPO}
+    data: {class_path: dpo.data.preferences.HHRLHF}
+    """
+    before = now
+    for old, new in MOVED.items():
+        before = before.replace(new, old)
+    assert before.count("dpo.") == 6 and before != now
+    assert moved([], before, tmp_path) == moved([], now, tmp_path)
+
+
+def test_every_class_that_moved_is_where_it_is_said_to_be() -> None:
+    for old, new in MOVED.items():
+        found = locate(new)
+        assert found is not None and found.__module__ + "." + found.__name__ == new
+        assert old.rpartition(".")[2] == found.__name__
+
+
+def test_every_class_that_can_be_chosen_has_its_earlier_path() -> None:
+    chosen = [*(cls for root in (Stage, TextData, Reference, Adapter) for cls in _leaves(root)), Warmup]
+    ours = {f"{cls.__module__}.{cls.__name__}" for cls in chosen if cls.__module__.startswith("dpo.")}
+    assert ours <= set(MOVED.values())

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from dpo.audit import KEPT, Audit, Lengths
-from dpo.dialogue import Refusal
-from dpo.formats import Fault
+from dpo.data.audit import KEPT, Audit, Lengths
+from dpo.data.dialogue import Refusal
+from dpo.data.formats import Fault
 
 
 def kept(subset: str, prompt: int, chosen: int, rejected: int, **columns: int | bool) -> dict[str, object]:

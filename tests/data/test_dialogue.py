@@ -7,11 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.dialogue import Pair, Refusal, Role, Turn, checked, pair, parse
+from dpo.data.dialogue import Pair, Refusal, Role, Turn, checked, pair, parse
+from tests.support.data import ODD, OF_MESSAGES
 
-ODD_FILE = Path(__file__).parent / "data" / "hh_odd.jsonl"
-ODD = [json.loads(line) for line in ODD_FILE.read_bytes().split(b"\n")[:-1]]
-OF_MESSAGES = {Refusal.UNMARKED, Refusal.TOOL_MESSAGE, Refusal.SYSTEM_WITHOUT_TEMPLATE}  # no text has them
 OF_TOKENS = {Refusal.CONTROL_TOKEN_IN_TEXT, Refusal.IDENTICAL_AFTER_TRUNCATION}
 
 SPEAKERS = (Role.HUMAN, Role.ASSISTANT)

@@ -8,18 +8,18 @@ import pytest
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 
-from dpo import store
-from dpo.batch import Example
-from dpo.columns import Row
-from dpo.data import HHRLHF
-from dpo.dialogue import Pair, Refusal, pair
-from dpo.formats import Fault
-from dpo.rows import BadRow, find, read
-from dpo.sampler import Step
-from dpo.tokens import Encoded, Encoder
-from tests.runs import Lab
-from tests.test_dialogue import ODD, ODD_FILE, OF_MESSAGES
-from tests.test_tokens import byte_level
+from dpo.data import store
+from dpo.data.columns import Row
+from dpo.data.dialogue import Pair, Refusal, pair
+from dpo.data.formats import Fault
+from dpo.data.preferences import HHRLHF
+from dpo.data.sampler import Step
+from dpo.data.sources import BadRow, find, read
+from dpo.data.tokenization import Encoded, Encoder
+from dpo.models.batch import Example
+from tests.support.data import ODD, ODD_FILE, OF_MESSAGES, byte_level
+from tests.support.data import cache as cache
+from tests.support.runs import Lab
 
 KEPT = [row for row in ODD if row["expect"] == "kept"]
 
@@ -34,12 +34,6 @@ def write(folder: Path, subset: str, split: str, lines: Iterable[bytes]) -> Path
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(gzip.compress(b"".join(lines), mtime=0))
     return file
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")
@@ -189,7 +183,7 @@ def test_of_the_hub_only_the_named_subsets_are_fetched(
         asked.append((local_files_only, *allow_patterns))
         return str(folder)
 
-    monkeypatch.setattr("dpo.rows.snapshot_download", snapshot)
+    monkeypatch.setattr("dpo.data.sources.snapshot_download", snapshot)
     data = ready(tokenizer, "some/data", subsets=["two"])
     patterns = ("two/train.jsonl*", "two/test.jsonl*")
     assert asked == [(False, *patterns), (True, *patterns)]  # fetched once, then found

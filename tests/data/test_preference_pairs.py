@@ -17,17 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from dpo import store
-from dpo.batch import Example, collate
-from dpo.columns import Columns, Row
-from dpo.data import HHRLHF, Part, PreferencePairs, mixed
-from dpo.dialogue import Pair, Refusal, Role, Turn
-from dpo.formats import BadLineError, Fault
-from dpo.listing import listed
-from dpo.rows import HH, BadRow, read
-from tests.runs import Lab, metrics
-from tests.test_data import cache as cache  # every test has an empty cache of its own
-from tests.test_tokens import CHATML, byte_level
+from dpo.data import store
+from dpo.data.columns import Columns, Row
+from dpo.data.dialogue import Pair, Refusal, Role, Turn
+from dpo.data.formats import BadLineError, Fault
+from dpo.data.preferences import HHRLHF, Part, PreferencePairs, mixed
+from dpo.data.sources import HH, BadRow, listed, read
+from dpo.models.batch import Example, collate
+from tests.support.data import CHATML, byte_level
+from tests.support.data import cache as cache  # every test has an empty cache of its own
+from tests.support.runs import Lab, metrics
 
 USER, ANSWER = "What is 2?", "It is two."
 PAIR = Pair((Turn(Role.HUMAN, f" {USER}"),), f" {ANSWER}", " No idea.")
@@ -345,7 +344,7 @@ def test_without_a_network_the_tokens_are_found_again(
     def cut(_: str) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("dpo.listing._files", cut)
+    monkeypatch.setattr("dpo.data.sources._files", cut)
     assert examples(ready(tokenizer, elsewhere)) == examples(first)
 
 
@@ -364,8 +363,8 @@ def test_a_data_set_of_the_hub_is_pinned_to_its_revision(tmp_path: Path, monkeyp
             asked.append(name)
             return type("Info", (), {"sha": "abc"})
 
-    monkeypatch.setattr("dpo.listing.HfApi", Api)
-    monkeypatch.setattr("dpo.listing._files", lambda address: [("train", address, "1")])
+    monkeypatch.setattr("dpo.data.sources.HfApi", Api)
+    monkeypatch.setattr("dpo.data.sources._files", lambda address: [("train", address, "1")])
     assert listed("org/set", tmp_path, True) == [("train", "hf://datasets/org/set@abc", "1")]
     wanted = [("train", "hf://datasets/org/set@abc/data/train_prefs-*.parquet", "1")]
     assert listed("org/set/data/train_prefs-*.parquet", tmp_path, True) == wanted

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.batch import Example
-from dpo.sampler import Plan, StepLoader, StepSampler
+from dpo.data.sampler import Plan, StepLoader, StepSampler
+from dpo.models.batch import Example
 
 COSTS = st.lists(st.integers(2, 60), min_size=1, max_size=60)
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from dpo.run import Run
-from tests.runs import Lab
+from dpo.runs.folder import Run
+from tests.support.runs import Lab
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 SET = "org/pairs"

@@ -6,33 +6,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo.dialogue import Pair, Refusal, Role, Turn, pair
-from dpo.tokens import Encoded, Encoder, Format
-from tests.test_dialogue import ODD
+from dpo.data.dialogue import Pair, Refusal, Role, Turn, pair
+from dpo.data.tokenization import Encoded, Encoder, Format
+from tests.support.data import CHATML, ODD, byte_level
 
-CORPUS = [row[side] for row in ODD for side in ("chosen", "rejected")]
 WHOLE = 10**6  # a maximal length that nothing reaches
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def byte_level(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """As GPT-2, GPT-NeoX and Qwen: no begin of sequence."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    special = ["</s>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    raw.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", chat_template=chat_template)
 
 
 def with_begin(chat_template: str | None = None) -> PreTrainedTokenizerFast:

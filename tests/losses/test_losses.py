@@ -48,7 +48,7 @@ from dpo.losses import (
 )
 from dpo.losses.table import DIVERGENCES, EXAMPLES, paragraphs
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Three pairs whose log-ratios differ by h = 0, 10, 20 nats.
 POLICY = [[-0.5, -0.1], [-10.0, -30.0], [-1.0, -21.0]]
 REFERENCE = [[-0.5, -0.1], [-10.1, -20.1], [-0.1, -0.1]]

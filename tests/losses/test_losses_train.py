@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo.options import relatives
-from tests.runs import ROOT, Lab
+from dpo.cli.parser import relatives
+from tests.support.runs import ROOT, Lab
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 LOSSES = sorted((ROOT / "configs" / "losses").glob("*.yaml"))

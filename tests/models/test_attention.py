@@ -14,13 +14,12 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from dpo import attention
-from dpo.attention import _by_segments, _in_one_call
-from dpo.batch import Batch
-from dpo.logps import score
-from dpo.masks import NotShareable, Rule, rule_of
-from dpo.sharing import plain, share
-from tests.test_sharing import build, random_batch
+from dpo.models import attention
+from dpo.models.attention import NotShareable, Rule, _by_segments, _in_one_call, rule_of
+from dpo.models.batch import Batch
+from dpo.models.prompt_sharing import plain, share
+from dpo.models.scoring import score
+from tests.support.sharing import build, random_batch
 
 
 def kernel(

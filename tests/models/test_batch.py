@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.batch import Batch, Example, collate
+from dpo.models.batch import Batch, Example, collate
 
 IDS = st.lists(st.integers(0, 99), min_size=1, max_size=12)
 EXAMPLES = st.lists(st.tuples(IDS, st.lists(IDS, min_size=1, max_size=3)), min_size=1, max_size=4)

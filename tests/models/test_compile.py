@@ -7,15 +7,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from dpo.batch import Batch, Example, collate
-from dpo.generation import write
-from dpo.logps import score
-from dpo.models import Loader, adapt_layers
-from dpo.prompts import GREEDY
-from dpo.sharing import share
-from dpo.tokens import Encoder
-from tests.runs import policy
-from tests.test_sharing import build
+from dpo.data.tokenization import Encoder
+from dpo.models.batch import Batch, Example, collate
+from dpo.models.generation import GREEDY, write
+from dpo.models.loading import Loader, adapt_layers
+from dpo.models.prompt_sharing import share
+from dpo.models.scoring import score
+from tests.support.runs import policy
+from tests.support.sharing import build
 
 
 def batch_of(pairs: int, seed: int) -> Batch:

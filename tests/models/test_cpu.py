@@ -12,7 +12,7 @@ BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported
 
 FAULTS = """
 import resource, sys, torch
-from dpo.allocator import keep_freed_memory
+from dpo.models.cpu import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 for step in range(20):  # the heap finds its shape in the first few
@@ -37,7 +37,7 @@ def test_blocks_that_are_freed_and_wanted_again_cost_no_new_pages() -> None:
 GROWTH = """
 import sys, torch
 from pathlib import Path
-from dpo.allocator import keep_few_kernels
+from dpo.models.cpu import keep_few_kernels
 
 def held():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) // 1024  # MiB

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo import quickstart
-from dpo.models import Loader, adapt_layers, end_ids, locate, weights_sha256
-from tests.conftest import make_tiny_model
-from tests.runs import policy
+from dpo.models.loading import Loader, adapt_layers, end_ids, locate, weights_sha256
+from tests.support.models import make_tiny_model
+from tests.support.runs import policy
 
 
 def test_a_model_is_read_in_float32_with_dropout_off(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dpo import adapters
-from dpo.adapters import Adapter, AsLoaded, LoRA, QLoRA
-from dpo.batch import Batch, Example, collate
-from dpo.logps import score
-from dpo.models import Loader, adapt_layers, base_of, end_ids, weights_sha256
-from dpo.run import Run
-from dpo.sharing import share_if_exact
-from tests.runs import Lab, checkpoint, pairs, policy
+from dpo.models import lora
+from dpo.models.batch import Batch, Example, collate
+from dpo.models.loading import Loader, adapt_layers, base_of, end_ids, weights_sha256
+from dpo.models.lora import Adapter, AsLoaded, LoRA, QLoRA
+from dpo.models.prompt_sharing import share_if_exact
+from dpo.models.scoring import score
+from dpo.runs.folder import Run
+from tests.support.runs import Lab, checkpoint, pairs, policy
 
 IDS = torch.arange(3, 40)[None]
 # Family, tied head, targets: attention only, the head (tied and not), transposed layers, embeddings, capped logits.
@@ -70,14 +70,14 @@ def test_a_new_adapter_trains_alone_and_changes_nothing_yet(case: tuple[Path, Lo
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names and all("lora_" in name for name in names)
     assert not any(part.training for part in model.modules())
-    assert adapters.untrained(model) and torch.equal(logits(model), logits(plain))
-    assert not adapters.untrained(trained(adapter, base))
+    assert lora.untrained(model) and torch.equal(logits(model), logits(plain))
+    assert not lora.untrained(trained(adapter, base))
 
 
 def test_the_model_without_its_adapter_is_the_base_and_shares_its_weights(case: tuple[Path, LoRA]) -> None:
     base, adapter = case
     plain, model = Loader().model(str(base)), trained(adapter, base)
-    off = adapters.without(model)
+    off = lora.without(model)
     assert weights_sha256(off) == weights_sha256(plain), "names and bytes of the base"
     own = {p.data_ptr() for p in model.parameters()}
     assert all(p.data_ptr() in own for p in off.parameters()), "no weight is in memory twice"
@@ -88,12 +88,12 @@ def test_a_merged_model_computes_the_same_and_is_an_ordinary_one(case: tuple[Pat
     base, adapter = case
     model = trained(adapter, base)
     before = weights_sha256(model)
-    merged = adapters.merged(model)
+    merged = lora.merged(model)
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
     assert weights_sha256(model) == before, "merging changes a copy"
     for name, p in merged.named_parameters():
-        assert torch.equal(adapters.effective(model, name), p)
-    adapters.save(merged, tmp_path / "merged")
+        assert torch.equal(lora.effective(model, name), p)
+    lora.save(merged, tmp_path / "merged")
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
 
@@ -106,14 +106,14 @@ def test_merged_weights_are_base_plus_scaled_product(
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     expected = layer.base_layer.weight + 8 / 4 * (b @ a)  # W + alpha / r * B A
-    torch.testing.assert_close(adapters.effective(model, "model.layers.0.self_attn.q_proj.weight"), expected)
+    torch.testing.assert_close(lora.effective(model, "model.layers.0.self_attn.q_proj.weight"), expected)
 
 
 def test_an_adapter_is_saved_alone_and_read_back_to_the_bit(case: tuple[Path, LoRA], tmp_path: Path) -> None:
     base, adapter = case
     model = trained(adapter, base)
     folder = tmp_path / "adapter"
-    adapters.save(model, folder)
+    lora.save(model, folder)
     assert {file.name for file in folder.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -133,7 +133,7 @@ def test_an_adapter_is_read_by_anybody(case: tuple[Path, LoRA], tmp_path: Path) 
 
     base, adapter = case
     model = trained(adapter, base)
-    adapters.save(model, tmp_path / "adapter")
+    lora.save(model, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     for read in (AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), theirs):
         torch.testing.assert_close(logits(read), logits(model))
@@ -206,7 +206,7 @@ def test_nothing_is_merged_where_there_is_no_adapter() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An adapter on the random policy."""
-    adapters.save(trained(LoRA(4, 8, ("q_proj",)), policy()), tmp_path / "adapter")
+    lora.save(trained(LoRA(4, 8, ("q_proj",)), policy()), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -227,7 +227,7 @@ def test_pickled_adapters_are_not_read_unasked(folder: Path) -> None:
     file.unlink()
     with pytest.raises(ValueError, match=r"cannot read an adapter from .*adapter_model\.safetensors"):
         Loader().model(str(folder))
-    assert adapters.layers(Loader(pickled_weights=True).model(str(folder)))
+    assert lora.layers(Loader(pickled_weights=True).model(str(folder)))
 
 
 @pytest.mark.parametrize("change", ["renamed", "missing", "other size"])
@@ -285,7 +285,7 @@ def test_the_export_is_the_adapter_and_gives_what_was_trained(run: Run) -> None:
         assert torch.equal(weights[name.removeprefix("policy.")], value)
     assert not torch.allclose(logits(model), logits(base), atol=1e-3)
     before = dict(base.named_parameters())
-    for name, p in adapters.without(model).named_parameters():
+    for name, p in lora.without(model).named_parameters():
         assert torch.equal(p, before[name]), "the base is as it was"
 
 

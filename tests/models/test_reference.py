@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo import adapters
-from dpo.adapters import LoRA
-from dpo.batch import Example, collate
-from dpo.cached import Cached
-from dpo.logps import score
-from dpo.models import Loader, weights_sha256
-from dpo.reference import AdapterOff, Copy, Follower, Frozen, Model, Moving, Nothing, Reference
-from dpo.run import Run
-from dpo.sharing import share_if_exact
-from tests.runs import Lab, checkpoint, policy, weights
+from dpo.models import lora
+from dpo.models.batch import Example, collate
+from dpo.models.loading import Loader, weights_sha256
+from dpo.models.lora import LoRA
+from dpo.models.prompt_sharing import share_if_exact
+from dpo.models.reference import AdapterOff, Copy, Follower, Frozen, Model, Moving, Nothing, Reference
+from dpo.models.scoring import score
+from dpo.runs.folder import Run
+from dpo.training.precomputed import Cached
+from tests.support.runs import Lab, checkpoint, policy, weights
 
 BATCH = collate([Example("a", [5, 6, 7], ([8, 9, 2], [10, 2])), Example("b", [11, 12], ([13, 2], [14, 15, 2]))])
 LORA = ["--model.adapter=LoRA", "--model.adapter.r=4", "--model.adapter.targets=[q_proj,lm_head]"]
@@ -51,7 +51,7 @@ def loaded(tmp_path: Path) -> PreTrainedModel:
     """A policy that is an adapter with an effect, as it was loaded."""
     model = read(LoRA(4, 8, ("q_proj", "lm_head")))
     train(model)
-    adapters.save(model, tmp_path / "adapter")
+    lora.save(model, tmp_path / "adapter")
     return read(path=tmp_path / "adapter")
 
 
@@ -137,13 +137,13 @@ def test_a_moving_reference_is_where_the_formula_says(alpha: float, tau: int, ad
     model = read(LoRA(4, 8, ("q_proj", "lm_head")) if adapted else None)
     reference = Moving(alpha, tau).build(model, Loader())
     assert reference.origin == f"moving, {alpha:g} of the policy every {tau} steps, now a copy of it"
-    expected = {name: p.clone() for name, p in adapters.merged(model).named_parameters()}
+    expected = {name: p.clone() for name, p in lora.merged(model).named_parameters()}
     assert torch.equal(reference(BATCH), score(model, BATCH).logps.detach())
     for step in range(1, 7):
         train(model, seed=step)
         reference.follow(model, step)
         if step % tau == 0:  # pi_ref <- alpha pi + (1 - alpha) pi_ref
-            now = dict(adapters.merged(model).named_parameters())
+            now = dict(lora.merged(model).named_parameters())
             expected = {name: p.lerp(now[name], alpha) for name, p in expected.items()}
         for name, p in reference.model.named_parameters():
             assert torch.equal(p, expected[name]), (step, name)
@@ -201,12 +201,12 @@ def test_only_fixed_references_are_cached(of: Reference) -> None:
 
 def module_of(lab: Lab, name: str, *words: str) -> Any:
     """Train through the command line; the module as it is then."""
-    import dpo.cli
+    import dpo.cli.main
 
     seen = {}
-    after = dpo.cli.CLI.after_fit
+    after = dpo.cli.main.CLI.after_fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpo.cli.CLI, "after_fit", lambda cli: (seen.update(cli=cli), after(cli))[1])
+        patch.setattr(dpo.cli.main.CLI, "after_fit", lambda cli: (seen.update(cli=cli), after(cli))[1])
         lab.fit(name, *FIT, *words)
     return seen["cli"].model
 
@@ -228,7 +228,7 @@ def recorded(lab: Lab, name: str, *words: str) -> tuple[list[int], list[dict[str
 
     def recording(self: Follower, model: PreTrainedModel, step: int) -> None:
         steps.append(step)
-        then.append({n: adapters.effective(model, n).detach().clone() for n in self.moving})
+        then.append({n: lora.effective(model, n).detach().clone() for n in self.moving})
         follow(self, model, step)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo import logps
-from dpo.batch import Example, collate
-from dpo.logps import _TokenLogps, score, sum_answers
-from dpo.sharing import share
-from tests.test_sharing import SHARED, SIZES, build, random_batch
+from dpo.losses.base import sum_answers
+from dpo.models import scoring
+from dpo.models.batch import Example, collate
+from dpo.models.prompt_sharing import share
+from dpo.models.scoring import _TokenLogps, score
+from tests.support.sharing import SHARED, SIZES, build, random_batch
 
 
 def test_zero_logits_give_the_log_of_the_vocabulary() -> None:
@@ -76,7 +77,7 @@ def test_chunks_of_the_head_change_nothing(family: str, monkeypatch: pytest.Monk
     share(model)
     whole = score(model, batch)
     wanted = torch.autograd.grad(whole.logps.sum(), list(model.parameters()), allow_unused=True)
-    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 97 * 5)  # five positions at a time
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 97 * 5)  # five positions at a time
     cut = score(model, batch)
     found = torch.autograd.grad(cut.logps.sum(), list(model.parameters()), allow_unused=True)
     torch.testing.assert_close(cut.logps, whole.logps)
@@ -107,7 +108,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_of_all_tokens_by_the_vocabulary_ever_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build("llama", {"vocab_size": 997}), random_batch()  # a size that nothing else has
     share(model)
-    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 997 * 8)
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 997 * 8)
     with Largest(997) as seen:
         score(model, batch).logps.sum().backward()
     assert 0 < seen.rows <= 8 < len(batch.targets) < len(batch.tokens)

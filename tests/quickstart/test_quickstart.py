@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo import quickstart
-from dpo.export import origin
 from dpo.quickstart.generator import SUBSET, is_held_out, rows, write
 from dpo.quickstart.topics import TOPICS
+from dpo.runs.export import origin
 
 MARK = "\n\nAssistant:"
 DIALOGUE = re.compile(r"(\n\nHuman: [^\n]+\n\nAssistant: [^\n]+){1,3}")

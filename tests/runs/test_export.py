@@ -11,12 +11,12 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo import quickstart
-from dpo.export import card, export, origin
-from dpo.loggers import MetricsCSV
 from dpo.losses import DPO, IPO, LD, NLL, WPO, PairLogps, PreferenceLoss, SimPO, Sum
-from dpo.models import Loader
-from dpo.run import Run
-from tests.runs import Lab, policy, weights
+from dpo.models.loading import Loader
+from dpo.runs.export import card, export, origin
+from dpo.runs.folder import Run
+from dpo.runs.loggers import MetricsCSV
+from tests.support.runs import Lab, policy, weights
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_kill_while_exporting_leaves_the_old_folder(tmp_path: Path, monkeypatc
 
 def described(folder: Path, **stage: object) -> Path:
     """An export that says that it was trained so."""
-    config = {"model": {"class_path": "dpo.module.DPO", "init_args": stage}}
+    config = {"model": {"class_path": "dpo.training.dpo.DPO", "init_args": stage}}
     (folder / "train_config.yaml").write_text(yaml.safe_dump(config))
     return folder
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo.run import Run, complete
-from tests.runs import Lab, checkpoint, metrics, policy, weights
+from dpo.files import complete
+from dpo.runs.folder import Run
+from tests.support.runs import Lab, checkpoint, metrics, policy, weights
 
 SIDES = [f"{what}/{side}" for what in ("rewards", "logps", "logits", "length") for side in ("chosen", "rejected")]
 PAIR_METRICS = {*SIDES, "loss", "rewards/margins", "rewards/accuracies", "displaced"}
@@ -85,11 +86,11 @@ def test_samples_show_both_models_at_every_validation(run: Run) -> None:
 
 
 def test_the_reference_is_bit_identical_after_training(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dpo.cli
+    import dpo.cli.main
 
     seen = {}
-    after_fit = dpo.cli.CLI.after_fit
-    monkeypatch.setattr(dpo.cli.CLI, "after_fit", lambda cli: (seen.update(cli=cli), after_fit(cli))[1])
+    after_fit = dpo.cli.main.CLI.after_fit
+    monkeypatch.setattr(dpo.cli.main.CLI, "after_fit", lambda cli: (seen.update(cli=cli), after_fit(cli))[1])
     lab.fit("frozen", "--trainer.max_steps=3", "--optimizer.lr=1e-2", "--data.val_fraction=0")
     module = seen["cli"].model
     before = AutoModelForCausalLM.from_pretrained(policy()).state_dict()

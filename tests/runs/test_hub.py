@@ -21,8 +21,9 @@ import pytest
 from huggingface_hub import HfApi, close_session, constants
 from transformers import AutoTokenizer, PreTrainedModel
 
+from dpo import quickstart
 from dpo.__main__ import main
-from dpo.hub import NO_TOKEN, export_files, push
+from dpo.runs.hub import NO_TOKEN, export_files, push
 
 # huggingface_hub hands its objects to its HTTP client in a way that the client calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
@@ -250,7 +251,7 @@ def test_only_files_of_an_export_are_sent(hub: Hub, run: Path, capsys: pytest.Ca
 def test_whatever_transformers_saves_is_sent(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     export = tmp_path / "export"
     tiny_model("llama").save_pretrained(export, max_shard_size="50KB")
-    policy = Path(__file__).parent.parent / "dpo" / "quickstart" / "policy"
+    policy = quickstart.POLICY
     AutoTokenizer.from_pretrained(policy).save_pretrained(export)
     (export / "README.md").write_text("# Card")
     names = {file.name for file in export_files(tmp_path)}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo.loggers import MetricsCSV, read_metrics
-from tests.runs import Lab
+from dpo.runs.loggers import MetricsCSV, read_metrics
+from tests.support.runs import Lab
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo.batch import Example, collate
-from dpo.logps import score
-from dpo.sharing import share_if_exact
-from tests.serving import Running, trained_server
+from dpo.models.batch import Example, collate
+from dpo.models.prompt_sharing import share_if_exact
+from dpo.models.scoring import score
+from tests.support.serving import Running, trained_server
 
 QUESTION = "What is the best way to make tea?"
 ASKED = [{"role": "user", "content": QUESTION}]

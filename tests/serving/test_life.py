@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 import serve
 from dpo.serving import service
 from dpo.serving.server import find, load
-from tests.runs import Lab, checkpoint, policy
-from tests.serving import Running, options, run_server, start, trained_server, wait_until
+from tests.support.runs import Lab, checkpoint, policy
+from tests.support.serving import Running, options, run_server, start, trained_server, wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHAT = {"model": "policy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0}
 LONG = {"model": "policy", "prompt": "x y z", "max_tokens": 480, "temperature": 2.0, "stream": True}
 

@@ -17,9 +17,9 @@ import httpx
 import psutil
 import pytest
 
-from dpo.serving import guard
+from dpo.serving import security
 from dpo.serving.server import Server, load
-from tests.serving import Running, make_run, options, run_server, start, trained_server, wait_until
+from tests.support.serving import Running, make_run, options, run_server, start, trained_server, wait_until
 
 CHAT = {"model": "policy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
 JSON = {"content-type": "application/json"}
@@ -210,7 +210,7 @@ def test_every_reply_has_the_headers(running: Running) -> None:
 
 def test_slow_clients_are_let_go(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running.server.config, "timeout_keep_alive", 1.0)
-    monkeypatch.setattr(guard, "BODY_SECONDS", 1.0)
+    monkeypatch.setattr(security, "BODY_SECONDS", 1.0)
     host, port = running.url[7:].split(":")
     silent = [socket.create_connection((host, int(port)), 5) for _ in range(100)]
     for i, one in enumerate(silent):
@@ -237,7 +237,7 @@ def test_slow_clients_are_let_go(running: Running, monkeypatch: pytest.MonkeyPat
 
 
 def test_readers_that_stop_are_let_go(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "SEND_SECONDS", 1.0)
+    monkeypatch.setattr(security, "SEND_SECONDS", 1.0)
     one = deaf(running.url)
     connections = running.server.server_state.connections
     wait_until(lambda: any(connection.transport.get_write_buffer_size() for connection in connections))

@@ -1,7 +1,7 @@
 """The page in a real browser, before the real server: it chats, explains, judges, and stays harmless.
 
 With `DPO_SCREENSHOTS=folder` its pictures are kept. The README's, of the latest run, is made by
-`DPO_PICTURE=docs/images/page.png pytest tests/test_page.py -k picture`.
+`DPO_PICTURE=docs/images/page.png pytest tests/serving/test_page.py -k picture`.
 """
 
 import json
@@ -14,19 +14,8 @@ from typing import Any
 
 import pytest
 
-from dpo.dialogue import Pair, pair
-from tests.browser import (
-    BETA,
-    CHROMIUM,
-    HELD_OUT,
-    QUIET,
-    RESULTS,
-    STEPS,
-    canned,
-    make_run,
-    post,
-    serving,
-)
+from dpo.data.dialogue import Pair, pair
+from tests.support.browser import BETA, CHROMIUM, HELD_OUT, QUIET, RESULTS, STEPS, canned, make_run, post, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt install chromium")

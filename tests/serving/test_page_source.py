@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).resolve().parent.parent / "dpo" / "serving" / "page"
+PAGE = Path(__file__).resolve().parents[2] / "dpo" / "serving" / "page"
 FILES = sorted(PAGE.iterdir())
 SCRIPTS = sorted(PAGE.glob("*.js"))
 NAMESPACE = "http://www.w3.org/2000/svg"  # the name of SVG, which browsers do not fetch

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dpo import quickstart
-from dpo.batch import Example, collate
-from dpo.export import origin
+from dpo.data.tokenization import Encoder
+from dpo.models.batch import Example, collate
+from dpo.models.prompt_sharing import twin
+from dpo.runs.export import origin
 from dpo.serving import app, engine, service
 from dpo.serving.engine import Draw
 from dpo.serving.schema import Fault, Message, Question
 from dpo.serving.service import Service
-from dpo.serving.text import UNCUT, Text, Writer
-from dpo.sharing import twin
-from dpo.tokens import Encoder
+from dpo.serving.tokenization import UNCUT, Text, Writer
 
 TOKENIZER = AutoTokenizer.from_pretrained(quickstart.POLICY)
 TEXT = Text(Encoder(TOKENIZER, UNCUT), 512)

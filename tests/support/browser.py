@@ -19,9 +19,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from dpo.models import locate
+from dpo.models.loading import locate
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
 QUIET = [  # of itself, a browser speaks with its maker
     "--disable-background-networking",
@@ -64,7 +64,7 @@ def make_run(folder: Path) -> tuple[Path, Path]:
             weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=noise)
     model.save_pretrained(reference)
     loss = {"class_path": "dpo.losses.DPO", "init_args": {"beta": BETA}}
-    model_config = {"class_path": "dpo.module.DPO", "init_args": {"policy": str(reference), "loss": loss}}
+    model_config = {"class_path": "dpo.training.dpo.DPO", "init_args": {"policy": str(reference), "loss": loss}}
     config = yaml.safe_dump({"model": model_config})
     (export / "train_config.yaml").write_text(config)
     (folder / "config.yaml").write_text(config)

@@ -16,11 +16,12 @@ import torch
 from transformers import AutoTokenizer
 
 from dpo import quickstart
-from dpo.cli import main
-from dpo.run import Run
-from tests.conftest import _SCRATCH, make_tiny_model
+from dpo.cli.main import main
+from dpo.runs.folder import Run
+from tests.support.environment import SCRATCH
+from tests.support.models import make_tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 Rows = tuple[tuple[str, str], ...]
 
 
@@ -29,7 +30,7 @@ def policy(family: str = "llama", seed: int = 0, **config: object) -> Path:
     """A folder with a tiny random model of one layer and the quickstart's tokenizer."""
     words = AutoTokenizer.from_pretrained(quickstart.POLICY)
     name = "-".join([family, str(seed), *(f"{key}={value}" for key, value in config.items())])
-    folder = _SCRATCH / "models" / name
+    folder = SCRATCH / "models" / name
     words.save_pretrained(folder)
     make_tiny_model(family, vocab_size=len(words), seed=seed, **{"num_hidden_layers": 1, **config}).save_pretrained(
         folder
@@ -40,7 +41,7 @@ def policy(family: str = "llama", seed: int = 0, **config: object) -> Path:
 @cache
 def pairs(train: int = 24, test: int = 6) -> Path:
     """A folder of dialogues; with the default `val_fraction`, 20 of 24 rows are trained on and 4 held out."""
-    folder = _SCRATCH / "data" / f"{train}-{test}"
+    folder = SCRATCH / "data" / f"{train}-{test}"
     write(folder, rows(0, train), rows(train, train + test))
     return folder
 

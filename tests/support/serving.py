@@ -23,12 +23,12 @@ from dpo import quickstart
 from dpo.serving.server import Server, load
 from dpo.serving.service import Service
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """model:
-  class_path: dpo.module.DPO
+  class_path: dpo.training.dpo.DPO
   init_args:
     policy: quickstart
-    reference: {class_path: dpo.reference.Copy}
+    reference: {class_path: dpo.models.reference.Copy}
     loss: {class_path: dpo.losses.DPO, init_args: {beta: 0.25}}
 data:
   init_args: {format: auto}

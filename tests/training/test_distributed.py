@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # metrics of time, which are no property of the numbers
 CLOCK = ("train/tokens_per_second", "train/time/step", "train/time/data")
 

@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dpo.batch import Batch, Example, collate
+from dpo.data.sampler import Step
 from dpo.losses import CPO
 from dpo.losses import DPO as Loss
-from dpo.module import DPO, choose
-from dpo.reference import Copy, Model, Nothing
-from dpo.sampler import Step
-from tests.conftest import make_tiny_model
-from tests.runs import policy
+from dpo.models.batch import Batch, Example, collate
+from dpo.models.reference import Copy, Model, Nothing
+from dpo.training.dpo import DPO, choose
+from tests.support.models import make_tiny_model
+from tests.support.runs import policy
 
 BETA = 0.3
 EXAMPLES = [

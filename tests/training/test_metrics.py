@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.batch import Batch, Example, collate
-from dpo.logps import TokenScores
 from dpo.losses import DPO, PairLogps
-from dpo.metrics import NAMES, Means, sums_and_counts
+from dpo.models.batch import Batch, Example, collate
+from dpo.models.scoring import TokenScores
+from dpo.training.metrics import NAMES, Means, sums_and_counts
 
 LOSS = DPO(beta=0.5)
 

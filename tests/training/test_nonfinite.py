@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo.finite import NonFinite, Watch
 from dpo.losses import DPO, PairLogps
-from dpo.run import Run
-from tests.runs import Lab, metrics, weights
+from dpo.runs.folder import Run
+from dpo.training.nonfinite import NonFinite, Watch
+from tests.support.runs import Lab, metrics, weights
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ def lab(tmp_path) -> Lab:
     return Lab(tmp_path)
 
 
-WORDS = ["--trainer.callbacks=tests.test_finite.Witness", "--optimizer.lr=1e-3", "--data.shuffle=false"]
+WORDS = ["--trainer.callbacks=tests.training.test_nonfinite.Witness", "--optimizer.lr=1e-3", "--data.shuffle=false"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--model.loss=tests.test_finite.Breaks", "--trainer.val_check_interval=1", *WORDS]
+    words = ["--model.loss=tests.training.test_nonfinite.Breaks", "--trainer.val_check_interval=1", *WORDS]
     assert lab.main("fit", "--name=broken", *words) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("NonFinite: step 2: the loss is not finite for the pairs pairs/train:")
@@ -71,7 +71,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_step(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--model.loss=tests.test_finite.Steep", "--model.preflight=false", *WORDS]
+    words = ["--model.loss=tests.training.test_nonfinite.Steep", "--model.preflight=false", *WORDS]
     assert lab.main("fit", "--name=steep", *words) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("NonFinite: step 1: the gradient is not finite for the pairs")
@@ -83,7 +83,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_step(
 def test_a_fused_optimizer_skips_the_step_until_the_host_asks(
     lab: Lab, capsys: pytest.CaptureFixture[str], save: bool
 ) -> None:
-    words = ["--model.loss=tests.test_finite.Breaks", "--trainer.max_steps=4", "--optimizer.fused=true", *WORDS]
+    words = [
+        "--model.loss=tests.training.test_nonfinite.Breaks",
+        "--trainer.max_steps=4",
+        "--optimizer.fused=true",
+        *WORDS,
+    ]
     words += ["--trainer.val_check_interval=3"] if save else ["--trainer.log_every_n_steps=4"]
     good = lab.fit("good", *words, "--trainer.max_steps=1")
     assert lab.main("fit", "--name=fused", *words) == 1
@@ -120,7 +125,7 @@ WAITED: dict[int, int] = {}
 
 
 def test_the_host_waits_for_the_device_at_logged_steps_only(lab: Lab) -> None:
-    words = ["--trainer.callbacks=tests.test_finite.CountWaits", "--optimizer.fused=true"]
+    words = ["--trainer.callbacks=tests.training.test_nonfinite.CountWaits", "--optimizer.fused=true"]
     lab.fit("waits", *words, "--trainer.max_steps=4", "--trainer.log_every_n_steps=2")
     assert WAITED[1] == WAITED[3] == 0
 

@@ -13,12 +13,13 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from dpo import cached
-from dpo.batch import Batch, Example, collate
-from dpo.cache import Arrays, Key, allocate, identify, load, mapped, seal
-from dpo.logps import score
-from dpo.models import Loader, weights_sha256
-from tests.runs import Lab, metrics, policy
+from dpo.data.logps_cache import Arrays, Key, allocate, identify, load, mapped, seal
+from dpo.data.sampler import packs
+from dpo.models.batch import Batch, Example, collate
+from dpo.models.loading import Loader, weights_sha256
+from dpo.models.scoring import score
+from dpo.training import precomputed
+from tests.support.runs import Lab, metrics, policy
 
 KEY = Key("weights", "tokens", "32-true torch.float32")
 LENGTHS = np.array([[2, 3], [1, 4], [5, 1]], np.int32)
@@ -161,7 +162,7 @@ def test_the_hash_of_the_rows_knows_no_order_but_every_token() -> None:
     rows = examples(20)
 
     def digest(*splits: Data) -> str:
-        return cached.survey(splits).tokens
+        return precomputed.survey(splits).tokens
 
     whole = digest(rows)
     assert whole == digest(Data(reversed(rows))) == digest(Data(rows[:15]), Data(rows[15:]))
@@ -180,17 +181,17 @@ def test_the_hash_of_the_rows_knows_no_order_but_every_token() -> None:
 
 def test_packs_hold_every_row_once_longest_first() -> None:
     costs = np.array([5, 90, 20, 20, 60, 1, 200])
-    packs = list(cached.packs(costs, 100))
-    assert packs == [[6], [1], [4, 2, 3], [0, 5]]  # 200 alone, 90, 60 + 20 + 20, 5 + 1
-    assert sorted(row for pack in packs for row in pack) == list(range(7))
+    found = list(packs(costs, 100))
+    assert found == [[6], [1], [4, 2, 3], [0, 5]]  # 200 alone, 90, 60 + 20 + 20, 5 + 1
+    assert sorted(row for pack in found for row in pack) == list(range(7))
 
 
 def stored(model: PreTrainedModel, rows: Data, file: Path) -> Arrays:
     """The values of these rows."""
-    surveyed = cached.survey([rows])
+    surveyed = precomputed.survey([rows])
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    cached.compute(model, surveyed, file, KEY, 64, trainer)
-    cached.compare(load(file, KEY), model, surveyed, file)
+    precomputed.compute(model, surveyed, file, KEY, 64, trainer)
+    precomputed.compare(load(file, KEY), model, surveyed, file)
     return load(file, KEY)
 
 
@@ -200,7 +201,7 @@ def test_rows_are_found_by_id_in_any_order(tiny_model: Callable[..., PreTrainedM
     for part in (rows[7:12], rows[::-3], rows[:1]):
         batch = collate(part)
         torch.testing.assert_close(
-            cached.look_up(columns, batch), score(model, batch).logps.detach(), rtol=1e-5, atol=1e-5
+            precomputed.look_up(columns, batch), score(model, batch).logps.detach(), rtol=1e-5, atol=1e-5
         )
 
 
@@ -210,7 +211,7 @@ def test_other_rows_and_other_lengths_are_errors(tiny_model: Callable[..., PreTr
     longer = replace(rows[3], answers=(rows[3].answers[0], [*rows[3].answers[1], 5]))
     for wrong, name in ((replace(rows[0], id="s/test:0"), "s/test:0"), (longer, "s/train:3")):
         with pytest.raises(ValueError, match=f"the cache holds nothing for {name} with answers of these lengths"):
-            cached.look_up(columns, collate([rows[1], wrong]))
+            precomputed.look_up(columns, collate([rows[1], wrong]))
 
 
 def test_values_that_are_not_finite_are_never_stored(
@@ -237,13 +238,13 @@ def folder(lab: Lab) -> Path:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Files that were computed, not found."""
     files: list[Path] = []
-    compute = cached.compute
+    compute = precomputed.compute
 
     def counting(model: PreTrainedModel, rows: Any, file: Path, *more: Any) -> None:
         files.append(file)
         compute(model, rows, file, *more)
 
-    monkeypatch.setattr(cached, "compute", counting)
+    monkeypatch.setattr(precomputed, "compute", counting)
     return files
 
 
@@ -272,11 +273,11 @@ def test_one_file_serves_every_loss_beta_and_learning_rate(lab: Lab, computed: l
 
 
 def test_no_reference_model_is_left_in_memory(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dpo.cli
+    import dpo.cli.main
 
     seen: dict[str, Any] = {}
-    after = dpo.cli.CLI.after_fit
-    monkeypatch.setattr(dpo.cli.CLI, "after_fit", lambda cli: (seen.update(cli=cli), after(cli))[1])
+    after = dpo.cli.main.CLI.after_fit
+    monkeypatch.setattr(dpo.cli.main.CLI, "after_fit", lambda cli: (seen.update(cli=cli), after(cli))[1])
     lab.fit("memory", *FIT, CACHED)
     reference = seen["cli"].model.reference
     assert list(reference.parameters()) == [] == list(reference.children()) and reference.models == {}
@@ -334,7 +335,7 @@ def test_a_pass_that_breaks_off_leaves_nothing(
     def breaking(*_: object) -> Batch:
         raise ValueError("broken")
 
-    monkeypatch.setattr(cached, "score", breaking)
+    monkeypatch.setattr(precomputed, "score", breaking)
     assert lab.main("fit", "--name=broken", *FIT, CACHED, f"--model.reference.folder={tmp_path}") == 1
     assert "broken" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["fit.safetensors.lock"]

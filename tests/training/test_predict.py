@@ -10,18 +10,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo import quickstart
-from dpo.batch import Example, collate
-from dpo.columns import Columns
-from dpo.data import PreferencePairs
-from dpo.dialogue import Refusal
-from dpo.generation import Answer, write
-from dpo.logps import score
-from dpo.online import load, mark
-from dpo.prompts import GREEDY, Prompts, Question, Sampling
-from dpo.run import Run
-from dpo.sharing import share_if_exact
-from dpo.tokens import Encoder
-from tests.runs import Lab, metrics
+from dpo.data.columns import Columns
+from dpo.data.dialogue import Refusal
+from dpo.data.preferences import PreferencePairs
+from dpo.data.prompts import Prompts, Question
+from dpo.data.tokenization import Encoder
+from dpo.models.batch import Example, collate
+from dpo.models.generation import GREEDY, Answer, Sampling, write
+from dpo.models.prompt_sharing import share_if_exact
+from dpo.models.scoring import score
+from dpo.runs.folder import Run
+from dpo.training.predict import load, mark
+from tests.support.runs import Lab, metrics
 
 PROMPTS = ["Which city is the capital of Japan?", "What is the best way to make tea?", "I am sad. What can I do?"]
 SMALL = ["--data.sampling.answers=3", "--data.sampling.max_new_tokens=24", "--data.max_length=128"]
@@ -66,7 +66,7 @@ def predict(lab: Lab, prompts: Path, name: str, *more: str) -> int:
 
 @pytest.fixture(scope="module")
 def sampled(lab: Lab, prompts: Path) -> Run:
-    assert predict(lab, prompts, "sampled", "--scorer=tests.test_online:by_length") == 0
+    assert predict(lab, prompts, "sampled", "--scorer=tests.training.test_predict:by_length") == 0
     return Run(lab.folder / "sampled")
 
 
@@ -96,7 +96,7 @@ def test_every_prompt_is_answered_by_both_models(sampled: Run) -> None:
 
 def test_a_supervised_stage_answers_too(lab: Lab, prompts: Path, sampled: Run) -> None:
     """With the log-probabilities of its only model; there is no reference, and so no reward."""
-    assert predict(lab, prompts, "supervised", "--model=SFT", "--scorer=tests.test_online:by_length") == 0
+    assert predict(lab, prompts, "supervised", "--model=SFT", "--scorer=tests.training.test_predict:by_length") == 0
     for row, both in zip(rows_of(Run(lab.folder / "supervised")), rows_of(sampled), strict=True):
         drawn = [answer for answer in both["answers"] if answer["from"] == "policy"]
         assert row["chosen"] and [answer["text"] for answer in row["answers"]] == [answer["text"] for answer in drawn]
@@ -186,7 +186,9 @@ def test_the_next_round_begins_with_what_was_trained(lab: Lab, prompts: Path, sa
 
 def test_unmarked_rows_are_counted_when_they_are_read_back(lab: Lab, prompts: Path) -> None:
     """A tie marks nothing. And Parquet holds the same as JSON lines."""
-    assert predict(lab, prompts, "ties", "--scorer=tests.test_online:all_alike", "--output=answers.parquet") == 0
+    assert (
+        predict(lab, prompts, "ties", "--scorer=tests.training.test_predict:all_alike", "--output=answers.parquet") == 0
+    )
     assert [file.name for file in (lab.folder / "ties").iterdir()] == ["answers.parquet"]
     data = read_back(lab.folder / "ties" / "answers.parquet")
     counts = data.audits["train"].counts["total"]
@@ -197,9 +199,9 @@ def test_unmarked_rows_are_counted_when_they_are_read_back(lab: Lab, prompts: Pa
     ("words", "message"),
     [
         (["--scorer=nowhere:at_all"], "--scorer: expected module:function,"),
-        (["--scorer=tests.test_online"], "--scorer: expected module:function,"),
-        (["--scorer=tests.test_online:NOT_A_FUNCTION"], "--scorer: expected a function"),
-        (["--scorer=tests.test_online:one_too_few"], "finite numbers, one for each answer"),
+        (["--scorer=tests.training.test_predict"], "--scorer: expected module:function,"),
+        (["--scorer=tests.training.test_predict:NOT_A_FUNCTION"], "--scorer: expected a function"),
+        (["--scorer=tests.training.test_predict:one_too_few"], "finite numbers, one for each answer"),
         (["--output=answers.csv"], "--output: expected the name of a file that ends in .jsonl or .parquet"),
         (["--output=../a.jsonl"], "--output: expected the name of a file"),
         (["--data.sampling.temperature=0"], "more than 0, or all answers would be the same"),
@@ -227,7 +229,7 @@ def test_prompts_train_nothing(lab: Lab, prompts: Path, capsys: pytest.CaptureFi
 
 def test_a_scorer_marks_no_pairs() -> None:
     with pytest.raises(ValueError, match="expected --data Prompts, got pairs"):
-        mark({"id": "a", "logps": [0.0, 0.0], "rewards": [0.0, 0.0]}, load("tests.test_online:by_length"))
+        mark({"id": "a", "logps": [0.0, 0.0], "rewards": [0.0, 0.0]}, load("tests.training.test_predict:by_length"))
 
 
 def test_an_answer_that_was_cut_is_not_marked() -> None:

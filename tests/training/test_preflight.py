@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
-from dpo import preflight, quickstart
-from dpo.batch import Batch, Example
+from dpo import quickstart
 from dpo.losses import DPO, PairLogps
-from dpo.models import Loader
-from dpo.preflight import PreflightError
-from dpo.reference import SAME, Frozen, Reference
-from dpo.run import Run
-from tests.conftest import make_tiny_model
-from tests.runs import Lab, metrics, policy, write
+from dpo.models.batch import Batch, Example
+from dpo.models.loading import Loader
+from dpo.models.reference import SAME, Frozen, Reference
+from dpo.runs.folder import Run
+from dpo.training import preflight
+from dpo.training.preflight import PreflightError
+from tests.support.models import make_tiny_model
+from tests.support.runs import Lab, metrics, policy, write
 
 
 class AsIs(Frozen):
@@ -103,18 +104,18 @@ def refused(lab: Lab, capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 @pytest.mark.parametrize("broken", ["Itself", "Unfrozen"])
 def test_a_reference_that_would_train(lab: Lab, capsys: pytest.CaptureFixture[str], broken: str) -> None:
-    message = refused(lab, capsys, f"--model.reference=tests.test_preflight.{broken}")
+    message = refused(lab, capsys, f"--model.reference=tests.training.test_preflight.{broken}")
     assert "preflight: the reference: expected frozen and not in the optimizer, got ['" in message
     assert "Copy it instead of passing the policy itself." in message
 
 
 def test_a_policy_that_does_not_train(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(lab, capsys, "--model.reference=tests.test_preflight.FreezesPolicy")
+    message = refused(lab, capsys, "--model.reference=tests.training.test_preflight.FreezesPolicy")
     assert "the policy is frozen: expected parameters that need a gradient, got none." in message
 
 
 def test_a_reference_that_is_not_the_policy(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(lab, capsys, "--model.reference=tests.test_preflight.Moved")
+    message = refused(lab, capsys, "--model.reference=tests.training.test_preflight.Moved")
     assert "log-probabilities under the policy and under the reference that it equals" in message
     assert "The reference is not the policy." in message
 
@@ -130,7 +131,7 @@ def test_dropout_that_is_on(
     lab: Lab, capsys: pytest.CaptureFixture[str], family: str, config: dict[str, float]
 ) -> None:
     words = [f"--model.policy={policy(family, **config)}", "--model.sharing=false"]
-    message = refused(lab, capsys, *words, "--model.reference=tests.test_preflight.Dropout")
+    message = refused(lab, capsys, *words, "--model.reference=tests.training.test_preflight.Dropout")
     assert "preflight: two passes over one batch: expected equal bits, got " in message
     assert "Some dropout or noise is on: turn it off in the model." in message
 
@@ -140,7 +141,7 @@ def test_dropout_in_a_configuration_is_off(lab: Lab) -> None:
 
 
 def test_a_loss_that_is_not_what_it_says(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(lab, capsys, "--model.loss=tests.test_preflight.Shifted")
+    message = refused(lab, capsys, "--model.loss=tests.training.test_preflight.Shifted")
     assert "preflight: the loss at step 0: expected 0.693147, got [0.7031" in message
     assert "The loss is not what it says." in message
 
@@ -245,10 +246,10 @@ def test_answers_that_are_the_same() -> None:
 
 
 def test_every_message_says_how_to_go_on_regardless(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(lab, capsys, "--model.loss=tests.test_preflight.Shifted")
+    message = refused(lab, capsys, "--model.loss=tests.training.test_preflight.Shifted")
     assert message.startswith("PreflightError: preflight: ")
     assert message.endswith("(--model.preflight false skips all checks.)")
-    run = lab.fit("regardless", *ONE, "--model.loss=tests.test_preflight.Shifted", "--model.preflight=false")
+    run = lab.fit("regardless", *ONE, "--model.loss=tests.training.test_preflight.Shifted", "--model.preflight=false")
     assert metrics(run)[0]["train/loss"] == pytest.approx(log(2) + 0.01)
 
 

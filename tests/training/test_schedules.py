@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo.schedules import Warmup
+from dpo.training.schedules import Warmup
 
 
 def rates(steps: int, **options: int) -> list[float]:

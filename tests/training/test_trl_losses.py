@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dpo import quickstart
-from tests.test_trl import BATCH, METRICS, RATES, _own_arguments, compare, fitting, random_model  # noqa: F401
+from tests.support.trl import BATCH, METRICS, RATES, compare, fitting, random_model
+from tests.support.trl import _own_arguments as _own_arguments
 
 EVERYTHING = METRICS | RATES
 REWARDS = [f"rewards/{what}" for what in ("chosen", "rejected", "margins", "accuracies")]

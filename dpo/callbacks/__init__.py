@@ -1,0 +1,1 @@
+"""What stands beside training in every run, one job a file."""

@@ -1,0 +1,53 @@
+"""When checkpoints are written: last.ckpt and best.ckpt.
+
+Takes what Lightning's hooks give. Knows nothing of losses.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from dpo.runs.folder import Run
+
+
+class LastAndBest(Checkpoint):
+    """Saves last.ckpt after every validation and epoch and at the end, best.ckpt at the lowest validation loss.
+
+    The end of an epoch, and of training, is its last batch: a checkpoint that is saved in the hooks after it counts an
+    epoch as done that `max_steps` or a stop has cut short.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Save into the folder of a run."""
+        self.run = run
+        self.best = math.inf
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save both."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        loss = trainer.callback_metrics["val/loss"].item()
+        if loss < self.best:
+            self.best = loss
+            self._save(trainer, "best")
+        if not (trainer.should_stop and trainer.is_last_batch):  # Lightning takes an epoch that ends so for unfinished
+            self._save(trainer, "last")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """After the last batch save, before the validation that may follow."""
+        if trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
+            self._save(trainer, "last")
+
+    def _save(self, trainer: L.Trainer, name: str) -> None:
+        trainer.save_checkpoint(self.run.checkpoints / f"{name}.ckpt", weights_only=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best loss so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.best = state_dict["best"]

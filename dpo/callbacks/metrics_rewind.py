@@ -1,0 +1,20 @@
+"""The table of metrics of a run that goes on from a checkpoint.
+
+Takes the table. Knows nothing of what it holds.
+"""
+
+import lightning as L
+
+from dpo.runs.loggers import MetricsCSV
+
+
+class Rewind(L.Callback):
+    """Takes metrics.csv back to the checkpoint that training goes on from."""
+
+    def __init__(self, table: MetricsCSV) -> None:
+        """Choose the file."""
+        self.table = table
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The steps of the checkpoint are known now, and none has been taken."""
+        self.table.rewind(trainer.global_step)

@@ -1,0 +1,1 @@
+"""The command line: training, and everything that `python -m dpo` does."""

@@ -1,0 +1,1 @@
+"""Data: from files, wherever they are, to the steps of an optimizer."""
