@@ -1,6 +1,7 @@
 """The shape of the code base: rooms that import from few others, short files."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,12 @@ def test_no_file_is_too_long(file: Path) -> None:
 @pytest.mark.parametrize("name", ["train.py", "serve.py"])
 def test_command_lines_stay_under_50_lines(name: str) -> None:
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) < 50
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_what_tests_share_is_in_no_test(file: Path) -> None:
+    imported = re.findall(r"^\s*(?:from|import) tests\.(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    assert not [name for name in imported if re.search(r"\b(conftest|test_)", name)]
 
 
 def test_the_map_names_every_package() -> None:

@@ -1,4 +1,4 @@
-"""Whether freed memory is kept, as the kernel counts it, and what compiled products hold."""
+"""Whether freed memory is kept, as the kernel counts it, what compiled products hold, and the fast number format."""
 
 import os
 import platform
@@ -7,6 +7,9 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+
+from dpo.models.cpu import bfloat16_where_fast
 
 BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -62,3 +65,11 @@ def test_products_of_ever_new_lengths_hold_no_more_and_more_memory() -> None:
         for mode in ("few", "all")
     )
     assert few < all_of_them / 3, f"{few} and {all_of_them} MiB"
+
+
+@pytest.mark.parametrize(("avx", "amx"), [(True, False), (False, True), (False, False)])
+def test_bfloat16_only_where_the_processor_multiplies_it(avx: bool, amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    plugin = bfloat16_where_fast()
+    assert type(plugin) is (MixedPrecision if avx or amx else Precision)

@@ -1,0 +1,14 @@
+"""What a trainer may not be asked for."""
+
+import lightning as L
+import pytest
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from dpo.training.base import check
+
+
+def test_a_strategy_that_spreads_the_weights_is_refused() -> None:
+    check(L.Trainer(accelerator="cpu", logger=False, strategy="auto"))
+    check(L.Trainer(accelerator="cpu", logger=False, strategy="ddp", devices=2))
+    with pytest.raises(ValueError, match="expected auto or ddp, got ModelParallelStrategy"):
+        check(L.Trainer(accelerator="cpu", logger=False, strategy=ModelParallelStrategy(), devices=2))
