@@ -16,7 +16,7 @@ Around it:
 - files to steps: `listing`, `formats`, `columns`, `rows` (what is read), `store`, `audit` (tokens on disk, counted),
   `texts`, `pairs`, `data`, `prompts` (the data modules), `sampler`; `quickstart` makes files of its own
 - models: `models`, `adapters`, `sharing`, `reference`, `cache`, `cached`, `generation`, `precision`, `allocator`
-- the step: `training`, `module`, `sft`, `metrics`, `finite`, `slim`, `schedules`, `preflight`
+- the step: `training`, `module`, `sft`, `metrics`, `finite`, `slim`, `position`, `schedules`, `preflight`
 - a run and what it leaves: `cli`, `words`, `options`, `standard`, `run`, `checkpoints`, `resuming`, `loggers`,
   `callbacks`, `console`, `report`, `online`, `export`, `hub`, `rebuild`, `demo`; then `serving`
 """
