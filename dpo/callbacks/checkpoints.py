@@ -14,11 +14,7 @@ from dpo.runs.folder import Run
 
 
 class LastAndBest(Checkpoint):
-    """Saves last.ckpt after every validation and epoch and at the end, best.ckpt at the lowest validation loss.
-
-    The end of an epoch, and of training, is its last batch: a checkpoint that is saved in the hooks after it counts an
-    epoch as done that `max_steps` or a stop has cut short.
-    """
+    """Saves last.ckpt after every validation and epoch and at the end, best.ckpt at the lowest validation loss."""
 
     def __init__(self, run: Run) -> None:
         """Save into the folder of a run."""
@@ -33,8 +29,7 @@ class LastAndBest(Checkpoint):
         if loss < self.best:
             self.best = loss
             self._save(trainer, "best")
-        if not (trainer.should_stop and trainer.is_last_batch):  # Lightning takes an epoch that ends so for unfinished
-            self._save(trainer, "last")
+        self._save(trainer, "last")
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """After the last batch save, before the validation that may follow."""

@@ -28,6 +28,7 @@ from dpo.models.lora import Adapter, AsLoaded
 from dpo.models.prompt_sharing import share_if_exact
 from dpo.training.metrics import Derived, Means
 from dpo.training.nonfinite import Watch
+from dpo.training.position import after_last_step
 from dpo.training.schedules import checked
 
 
@@ -210,8 +211,20 @@ class Stage(Slim, ABC):
             self.watch.check()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save nothing that comes after a step that was skipped."""
+        """Save nothing that comes after a step that was skipped, and the place among the data after the last step."""
         self.watch.check()
+        self._count_steps(checkpoint["loops"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Find that place also in a checkpoint of an earlier version, which has Lightning's own counters."""
+        self._count_steps(checkpoint["loops"])
+
+    def _count_steps(self, loops: dict[str, Any]) -> None:
+        loops["fit_loop"] = after_last_step(loops["fit_loop"], self.trainer.accumulate_grad_batches)
+
+    def on_train_epoch_start(self) -> None:
+        """Begin an epoch that a checkpoint has not begun as any other: it is no restart within one."""
+        self.trainer.fit_loop.epoch_loop.restarting = False
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -224,8 +237,18 @@ class Stage(Slim, ABC):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_start(self) -> None:
-        """Begin with no gradients."""
+        """Begin with no gradients.
+
+        Raises:
+            ValueError: The last optimizer step of an epoch would be cut short.
+        """
         self.zero_grad()
+        batches, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        if batches % accumulate:
+            raise ValueError(
+                "--trainer.limit_train_batches: expected a multiple of --trainer.accumulate_grad_batches "
+                f"{accumulate}, got {batches} batches an epoch: the last optimizer step would lack pairs."
+            )
 
     def optimizer_zero_grad(self, *_: object) -> None:
         """Nothing: Lightning calls this after `training_step`, which has already left gradients behind."""

@@ -204,3 +204,4 @@ class DPO(Stage):
                 f"{self.reference.sha256[:16] or 'none'}. Give the --model.policy and --model.reference "
                 "that the run began with."
             )
+        super().on_load_checkpoint(checkpoint)
