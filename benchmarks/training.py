@@ -106,7 +106,7 @@ CASES = {
 
 def real_rows() -> Iterator[Row]:
     """Rows of hh-rlhf from all its subsets in turn, whole pairs only."""
-    from dpo.data.dialogue import Pair, pair
+    from dpo.data.dialogue import DialoguePair, parse_pair
 
     folder = os.environ.get("DPO_HH_RLHF")
     if not folder:
@@ -116,7 +116,7 @@ def real_rows() -> Iterator[Row]:
     ]
     for line in chain.from_iterable(zip(*subsets, strict=False)):
         row = json.loads(line)
-        if isinstance(pair(row["chosen"], row["rejected"]), Pair):
+        if isinstance(parse_pair(row["chosen"], row["rejected"]), DialoguePair):
             yield row["chosen"], row["rejected"]
 
 
@@ -142,7 +142,7 @@ def rows_of(kind: str, count: int) -> list[Row]:
         "real": real_rows,
         "long": lambda: made_rows(1_016, 63),
         "short": lambda: made_rows(9, 255),
-        "quickstart": lambda: quickstart.rows(1, count),
+        "quickstart": lambda: quickstart.draw_rows(1, count),
     }
     return list(islice(sources[kind](), count))
 
@@ -200,7 +200,7 @@ def run_ours(folder: Path, case: Case, steps: int, *more: str) -> dict[str, obje
         *more,
     ]  # fmt: skip
     passes: list[float] = []
-    compute = precomputed.compute
+    compute = precomputed.score_rows_into_file
 
     def timed(*arguments: Any) -> None:
         compute(*arguments)  # compiles
@@ -208,7 +208,7 @@ def run_ours(folder: Path, case: Case, steps: int, *more: str) -> dict[str, obje
         compute(*arguments)
         passes.append(time.perf_counter() - began)
 
-    precomputed.compute = timed
+    precomputed.score_rows_into_file = timed
     if code := main(words):
         sys.exit(code)
     rows = read_metrics(folder / "runs" / name / "metrics.csv")[WARM:]

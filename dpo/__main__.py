@@ -16,7 +16,7 @@ VERBS = {  # verb: its function, imported only when it is asked for, and what it
 }
 
 
-def usage() -> str:
+def usage_text() -> str:
     """One line for each verb."""
     lines = [f"  {name:<10} {help}" for name, (_, help) in VERBS.items()]
     return "\n".join(["usage: python -m dpo <verb> ... (each verb has --help)", "", *lines])
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     if not arguments or arguments[0] not in VERBS:
         asked = arguments[:1] in (["-h"], ["--help"])
-        print(usage(), file=sys.stdout if asked else sys.stderr)
+        print(usage_text(), file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     try:
         module, _, function = VERBS[arguments[0]][0].partition(":")

@@ -13,7 +13,7 @@ from typing import Any
 
 
 @contextmanager
-def complete(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path) -> Iterator[Path]:
     """Write a file or folder aside; it takes its name, flushed to disk, only when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of this process, others may write the same
     remove(temporary)
@@ -45,15 +45,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a file, one JSON object a line."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def rewind(path: Path, step: int) -> None:
+def drop_rows_from_step(path: Path, step: int) -> None:
     """Leave out the rows of a file of such rows that are of this step or a later one: they are written again."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        with complete(path) as temporary:
+        with write_atomically(path) as temporary:
             temporary.write_text("".join(line for line in lines if json.loads(line)["step"] < step), encoding="utf-8")

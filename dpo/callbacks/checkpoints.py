@@ -19,15 +19,15 @@ class LastAndBest(Checkpoint):
     def __init__(self, run: Run) -> None:
         """Save into the folder of a run."""
         self.run = run
-        self.best = math.inf
+        self.best_loss = math.inf
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save both."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         loss = trainer.callback_metrics["val/loss"].item()
-        if loss < self.best:
-            self.best = loss
+        if loss < self.best_loss:
+            self.best_loss = loss
             self._save(trainer, "best")
         self._save(trainer, "last")
 
@@ -37,12 +37,12 @@ class LastAndBest(Checkpoint):
             self._save(trainer, "last")
 
     def _save(self, trainer: L.Trainer, name: str) -> None:
-        trainer.save_checkpoint(self.run.checkpoints / f"{name}.ckpt", weights_only=False)
+        trainer.save_checkpoint(self.run.checkpoint_folder / f"{name}.ckpt", weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
         """The best loss so far."""
-        return {"best": self.best}
+        return {"best": self.best_loss}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.best = state_dict["best"]
+        self.best_loss = state_dict["best"]

@@ -8,13 +8,13 @@ import lightning as L
 from dpo.runs.loggers import MetricsCSV
 
 
-class Rewind(L.Callback):
+class MetricsRewind(L.Callback):
     """Takes metrics.csv back to the checkpoint that training goes on from."""
 
-    def __init__(self, table: MetricsCSV) -> None:
+    def __init__(self, metrics_csv: MetricsCSV) -> None:
         """Choose the file."""
-        self.table = table
+        self.metrics_csv = metrics_csv
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The steps of the checkpoint are known now, and none has been taken."""
-        self.table.rewind(trainer.global_step)
+        self.metrics_csv.rewind_to_step(trainer.global_step)

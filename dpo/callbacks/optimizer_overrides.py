@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 
-class Settings(L.Callback):
+class OptimizerOverrides(L.Callback):
     """Goes on from a checkpoint with the optimizer's options and the schedule of the command line, not with saved ones.
 
     What is saved of them is what they had been. Where they are the same, a resumed run is the uninterrupted one.
     """
 
-    saved = ""  # optimizer of the checkpoint that training goes on from
+    saved_optimizer = ""  # optimizer of the checkpoint that training goes on from
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember which optimizer the saved state is of."""
@@ -25,7 +25,7 @@ class Settings(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Look it up."""
-        self.saved = checkpoint["optimizer"]
+        self.saved_optimizer = checkpoint["optimizer"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the state is restored.
@@ -34,15 +34,15 @@ class Settings(L.Callback):
             ValueError: It is of another optimizer.
         """
         name = type(trainer.optimizers[0]).__name__
-        if self.saved not in ("", name):
+        if self.saved_optimizer not in ("", name):
             raise ValueError(
-                f"the checkpoint holds the state of {self.saved}: expected --optimizer {self.saved}, got {name}. "
+                f"the checkpoint holds the state of {self.saved_optimizer}: expected --optimizer {self.saved_optimizer}, got {name}. "
                 "To change it, begin a run with --model.policy at the export of this one."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make optimizer and schedule anew, go as many steps along the schedule, and take over all but the state."""
-        if not self.saved:
+        if not self.saved_optimizer:
             return
         (optimizer,), configs = trainer.optimizers, trainer.lr_scheduler_configs
         made: Any = pl_module.configure_optimizers()

@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 
-SHOWN = {
+PROGRESS_METRICS = {
     "loss": "train/loss",
     "accuracy": "train/rewards/accuracies",
     "margin": "train/rewards/margins",
@@ -18,7 +18,7 @@ SHOWN = {
 }
 
 
-class Bar(RichProgressBar):
+class TrainingProgressBar(RichProgressBar):
     """Lightning's bar with what matters in preference training."""
 
     def _get_train_description(self, current_epoch: int) -> str:
@@ -27,15 +27,15 @@ class Bar(RichProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Loss, reward accuracy, margin and tokens per second of the last logged step, and the last validation loss."""
-        return shown(trainer)
+        return progress_values(trainer)
 
 
-class Lines(L.Callback):
+class ProgressLines(L.Callback):
     """The same as lines, one per logged step, where the output is no terminal and a bar would show once, at the end."""
 
     def __init__(self) -> None:
         """Nothing is printed yet."""
-        self.printed = 0
+        self.last_printed_step = 0
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Print what was logged when the last batch ended."""
@@ -46,15 +46,15 @@ class Lines(L.Callback):
         self._print(trainer)
 
     def _print(self, trainer: L.Trainer) -> None:
-        fresh = trainer.global_step != self.printed and trainer.callback_metrics.get("train/loss") is not None
+        fresh = trainer.global_step != self.last_printed_step and trainer.callback_metrics.get("train/loss") is not None
         due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if fresh and due and trainer.is_global_zero and not Console().is_terminal:
-            values = "  ".join(f"{name} {value}" for name, value in shown(trainer).items())
+            values = "  ".join(f"{name} {value}" for name, value in progress_values(trainer).items())
             print(f"step {trainer.global_step}/{int(trainer.estimated_stepping_batches)}  {values}", flush=True)
-            self.printed = trainer.global_step
+            self.last_printed_step = trainer.global_step
 
 
-def shown(trainer: L.Trainer) -> dict[str, str]:
+def progress_values(trainer: L.Trainer) -> dict[str, str]:
     """What is worth a look, as far as it is known by now."""
     values = trainer.callback_metrics
-    return {name: f"{values[key].item():.4g}" for name, key in SHOWN.items() if key in values}
+    return {name: f"{values[key].item():.4g}" for name, key in PROGRESS_METRICS.items() if key in values}

@@ -14,7 +14,7 @@ from dpo.training.base import Stage
 from dpo.training.dpo import DPO
 
 
-class Terms(L.Callback):
+class ResumeCheck(L.Callback):
     """Keeps the terms of training in every checkpoint; goes on with no others."""
 
     def __init__(self, seed: int, data: PairData) -> None:
@@ -57,5 +57,7 @@ class Terms(L.Callback):
 
 
 def _preferences(module: DPO) -> dict[str, str | int]:
-    moving = str(module.reference_choice) if module.reference.changing() else "fixed"  # its weights are compared too
+    moving = (
+        str(module.reference_choice) if module.reference.checkpointed_names() else "fixed"
+    )  # its weights are compared too
     return {"--model.loss": str(module.loss), "--model.reference": moving}

@@ -11,12 +11,12 @@ import lightning as L
 from dpo.data.sampler import Step
 
 
-class Stop(L.Callback):
+class GracefulStop(L.Callback):
     """Ends a run in order on SIGINT and SIGTERM: the step is finished, then checkpoint, table and export as always."""
 
     def __init__(self) -> None:
         """Nothing has been asked yet."""
-        self.asked = 0
+        self.signal_number = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over both signals from Lightning, which gives them back when it tears down; the second ends at once."""
@@ -24,9 +24,9 @@ class Stop(L.Callback):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.signal_number:
             raise KeyboardInterrupt
-        self.asked = number
+        self.signal_number = number
         print(
             "\nStopping after this step: checkpoint, table and export follow. Once more ends at once.",
             flush=True,
@@ -37,17 +37,17 @@ class Stop(L.Callback):
     ) -> None:
         """At the end of an optimizer step, stop all devices when one was asked."""
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if whole and trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
+        if whole and trainer.strategy.reduce_boolean_decision(bool(self.signal_number), all=False):
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # whoever sends a signal may not wait for a validation
 
     @property
     def exit_code(self) -> int:
         """0, or 128 + the signal."""
-        return 128 + self.asked if self.asked else 0
+        return 128 + self.signal_number if self.signal_number else 0
 
 
-class LastStep(L.Callback):
+class FinalValidation(L.Callback):
     """Validates where a run ends by its number of steps within an epoch; ends of epochs do by themselves."""
 
     def on_train_batch_end(

@@ -22,29 +22,29 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSched
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from dpo.callbacks.defaults import callbacks
-from dpo.callbacks.predictions import Predictions
-from dpo.callbacks.stopping import Stop
-from dpo.cli.parser import Parser, completed, hand_on, reason
-from dpo.data.datamodule import QUICKSTART, TextData
+from dpo.callbacks.defaults import standard_callbacks
+from dpo.callbacks.predictions import PredictionWriter
+from dpo.callbacks.stopping import GracefulStop
+from dpo.cli.parser import HintingParser, add_quickstart_config, error_message, set_argv
+from dpo.data.datamodule import QUICKSTART_NAME, TextData
 from dpo.data.preferences import HHRLHF, PreferencePairs
 from dpo.data.prompts import Prompts
-from dpo.files import jsonl
-from dpo.models.cpu import keep_few_kernels, keep_freed_memory
+from dpo.files import append_jsonl
+from dpo.models.cpu import keep_freed_memory, limit_onednn_cache
 from dpo.runs import results
-from dpo.runs.checkpoint_io import AtomicIO, local_file
-from dpo.runs.export import export
-from dpo.runs.folder import NAMED, Run, owner
+from dpo.runs.checkpoint_io import AtomicCheckpointIO, local_checkpoint
+from dpo.runs.export import export_run
+from dpo.runs.folder import NAMED_CHECKPOINTS, Run, checkpoint_run_name
 from dpo.runs.loggers import MetricsCSV, wandb_logger
-from dpo.training.base import Stage, check
+from dpo.training.base import Stage, check_trainer_support
 from dpo.training.dpo import DPO
-from dpo.training.nonfinite import NonFinite
+from dpo.training.nonfinite import NonFiniteError
 from dpo.training.precomputed import Cached
 from dpo.training.preflight import PreflightError
 from dpo.training.schedules import Warmup
 from dpo.training.sft import SFT
 
-NOISE = {  # what Lightning says about things that are as they should be here
+IGNORED_WARNINGS = {  # what Lightning says about things that are as they should be here
     "policy and reference are in eval mode by design (dropout off)": "Found .* module.s. in eval mode",
     "the summary counts parameters": "Precision .* is not supported by the model summary",
     "collating a step takes far less time than training on it": "The .* does not have many workers",
@@ -52,13 +52,13 @@ NOISE = {  # what Lightning says about things that are as they should be here
     "torch and Lightning": ".*treespec, LeafSpec.*",
     "what is left at the end of a run is logged there": "The number of training batches .* smaller than the logging",
 }
-CHATTER = ("litlogger", "GPU available", "TPU available")
+IGNORED_LOG_WORDS = ("litlogger", "GPU available", "TPU available")
 # Imported here, so that the command line knows them by their last name.
 SHORT_NAMES = (DPO, SFT, HHRLHF, PreferencePairs, Prompts, Cached, Warmup)
-HELD_OUT = 50  # validation pairs that are stored as text, for whoever serves the run
-Name = restricted_string_type("Name", r"^(?!latest$)\w[\w.+-]*$", docstring="A folder name other than latest.")
-ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-6, "weight_decay": 0.0}}
-TRAINER = {
+HELD_OUT_PAIRS = 50  # validation pairs that are stored as text, for whoever serves the run
+RunName = restricted_string_type("Name", r"^(?!latest$)\w[\w.+-]*$", docstring="A folder name other than latest.")
+DEFAULT_OPTIMIZER = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-6, "weight_decay": 0.0}}
+TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
@@ -67,23 +67,23 @@ TRAINER = {
 }
 
 
-class CLI(LightningCLI):
+class TrainingCLI(LightningCLI):
     """Lightning's command line around one `Run`."""
 
     run: Run
-    resume: bool
-    stop: Stop
-    log: MetricsCSV
+    is_resuming: bool
+    graceful_stop: GracefulStop
+    metrics_csv: MetricsCSV
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the name of the run and what follows from other options."""
         parser.add_argument(
             "--name",
-            type=Name | None,
+            type=RunName | None,
             default=None,
             help="Name of the run: its folder is runs/<name>. Default: date and seed.",
         )
-        parser.link_arguments(("model.init_args.policy", "data"), "data.init_args.tokenizer", tokenizer)
+        parser.link_arguments(("model.init_args.policy", "data"), "data.init_args.tokenizer", policy_tokenizer)
         parser.link_arguments("model", "data.init_args.answers", lambda model: model.answers, apply_on="instantiate")
         parser.add_optimizer_args((torch.optim.Optimizer,), link_to="model.init_args.optimizer")
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.init_args.lr_scheduler")
@@ -91,7 +91,7 @@ class CLI(LightningCLI):
             {
                 "model": {"class_path": "dpo.training.dpo.DPO"},
                 "data": {"class_path": "dpo.data.preferences.HHRLHF"},
-                "optimizer": ADAMW,
+                "optimizer": DEFAULT_OPTIMIZER,
             }
         )
 
@@ -99,23 +99,23 @@ class CLI(LightningCLI):
         """Add what `predict` alone takes."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
-            parser.add_class_arguments(Predictions, None, skip={"run"}, instantiate=False)
+            parser.add_class_arguments(PredictionWriter, None, skip={"run"}, instantiate=False)
         return parser
 
     def before_instantiate_classes(self) -> None:
         """Find the folder of the run and the checkpoint before anything is read or written."""
         config = self.config[self.subcommand]
         root, checkpoint = Path(config.trainer.default_root_dir), config.ckpt_path
-        given = config.name or (checkpoint and owner(root, checkpoint))
+        given = config.name or (checkpoint and checkpoint_run_name(root, checkpoint))
         config.name = given or f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed_everything}"
-        hand_on([*sys.argv[1:], "--name", config.name])
+        set_argv([*sys.argv[1:], "--name", config.name])
         self.run = Run(root / config.name)
-        if checkpoint in NAMED:
-            checkpoint = self.run.checkpoints / f"{checkpoint}.ckpt"
+        if checkpoint in NAMED_CHECKPOINTS:
+            checkpoint = self.run.checkpoint_folder / f"{checkpoint}.ckpt"
         if checkpoint:
-            config.ckpt_path = str(local_file(checkpoint))
-        self.resume = bool(checkpoint) and owner(root, checkpoint) == config.name
-        self.run.admit(str(self.subcommand), self.resume)
+            config.ckpt_path = str(local_checkpoint(checkpoint))
+        self.is_resuming = bool(checkpoint) and checkpoint_run_name(root, checkpoint) == config.name
+        self.run.check_verb_allowed(str(self.subcommand), self.is_resuming)
         if (config.trainer.max_epochs, config.trainer.max_steps, config.trainer.max_time) == (None, -1, None):
             config.trainer.max_epochs = 1
 
@@ -124,27 +124,29 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Give the trainer what every run has, in front of what the user adds."""
-        self.stop, self.log = Stop(), MetricsCSV(self.run.metrics)
+        self.graceful_stop, self.metrics_csv = GracefulStop(), MetricsCSV(self.run.metrics_path)
         verb, theirs = str(self.subcommand), self.config_init[self.subcommand].trainer
         config = self.config[verb].clone()
-        config.ckpt_path = None if self.resume else config.ckpt_path  # which of its own checkpoints it goes on from
+        config.ckpt_path = (
+            None if self.is_resuming else config.ckpt_path
+        )  # which of its own checkpoints it goes on from
         text = self._parser(verb).dump(config, skip_none=False)
-        ours = callbacks(verb, config, text, self.run, self.datamodule, self.log, self.stop)
+        ours = standard_callbacks(verb, config, text, self.run, self.datamodule, self.metrics_csv, self.graceful_stop)
         trainer = super().instantiate_trainer(
             callbacks=ours + as_list(theirs.callbacks),
-            plugins=[AtomicIO(), *as_list(theirs.plugins)],
+            plugins=[AtomicCheckpointIO(), *as_list(theirs.plugins)],
             logger=self._loggers(theirs.logger),
             use_distributed_sampler=False,
             **kwargs,
         )
-        check(trainer)
+        check_trainer_support(trainer)
         rank_zero_info(f"Run: {self.run.folder}")
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """A fit has its folder for itself."""
         trains = subcommand == "fit" and self.trainer.is_global_zero
-        with self.run.opened(self.resume) if trains else nullcontext():
+        with self.run.lock_folder(self.is_resuming) if trains else nullcontext():
             try:
                 super()._run_subcommand(subcommand)
             finally:
@@ -155,7 +157,7 @@ class CLI(LightningCLI):
         if self.subcommand != "fit":
             return []
         default = chosen is None or chosen is True
-        return [self.log, *([wandb_logger(self.run)] if default else as_list(chosen))]
+        return [self.metrics_csv, *([wandb_logger(self.run)] if default else as_list(chosen))]
 
     @rank_zero_only
     def _finish(self, stage: str) -> None:
@@ -169,19 +171,21 @@ class CLI(LightningCLI):
         self._finish("val")
         if not self.trainer.is_global_zero:
             return
-        rows = results.write(self.run)
-        results.show(rows, f"Results of {self.run.folder.name}", results.remarks(self.run.metrics))
-        folder = export(
+        rows = results.write_results(self.run)
+        results.print_results(
+            rows, f"Results of {self.run.folder.name}", results.results_remarks(self.run.metrics_path)
+        )
+        folder = export_run(
             self.run,
             self.model.adapter.exported(self.model.policy),
             self.datamodule.tokenizer,
             base=self.model.policy_path,
             data=self.datamodule.path,
-            story=self.model.story,
+            card_summary=self.model.story,
         )
-        self.run.held_out.unlink(missing_ok=True)
-        jsonl(self.run.held_out, self.datamodule.texts("val", HELD_OUT))
-        print(f"Checkpoints: {self.run.checkpoints}\nHugging Face folder: {folder}")
+        self.run.held_out_path.unlink(missing_ok=True)
+        append_jsonl(self.run.held_out_path, self.datamodule.texts("val", HELD_OUT_PAIRS))
+        print(f"Checkpoints: {self.run.checkpoint_folder}\nHugging Face folder: {folder}")
 
     def after_validate(self) -> None:
         """Store and print the values."""
@@ -195,17 +199,19 @@ class CLI(LightningCLI):
 
     @rank_zero_only
     def _print(self, stage: str) -> None:
-        results.show_values({name: float(value) for name, value in self.trainer.callback_metrics.items()}, stage)
+        results.print_metric_values(
+            {name: float(value) for name, value in self.trainer.callback_metrics.items()}, stage
+        )
 
 
-def tokenizer(policy: str, data: Any) -> str:
+def policy_tokenizer(policy: str, data: Any) -> str:
     """The policy's own.
 
     Raises:
         ValueError: Another one was chosen for the data.
     """
     given = data.init_args.tokenizer
-    if given not in (QUICKSTART, policy):  # the default, and what was linked before
+    if given not in (QUICKSTART_NAME, policy):  # the default, and what was linked before
         raise ValueError(
             f"--data.tokenizer: expected none, got {given!r}: the tokenizer is the one that comes with --model.policy "
             f"({policy}). Leave the option out, or put the tokenizer's files into the policy's folder."
@@ -225,31 +231,31 @@ def main(arguments: Sequence[str]) -> int:
         Exit code: 0 done, 1 refused with a message, 130 or 143 stopped by a signal.
     """
     keep_freed_memory()
-    keep_few_kernels()
-    for message in NOISE.values():
+    limit_onednn_cache()
+    for message in IGNORED_WARNINGS.values():
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(word in record.getMessage() for word in CHATTER)
+        lambda record: not any(word in record.getMessage() for word in IGNORED_LOG_WORDS)
     )
     transformers.logging.disable_progress_bar()  # of loading and saving, beside ours
-    hand_on(completed(arguments))
+    set_argv(add_quickstart_config(arguments))
     try:
-        cli = CLI(
+        cli = TrainingCLI(
             Stage,
             TextData,
             subclass_mode_model=True,
-            parser_class=Parser,
+            parser_class=HintingParser,
             subclass_mode_data=True,
             save_config_callback=None,
             load_from_checkpoint_support=False,
-            trainer_defaults=TRAINER,
+            trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
         )
-    except (ValueError, OSError, PreflightError, NonFinite, MisconfigurationException) as error:
-        print(reason(error), file=sys.stderr)
+    except (ValueError, OSError, PreflightError, NonFiniteError, MisconfigurationException) as error:
+        print(error_message(error), file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit) as end:  # Lightning exits with 1 after a Ctrl-C
         if isinstance(end.__context__ or end, KeyboardInterrupt):
             return 130
         raise
-    return cli.stop.exit_code
+    return cli.graceful_stop.exit_code

@@ -22,8 +22,8 @@ from jsonargparse import Namespace, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-NAMING = (
+QUICKSTART_CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+NAMING_OPTIONS = (
     "--config",
     "--confi",
     "--conf",
@@ -35,30 +35,30 @@ NAMING = (
 )  # argparse takes them
 
 
-def completed(words: Sequence[str]) -> list[str]:
+def add_quickstart_config(arguments: Sequence[str]) -> list[str]:
     """The words; of a `fit` that names neither configuration nor model nor data, with those of the quickstart."""
-    named = any(word.split("=")[0].replace(".init_args.", ".") in NAMING for word in words)
-    quickstart = ["--config", str(QUICKSTART)] if words[:1] == ["fit"] and not named else []
-    return [*words[:1], *quickstart, *words[1:]]
+    named = any(word.split("=")[0].replace(".init_args.", ".") in NAMING_OPTIONS for word in arguments)
+    quickstart = ["--config", str(QUICKSTART_CONFIG)] if arguments[:1] == ["fit"] and not named else []
+    return [*arguments[:1], *quickstart, *arguments[1:]]
 
 
-def hand_on(words: Sequence[str]) -> None:
+def set_argv(arguments: Sequence[str]) -> None:
     """Make these the command line, which is parsed here and run again by every process that Lightning starts."""
-    sys.argv[1:] = words
+    sys.argv[1:] = arguments
 
 
-def reason(error: BaseException) -> str:
+def error_message(error: BaseException) -> str:
     """What is wrong, without jsonargparse's list of all that the option is not."""
     wrapped = error.__cause__ if "Union subtypes" in str(error) else None
-    return reason(wrapped) if wrapped else f"{type(error).__name__}: {error}"
+    return error_message(wrapped) if wrapped else f"{type(error).__name__}: {error}"
 
 
-REFUSED = re.compile(r"class_path '([\w.]+)':\s+(?:Option '|unrecognized arguments: --)(\w+)")
+REFUSED_OPTION_PATTERN = re.compile(r"class_path '([\w.]+)':\s+(?:Option '|unrecognized arguments: --)(\w+)")
 _discard: Callable[[Any, Any, Any], None] = _typehints.discard_init_args_on_class_path_change
 
 
-UNKNOWN = re.compile(r"Expected a dot import path string: (\w+)$", re.M)
-WANTED = re.compile(r"class_path '([\w.]+)':\s+Parser key \"(\w+)\"|Subtypes: \[<class '([\w.]+)'>")
+UNKNOWN_CLASS_PATTERN = re.compile(r"Expected a dot import path string: (\w+)$", re.M)
+EXPECTED_CLASS_PATTERN = re.compile(r"class_path '([\w.]+)':\s+Parser key \"(\w+)\"|Subtypes: \[<class '([\w.]+)'>")
 
 
 # Classes that a configuration may name, and where they lay when earlier versions wrote it.
@@ -80,12 +80,12 @@ MOVED = {
 MOVED_PATH = re.compile(rf"\b(?:{'|'.join(map(re.escape, MOVED))})\b")
 
 
-class Parser(LightningArgumentParser):
+class HintingParser(LightningArgumentParser):
     """Lightning's parser; where an option is not accepted, it says by whom it is, and last what may have been meant."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with a message."""
-        hints = [_hint(*refused.groups()) for refused in REFUSED.finditer(message)]
+        hints = [_hint(*refused.groups()) for refused in REFUSED_OPTION_PATTERN.finditer(message)]
         new = [hint for hint in hints if hint not in message]  # parsers within parsers have said theirs
         last = _meant(message) if self.exit_on_error else []
         super().error("\n".join([message, *new, *last]), ex)
@@ -100,16 +100,16 @@ class Parser(LightningArgumentParser):
 
 
 def _hint(path: str, option: str) -> str:
-    takers = sorted(leaf.__name__ for leaf in relatives(path) if option in inspect.signature(leaf).parameters)
+    takers = sorted(leaf.__name__ for leaf in sibling_classes(path) if option in inspect.signature(leaf).parameters)
     return f"'{option}' is taken by {', '.join(takers)}." if takers else ""
 
 
 def _meant(message: str) -> list[str]:
     """One line on the option or class that there is none of, with those that are spelled much like it."""
-    for path, option in REFUSED.findall(message)[-1:]:
+    for path, option in REFUSED_OPTION_PATTERN.findall(message)[-1:]:
         return [_line(f"{path.rpartition('.')[2]} has no option", option, set(_parameters(path)))]
-    for name in UNKNOWN.findall(message)[-1:]:
-        roots = [_types(*found) for found in WANTED.findall(message)]
+    for name in UNKNOWN_CLASS_PATTERN.findall(message)[-1:]:
+        roots = [_types(*found) for found in EXPECTED_CLASS_PATTERN.findall(message)]
         return [_line("there is no class", name, {cls.__name__ for root in roots[-1:] for cls in root})]
     return []
 
@@ -140,7 +140,7 @@ def _below(cls: type[Any]) -> list[type[Any]]:
     return [cls, *(deeper for below in type.__subclasses__(cls) for deeper in _below(below))]
 
 
-def relatives(path: str) -> Iterator[type[Any]]:
+def sibling_classes(path: str) -> Iterator[type[Any]]:
     """All final classes below the abstract class of this project that a class is of."""
     lineage = [c for c in getattr(locate(path), "__mro__", ()) if c.__module__.split(".")[0] == path.split(".")[0]]
     roots = [c for c in lineage if ABC in c.__bases__]

@@ -17,15 +17,15 @@ from rich.table import Table
 from dpo.data.dialogue import Refusal
 from dpo.data.formats import Fault
 
-KEPT = "kept"
+KEPT_VERDICT = "kept"
 """The verdict on a row that is used; the others are the values of `Fault` and `Refusal`."""
-_VERDICTS = (KEPT, *Refusal, *Fault)
+_VERDICTS = (KEPT_VERDICT, *Refusal, *Fault)
 _SIDES = ("prompt", "chosen", "rejected")
 _CUTS = ("turns_dropped", "prompt_cut", "chosen_cut", "rejected_cut")
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LengthSummary:
     """Of one part of the kept pairs, in tokens (zeros where none is kept)."""
 
     mean: float
@@ -34,16 +34,16 @@ class Lengths:
     max: int
 
     @classmethod
-    def of(cls, tokens: NDArray[Any]) -> "Lengths":
+    def from_lengths(cls, lengths: NDArray[Any]) -> "LengthSummary":
         """Summarise lengths."""
-        if not len(tokens):
+        if not len(lengths):
             return cls(0.0, 0.0, 0.0, 0)
-        median, p95 = np.percentile(tokens, (50, 95))
-        return cls(float(tokens.mean()), float(median), float(p95), int(tokens.max()))
+        median, p95 = np.percentile(lengths, (50, 95))
+        return cls(float(lengths.mean()), float(median), float(p95), int(lengths.max()))
 
 
 @dataclass(frozen=True)
-class Count:
+class SubsetCounts:
     """Of one subset, or of all.
 
     Attributes:
@@ -61,21 +61,21 @@ class Count:
     kept: int
     refused: dict[str, int]
     bad: dict[str, int]
-    tokens: dict[str, Lengths]
+    tokens: dict[str, LengthSummary]
     cut: dict[str, float]
     longer_wins: float
 
     @classmethod
-    def of(cls, columns: dict[str, NDArray[Any]]) -> "Count":
+    def from_columns(cls, columns: dict[str, NDArray[Any]]) -> "SubsetCounts":
         """Count rows; ``verdict`` is an index of `_VERDICTS`, sides are lengths in tokens."""
         verdicts = {name: int((columns["verdict"] == code).sum()) for code, name in enumerate(_VERDICTS)}
-        kept = {name: column[columns["verdict"] == _VERDICTS.index(KEPT)] for name, column in columns.items()}
+        kept = {name: column[columns["verdict"] == _VERDICTS.index(KEPT_VERDICT)] for name, column in columns.items()}
         count = cls(
             read=len(columns["verdict"]),
-            kept=verdicts[KEPT],
+            kept=verdicts[KEPT_VERDICT],
             refused={reason.value: verdicts[reason] for reason in Refusal},
             bad={fault.value: verdicts[fault] for fault in Fault},
-            tokens={side: Lengths.of(kept[side]) for side in _SIDES},
+            tokens={side: LengthSummary.from_lengths(kept[side]) for side in _SIDES},
             cut={name: _mean(kept[name] > 0) for name in _CUTS},
             longer_wins=_mean((1 + np.sign(kept["chosen_chars"] - kept["rejected_chars"])) / 2),
         )
@@ -88,28 +88,32 @@ class Audit:
     """Of one split: the counts of each subset, and of all together under ``total``."""
 
     split: str
-    counts: dict[str, Count]
+    counts_by_subset: dict[str, SubsetCounts]
 
     @classmethod
-    def of(cls, split: str, rows: pa.Table) -> "Audit":
+    def from_table(cls, split: str, table: pa.Table) -> "Audit":
         """Audit a split's rows; the memory it takes is a few numbers a row, not their tokens."""
-        columns = {name: rows[name].to_numpy() for name in (*_CUTS, "chosen_chars", "rejected_chars")}
-        columns |= {side: pc.list_value_length(rows[side]).to_numpy() for side in _SIDES}
-        columns["verdict"] = pc.index_in(rows["verdict"], pa.array(_VERDICTS, pa.string())).to_numpy()
+        columns = {name: table[name].to_numpy() for name in (*_CUTS, "chosen_chars", "rejected_chars")}
+        columns |= {side: pc.list_value_length(table[side]).to_numpy() for side in _SIDES}
+        columns["verdict"] = pc.index_in(table["verdict"], pa.array(_VERDICTS, pa.string())).to_numpy()
         counts = {}
-        for name in pc.unique(rows["subset"]).to_pylist():
-            there = pc.equal(rows["subset"], name).to_numpy()
-            counts[name] = Count.of({key: column[there] for key, column in columns.items()})
-        return cls(split, counts | {"total": Count.of(columns)})
+        for name in pc.unique(table["subset"]).to_pylist():
+            there = pc.equal(table["subset"], name).to_numpy()
+            counts[name] = SubsetCounts.from_columns({key: column[there] for key, column in columns.items()})
+        return cls(split, counts | {"total": SubsetCounts.from_columns(columns)})
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values: subset -> what `Count` says."""
-        return {name: asdict(count) for name, count in self.counts.items()}
+        return {name: asdict(count) for name, count in self.counts_by_subset.items()}
 
-    def table(self) -> Table:
+    def to_rich_table(self) -> Table:
         """For a person: one column a subset; reasons that never held are left out."""
         # With a single subset, its column would be that of the total again.
-        shown = {name: count for name, count in self.counts.items() if name != "total" or len(self.counts) > 2}
+        shown = {
+            name: count
+            for name, count in self.counts_by_subset.items()
+            if name != "total" or len(self.counts_by_subset) > 2
+        }
         table = Table(title=f"What was read of {self.split}", title_justify="left", box=SIMPLE, pad_edge=False)
         table.add_column("rows", overflow="fold")
         for name in shown:
@@ -123,7 +127,7 @@ class Audit:
         return table
 
 
-def _sections(count: Count) -> list[dict[str, str]]:
+def _sections(count: SubsetCounts) -> list[dict[str, str]]:
     """One column of the table: label -> value, section by section."""
     rows = {"read": count.read}
     for name, reasons in (("bad", count.bad), ("refused", count.refused)):

@@ -9,17 +9,27 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dpo.data.dialogue import MARKERS, Pair, Refusal, Role, Turn, Turns, checked, parse, preference
-from dpo.data.formats import BadLineError, Fault, Fields
+from dpo.data.dialogue import (
+    TURN_MARKERS,
+    DialoguePair,
+    Refusal,
+    Role,
+    Turn,
+    Turns,
+    pair_dialogues,
+    parse_dialogue,
+    validate_turns,
+)
+from dpo.data.formats import BadLineError, Fault, RawRow
 
-HUMAN, ASSISTANT = MARKERS
+HUMAN_MARKER, ASSISTANT_MARKER = TURN_MARKERS
 _ROLES = {"user": Role.HUMAN, "assistant": Role.ASSISTANT, "system": Role.SYSTEM}
 _TOOLS = ("tool", "function")
 _CALLS = ("tool_calls", "function_call")
 
 
 @dataclass(frozen=True)
-class Row:
+class PairRow:
     """A readable row.
 
     Attributes:
@@ -30,7 +40,7 @@ class Row:
     """
 
     line: int
-    pair: Pair | Refusal
+    pair: DialoguePair | Refusal
     weight: float = 1.0
     margin: float | None = None
 
@@ -58,36 +68,36 @@ class Columns:
     weight: str = "weight"
     margin: str = "margin"
 
-    def row(self, line: int, found: Fields) -> Row:
+    def parse_row(self, line: int, raw_row: RawRow) -> PairRow:
         """Read a row.
 
         Raises:
             BadLineError: A column is missing, or holds something else than it should.
         """
-        self._require(found, self.chosen, self.rejected)
-        if found[self.chosen] is found[self.rejected] is None:
-            return Row(line, Refusal.UNMARKED)
-        given, system = self._prompt(found), self._system(found)
-        chosen, rejected = (self._side(found, name, given, system) for name in (self.chosen, self.rejected))
-        weight, margin = _number(found, self.weight, 0), _number(found, self.margin, -math.inf)
-        return Row(line, preference(chosen, rejected), 1.0 if weight is None else weight, margin)
+        self._require(raw_row, self.chosen, self.rejected)
+        if raw_row[self.chosen] is raw_row[self.rejected] is None:
+            return PairRow(line, Refusal.UNMARKED)
+        given, system = self._prompt(raw_row), self._system(raw_row)
+        chosen, rejected = (self._side(raw_row, name, given, system) for name in (self.chosen, self.rejected))
+        weight, margin = _number(raw_row, self.weight, 0), _number(raw_row, self.margin, -math.inf)
+        return PairRow(line, pair_dialogues(chosen, rejected), 1.0 if weight is None else weight, margin)
 
-    def history(self, found: Fields) -> Turns | Refusal:
+    def parse_history(self, raw_row: RawRow) -> Turns | Refusal:
         """What is to be answered: the prompt, or the chosen dialogue without its last answer.
 
         Raises:
             BadLineError: A column is missing, or holds something else than it should.
         """
-        if self.prompt not in found:
-            self._require(found, self.chosen)
-        given, system = self._prompt(found), self._system(found)
+        if self.prompt not in raw_row:
+            self._require(raw_row, self.chosen)
+        given, system = self._prompt(raw_row), self._system(raw_row)
         if isinstance(given, Refusal):
             return given
         empty = (Turn(Role.ASSISTANT, ""),)
-        whole = checked(system + given + empty) if given else self._side(found, self.chosen, given, system)
+        whole = validate_turns(system + given + empty) if given else self._side(raw_row, self.chosen, given, system)
         return whole if isinstance(whole, Refusal) else whole[:-1]
 
-    def _require(self, found: Fields, *names: str) -> None:
+    def _require(self, found: RawRow, *names: str) -> None:
         renamed = [value for each in fields(self) if (value := self.__dict__[each.name]) not in ("", each.default)]
         for name in (*names, *renamed):
             if name not in found:
@@ -98,21 +108,21 @@ class Columns:
                     "(columns of other names: --data PreferencePairs --data.columns.chosen <name> and so on)",
                 )
 
-    def _system(self, found: Fields) -> Turns:
+    def _system(self, found: RawRow) -> Turns:
         text = found.get(self.system) if self.system else ""
         return (Turn(Role.SYSTEM, f" {_text(self.system, text).strip()}"),) if text else ()
 
-    def _prompt(self, found: Fields) -> Turns | Refusal:
+    def _prompt(self, found: RawRow) -> Turns | Refusal:
         """Its turns; none where there is no such column."""
         if not self.prompt or self.prompt not in found:
             return ()
         value = found[self.prompt]
-        if not isinstance(value, str) or not value.startswith(HUMAN):
+        if not isinstance(value, str) or not value.startswith(HUMAN_MARKER):
             return _said(self.prompt, value, Role.HUMAN)
-        turns = parse(_text(self.prompt, value).removesuffix(ASSISTANT) + ASSISTANT)
+        turns = parse_dialogue(_text(self.prompt, value).removesuffix(ASSISTANT_MARKER) + ASSISTANT_MARKER)
         return turns if isinstance(turns, Refusal) else turns[:-1]
 
-    def _side(self, found: Fields, name: str, given: Turns | Refusal, system: Turns) -> Turns | Refusal:
+    def _side(self, found: RawRow, name: str, given: Turns | Refusal, system: Turns) -> Turns | Refusal:
         """The whole dialogue that an answer ends."""
         said = _said(name, found[name], Role.ASSISTANT)
         if isinstance(given, Refusal):
@@ -125,15 +135,15 @@ class Columns:
             said = given + said
         elif not _within(given, said):
             return Refusal.HISTORIES_DIFFER
-        return checked(said if said[0].role is Role.SYSTEM else system + said)
+        return validate_turns(said if said[0].role is Role.SYSTEM else system + said)
 
 
-def text(turns: Turns) -> str:
+def hh_prompt_text(turns: Turns) -> str:
     """The dialogue up to where the answer begins, in the format of hh-rlhf."""
-    return "".join(map(str, turns)) + ASSISTANT
+    return "".join(map(str, turns)) + ASSISTANT_MARKER
 
 
-def messages(turns: Turns) -> list[dict[str, str]]:
+def chat_messages(turns: Turns) -> list[dict[str, str]]:
     """The turns as messages."""
     names = {role: name for name, role in _ROLES.items()}
     return [{"role": names[turn.role], "content": turn.text.strip()} for turn in turns]
@@ -143,7 +153,7 @@ def _said(name: str, value: object, role: Role) -> Turns | Refusal:
     """Text is what `role` says, unless it is a dialogue."""
     if isinstance(value, str):
         spoken = _text(name, value)
-        return parse(spoken) if spoken.startswith(HUMAN) else (Turn(role, f" {spoken.strip()}"),)
+        return parse_dialogue(spoken) if spoken.startswith(HUMAN_MARKER) else (Turn(role, f" {spoken.strip()}"),)
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise BadLineError(Fault.WRONG_TYPE, f"column {name!r}: expected text or messages, got {str(value)[:40]!r}")
     if any(message.get("role") in _TOOLS or any(map(message.get, _CALLS)) for message in value):
@@ -176,7 +186,7 @@ def _within(given: Turns, said: Turns) -> bool:
     return any(theirs[i : i + len(ours)] == ours for i in range(len(theirs) - len(ours) + 1))
 
 
-def _number(found: Fields, name: str, least: float) -> float | None:
+def _number(found: RawRow, name: str, least: float) -> float | None:
     if not name or name not in found:
         return None
     value = found[name]

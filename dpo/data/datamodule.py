@@ -25,14 +25,14 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data import store
-from dpo.data.audit import KEPT, Audit
-from dpo.data.sampler import Plan, StepLoader
-from dpo.data.sources import SPLITS, Source
-from dpo.data.tokenization import MIN_LENGTH, Encoder, Format
+from dpo.data.audit import KEPT_VERDICT, Audit
+from dpo.data.sampler import EpochPlan, StepLoader
+from dpo.data.sources import SPLITS, SourceFile
+from dpo.data.tokenization import MIN_LENGTH, PairEncoder, TextFormat
 from dpo.models.batch import Example
-from dpo.models.loading import Loader, end_ids
+from dpo.models.loading import ModelLoader, read_end_ids
 
-QUICKSTART = "quickstart"
+QUICKSTART_NAME = "quickstart"
 """The path that stands for generated data."""
 
 OnBadRow = Literal["error", "skip"]
@@ -43,13 +43,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DPO_CACHE", "~/.cache/dpo-lightning")).expanduser()
 
 
-def check(name: str, value: object, holds: bool, expected: str) -> None:
+def check_option(name: str, value: object, is_valid: bool, expected: str) -> None:
     """Refuse a value of an option.
 
     Raises:
         ValueError: It does not hold.
     """
-    if not holds:
+    if not is_valid:
         raise ValueError(f"--data.{name}: expected {expected}, got {value!r}.")
 
 
@@ -64,11 +64,11 @@ class TextData(LightningDataModule):
 
     def __init__(
         self,
-        tokenizer: str = QUICKSTART,
+        tokenizer: str = QUICKSTART_NAME,
         max_length: int = 512,
         batch_size: int = 8,
         limit: int | None = None,
-        format: Format = "auto",
+        format: TextFormat = "auto",
         on_bad_row: OnBadRow = "error",
         seed: int = 0,
     ) -> None:
@@ -88,24 +88,24 @@ class TextData(LightningDataModule):
             ValueError: An option has no such value.
         """
         super().__init__()
-        check("max_length", max_length, max_length >= MIN_LENGTH, f"at least {MIN_LENGTH} tokens")
-        check("batch_size", batch_size, batch_size >= 1, "at least 1 pair")
-        check("limit", limit, limit is None or limit >= 1, "at least 1 row, or null for all")
-        check("format", format, format in get_args(Format), f"one of {get_args(Format)}")
-        check("on_bad_row", on_bad_row, on_bad_row in get_args(OnBadRow), f"one of {get_args(OnBadRow)}")
-        check("seed", seed, seed >= 0, "at least 0")
+        check_option("max_length", max_length, max_length >= MIN_LENGTH, f"at least {MIN_LENGTH} tokens")
+        check_option("batch_size", batch_size, batch_size >= 1, "at least 1 pair")
+        check_option("limit", limit, limit is None or limit >= 1, "at least 1 row, or null for all")
+        check_option("format", format, format in get_args(TextFormat), f"one of {get_args(TextFormat)}")
+        check_option("on_bad_row", on_bad_row, on_bad_row in get_args(OnBadRow), f"one of {get_args(OnBadRow)}")
+        check_option("seed", seed, seed >= 0, "at least 0")
         self.tokenizer_name, self.max_length, self.format, self.seed = tokenizer, max_length, format, seed
-        self.batch_size, self.limit, self.skip_bad = batch_size, limit, on_bad_row == "skip"
+        self.batch_size, self.limit, self.skip_bad_rows = batch_size, limit, on_bad_row == "skip"
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The loaded tokenizer."""
-        return Loader().tokenizer(self.tokenizer_name)
+        return ModelLoader().load_tokenizer(self.tokenizer_name)
 
     @cached_property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> PairEncoder:
         """What makes tokens of pairs; its `end_ids` end an answer."""
-        return Encoder(self.tokenizer, self.max_length, self.format, end_ids(self.tokenizer_name))
+        return PairEncoder(self.tokenizer, self.max_length, self.format, read_end_ids(self.tokenizer_name))
 
 
 RowNumbers = NDArray[np.int64]
@@ -125,32 +125,32 @@ class PairDataset:
         scored: Tokens of its answers.
     """
 
-    def __init__(self, table: Dataset, rows: RowNumbers, split: str, answers: Sequence[str]) -> None:
-        self.table, self.rows, self.split, self.answers = table, rows, split, answers
+    def __init__(self, table: Dataset, row_numbers: RowNumbers, split: str, answer_sides: Sequence[str]) -> None:
+        self.table, self.row_numbers, self.split, self.answer_sides = table, row_numbers, split, answer_sides
         prompt, *sides = (
-            pc.list_value_length(table.data.table[side]).to_numpy().astype(np.int64)[rows]
-            for side in ("prompt", *answers)
+            pc.list_value_length(table.data.table[side]).to_numpy().astype(np.int64)[row_numbers]
+            for side in ("prompt", *answer_sides)
         )
         scored = np.sum(sides, axis=0, dtype=np.int64)
-        self.scored = array("q", scored.tobytes())
-        self.costs = array("q", (prompt + scored).tobytes())
+        self.answer_token_counts = array("q", scored.tobytes())
+        self.token_counts = array("q", (prompt + scored).tobytes())
 
     @property
-    def largest(self) -> int:
+    def max_token_id(self) -> int:
         """The largest token id of the table."""
-        columns = (self.table.data.table[side] for side in ("prompt", *self.answers))
+        columns = (self.table.data.table[side] for side in ("prompt", *self.answer_sides))
         return max(int(pc.max(pc.list_flatten(column)).as_py()) for column in columns)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.row_numbers)
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        row = self.table[int(self.rows[index])]
+        row = self.table[int(self.row_numbers[index])]
         name = f"{row['subset']}/{self.split}:{row['line']}"
         margin = None if isnan(row["margin"]) else row["margin"]
-        return Example(name, row["prompt"], tuple(row[side] for side in self.answers), row["weight"], margin)
+        return Example(name, row["prompt"], tuple(row[side] for side in self.answer_sides), row["weight"], margin)
 
 
 class PairData(TextData, ABC):
@@ -175,7 +175,7 @@ class PairData(TextData, ABC):
 
     def __init__(
         self,
-        tokenizer: str = QUICKSTART,
+        tokenizer: str = QUICKSTART_NAME,
         max_tokens: int | None = 16384,
         shuffle: bool = True,
         val_fraction: float = 0.1,
@@ -183,18 +183,18 @@ class PairData(TextData, ABC):
         **options: object,
     ) -> None:
         super().__init__(tokenizer, **options)  # type: ignore[arg-type]  # the command line checks them
-        check("max_tokens", max_tokens, max_tokens is None or max_tokens >= 1, "at least 1 token, or null")
-        check("val_fraction", val_fraction, 0 <= val_fraction < 1, "a share from 0 to less than 1")
+        check_option("max_tokens", max_tokens, max_tokens is None or max_tokens >= 1, "at least 1 token, or null")
+        check_option("val_fraction", val_fraction, 0 <= val_fraction < 1, "a share from 0 to less than 1")
         self.max_tokens, self.shuffle, self.val_fraction = max_tokens, shuffle, val_fraction
         self.answers = answers
-        self.audits: dict[str, Audit] = {}
-        self.pairs: dict[str, PairDataset] = {}
+        self.audits_by_split: dict[str, Audit] = {}
+        self.pairs_by_split: dict[str, PairDataset] = {}
 
     @abstractmethod
-    def sources(self, fetch: bool) -> list[Source]:
+    def list_sources(self, fetch: bool) -> list[SourceFile]:
         """Where the rows are, train before test in every subset; `fetch` as long as nothing is known of them."""
 
-    def order(self, subsets: NDArray[np.object_], rows: RowNumbers) -> RowNumbers:
+    def order_training_rows(self, subsets: NDArray[np.object_], rows: RowNumbers) -> RowNumbers:
         """The training pairs of an epoch, out of the subset of every row and the rows that are kept."""
         return rows
 
@@ -204,12 +204,12 @@ class PairData(TextData, ABC):
         Raises:
             ValueError: Something cannot be read, or nothing is left of it; nothing is written then.
         """
-        sources = self.sources(fetch=True)
+        sources = self.list_sources(fetch=True)
         folder = self._folder(sources)
         if not folder.is_dir():
-            store.build(folder, sources, self.encoder, self.limit, self.skip_bad)
+            store.build_store(folder, sources, self.encoder, self.limit, self.skip_bad_rows)
         for split in _splits(sources):
-            Console().print(store.audit(folder, split).table())
+            Console().print(store.audit_split(folder, split).to_rich_table())
 
     def setup(self, stage: str) -> None:
         """Open the store, in every process.
@@ -218,28 +218,28 @@ class PairData(TextData, ABC):
             ValueError: Validation is asked for and `val_fraction` is 0; or only some of the pairs have a margin.
         """
         if not self.val_fraction:
-            check("val_fraction", self.val_fraction, stage != "validate", "more than 0, to validate")
+            check_option("val_fraction", self.val_fraction, stage != "validate", "more than 0, to validate")
             if self.trainer:
                 self.trainer.limit_val_batches = 0  # the one way to tell Lightning so without a warning
-        if self.pairs:
+        if self.pairs_by_split:
             return
-        sources = self.sources(fetch=False)
-        self.folder = folder = self._folder(sources)
-        self.audits = {split: store.audit(folder, split) for split in _splits(sources)}
-        for split in self.audits:
-            self._open(store.load(folder, split), split)
+        sources = self.list_sources(fetch=False)
+        self.store_folder = folder = self._folder(sources)
+        self.audits_by_split = {split: store.audit_split(folder, split) for split in _splits(sources)}
+        for split in self.audits_by_split:
+            self._open(store.load_split(folder, split), split)
 
     @property
     def training_sha256(self) -> str:
         """SHA-256 of the training pairs, in the order of an epoch that is not shuffled."""
-        digest = hashlib.sha256(self.folder.name.encode())
-        if "train" in self.pairs:
-            digest.update(self.pairs["train"].rows.tobytes())
+        digest = hashlib.sha256(self.store_folder.name.encode())
+        if "train" in self.pairs_by_split:
+            digest.update(self.pairs_by_split["train"].row_numbers.tobytes())
         return digest.hexdigest()
 
     def _open(self, table: Dataset, split: str) -> None:
         columns = {name: table.data.table[name].to_numpy() for name in ("verdict", "opening", "subset", "margin")}
-        kept = columns["verdict"] == KEPT
+        kept = columns["verdict"] == KEPT_VERDICT
         unknown = np.isnan(columns["margin"][kept])
         if unknown.any() and not unknown.all():
             raise ValueError(
@@ -250,21 +250,21 @@ class PairData(TextData, ABC):
         for name, wanted in ((split, kept & ~held_out), ("val", kept & held_out)):
             if wanted.any():
                 rows = np.flatnonzero(wanted)
-                rows = self.order(columns["subset"], rows) if name == "train" else rows
-                self.pairs[name] = PairDataset(table, rows, split, self.answers)
+                rows = self.order_training_rows(columns["subset"], rows) if name == "train" else rows
+                self.pairs_by_split[name] = PairDataset(table, rows, split, self.answers)
 
-    def kept(self, name: str) -> PairDataset:
+    def require_pairs(self, split: str) -> PairDataset:
         """The pairs of train, val or test.
 
         Raises:
             ValueError: There are none.
         """
-        if name not in self.pairs:
+        if split not in self.pairs_by_split:
             raise ValueError(
-                f"No pair is left for {name!r} of {self.path}: see the table of what was read; "
+                f"No pair is left for {split!r} of {self.path}: see the table of what was read; "
                 "more rows (--data.limit, --data.subsets) or another --data.val_fraction may help."
             )
-        return self.pairs[name]
+        return self.pairs_by_split[split]
 
     def train_dataloader(self) -> StepLoader:
         """Steps over the training pairs."""
@@ -284,29 +284,34 @@ class PairData(TextData, ABC):
         """Steps over the test pairs, in order."""
         return self._loader("test")
 
-    def texts(self, name: str, most: int) -> list[dict[str, str]]:
+    def example_texts(self, split: str, max_examples: int) -> list[dict[str, str]]:
         """The first examples of a split as text: the prompt, and every answer under the name of its side."""
-        if name not in self.pairs:
+        if split not in self.pairs_by_split:
             return []
-        pairs, sides = self.pairs[name], ("prompt", *self.answers)
+        pairs, sides = self.pairs_by_split[split], ("prompt", *self.answers)
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         return [
             {side: str(decode(list(ids))) for side, ids in zip(sides, (pair.prompt, *pair.answers), strict=True)}
-            for pair in map(pairs.__getitem__, range(min(most, len(pairs))))
+            for pair in map(pairs.__getitem__, range(min(max_examples, len(pairs))))
         ]
 
     def _loader(self, name: str, shuffle: bool = False, accumulate: int = 1) -> StepLoader:
-        pairs = self.kept(name)
-        plan = Plan(
-            self.batch_size, self.max_tokens, shuffle, self.seed, accumulate=accumulate, keep_rest=name != "train"
+        pairs = self.require_pairs(name)
+        plan = EpochPlan(
+            self.batch_size,
+            self.max_tokens,
+            shuffle,
+            self.seed,
+            accumulate_batches=accumulate,
+            keep_partial_step=name != "train",
         )
         if self.trainer:
             plan = replace(plan, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
         return StepLoader(pairs, plan)
 
-    def _folder(self, sources: Sequence[Source]) -> Path:
-        return cache_folder() / f"tokens-{store.key(sources, self.encoder, self.limit, self.skip_bad)}"
+    def _folder(self, sources: Sequence[SourceFile]) -> Path:
+        return cache_folder() / f"tokens-{store.store_sha256(sources, self.encoder, self.limit, self.skip_bad_rows)}"
 
 
-def _splits(sources: Sequence[Source]) -> list[str]:
+def _splits(sources: Sequence[SourceFile]) -> list[str]:
     return [split for split in SPLITS if any(source.split == split for source in sources)]

@@ -20,7 +20,7 @@ class Role(StrEnum):
     SYSTEM = "System"
 
 
-MARKERS = tuple(f"\n\n{role}:" for role in (Role.HUMAN, Role.ASSISTANT))
+TURN_MARKERS = tuple(f"\n\n{role}:" for role in (Role.HUMAN, Role.ASSISTANT))
 """What begins a turn in hh-rlhf's text."""
 
 
@@ -73,7 +73,7 @@ Turns = tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
-class Pair:
+class DialoguePair:
     """One preference: the turns up to the last human one, and the two answers that follow.
 
     The first turn is human, or a system message before that.
@@ -84,31 +84,31 @@ class Pair:
     rejected: str
 
     @property
-    def prompt(self) -> str:
+    def prompt_text(self) -> str:
         """Everything up to and including the last ``Assistant:``."""
         return "".join(map(str, self.history)) + str(Turn(Role.ASSISTANT, ""))
 
     @property
-    def system(self) -> Turns:
+    def system_turns(self) -> Turns:
         """The system message, or nothing."""
         return self.history[:1] if self.history[0].role is Role.SYSTEM else ()
 
     @property
-    def opening(self) -> str:
+    def opening_text(self) -> str:
         """The first human turn, without the white space around it."""
-        return self.history[len(self.system)].text.strip()
+        return self.history[len(self.system_turns)].text.strip()
 
     @property
-    def exchanges(self) -> int:
+    def exchange_count(self) -> int:
         """How many stand before the last human turn."""
-        return (len(self.history) - len(self.system)) // 2
+        return (len(self.history) - len(self.system_turns)) // 2
 
-    def shortened(self) -> "Pair":
+    def without_oldest_exchange(self) -> "DialoguePair":
         """The same without the oldest exchange (a human and an assistant turn)."""
-        return replace(self, history=self.system + self.history[len(self.system) + 2 :])
+        return replace(self, history=self.system_turns + self.history[len(self.system_turns) + 2 :])
 
 
-def parse(text: str) -> Turns | Refusal:
+def parse_dialogue(text: str) -> Turns | Refusal:
     """Split a dialogue into its turns; joined again they are the text.
 
     Returns:
@@ -116,10 +116,10 @@ def parse(text: str) -> Turns | Refusal:
     """
     before, *parts = _MARKER.split(text)
     turns = tuple(Turn(Role(role), said) for role, said in zip(parts[::2], parts[1::2], strict=True))
-    return Refusal.NO_HUMAN_START if before else checked(turns)
+    return Refusal.NO_HUMAN_START if before else validate_turns(turns)
 
 
-def checked(turns: Turns) -> Turns | Refusal:
+def validate_turns(turns: Turns) -> Turns | Refusal:
     """The turns as they are, or why they are no dialogue that an answer ends."""
     spoken = turns[1:] if turns and turns[0].role is Role.SYSTEM else turns
     if not spoken or spoken[0].role is not Role.HUMAN:
@@ -129,12 +129,12 @@ def checked(turns: Turns) -> Turns | Refusal:
     return turns if spoken[-1].role is Role.ASSISTANT else Refusal.ENDS_WITH_HUMAN
 
 
-def pair(chosen: str, rejected: str) -> Pair | Refusal:
+def parse_pair(chosen: str, rejected: str) -> DialoguePair | Refusal:
     """Parse the two sides of a row; `Refusal` says what is asked of them and in which order."""
-    return preference(parse(chosen), parse(rejected))
+    return pair_dialogues(parse_dialogue(chosen), parse_dialogue(rejected))
 
 
-def preference(chosen: Turns | Refusal, rejected: Turns | Refusal) -> Pair | Refusal:
+def pair_dialogues(chosen: Turns | Refusal, rejected: Turns | Refusal) -> DialoguePair | Refusal:
     """Two dialogues that are `checked` -> their last answers to what both share."""
     if isinstance(chosen, Refusal):
         return chosen
@@ -145,4 +145,4 @@ def preference(chosen: Turns | Refusal, rejected: Turns | Refusal) -> Pair | Ref
     good, bad = chosen[-1].text, rejected[-1].text
     if not good.strip() or not bad.strip():
         return Refusal.EMPTY_ANSWER
-    return Refusal.IDENTICAL_ANSWERS if good == bad else Pair(chosen[:-1], good, bad)
+    return Refusal.IDENTICAL_ANSWERS if good == bad else DialoguePair(chosen[:-1], good, bad)

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 from pyarrow import ipc, parquet
 
-Fields = dict[str, Any]
-ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".arrow")
+RawRow = dict[str, Any]
+DATA_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".arrow")
 _BATCH = 256  # rows of a Parquet file turned into Python at a time
 
 
@@ -48,7 +48,7 @@ class BadLineError(Exception):
         self.fault, self.detail = fault, detail
 
 
-def fields(raw: BinaryIO, name: str) -> Iterator[Fields | BadLineError]:
+def read_raw_rows(raw: BinaryIO, file_name: str) -> Iterator[RawRow | BadLineError]:
     """The rows of an open file; the ending of its name says how to read it.
 
     Raises:
@@ -56,18 +56,18 @@ def fields(raw: BinaryIO, name: str) -> Iterator[Fields | BadLineError]:
     """
     number = 0
     try:
-        for row in _rows(raw, name):
+        for row in _rows(raw, file_name):
             number += 1
             yield row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{name}, after line {number}: broken gzip ({error}). Fetch the file again.") from error
+        raise ValueError(f"{file_name}, after line {number}: broken gzip ({error}). Fetch the file again.") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{name}, after row {number}: cannot be read ({error}). Fetch the file again.") from error
+        raise ValueError(f"{file_name}, after row {number}: cannot be read ({error}). Fetch the file again.") from error
     if not number:
-        raise ValueError(f"{name}, line 1: the file is empty, expected rows. Fetch it again or remove it.")
+        raise ValueError(f"{file_name}, line 1: the file is empty, expected rows. Fetch it again or remove it.")
 
 
-def _rows(raw: BinaryIO, name: str) -> Iterator[Fields | BadLineError]:
+def _rows(raw: BinaryIO, name: str) -> Iterator[RawRow | BadLineError]:
     if name.endswith(".parquet"):
         return _of_batches(parquet.ParquetFile(raw).iter_batches(_BATCH))
     if name.endswith(".arrow"):
@@ -80,7 +80,7 @@ def _rows(raw: BinaryIO, name: str) -> Iterator[Fields | BadLineError]:
     return _array(opened.read(), name) if start.startswith(b"[") else map(_line, opened)
 
 
-def _of_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[Fields]:
+def _of_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[RawRow]:
     for batch in batches:
         yield from batch.to_pylist()
 
@@ -96,7 +96,7 @@ def _arrow(raw: BinaryIO) -> Iterator[pa.RecordBatch]:
     yield from map(file.get_batch, range(file.num_record_batches))
 
 
-def _array(text: bytes, name: str) -> Iterator[Fields | BadLineError]:
+def _array(text: bytes, name: str) -> Iterator[RawRow | BadLineError]:
     try:
         rows = _json(text)
     except BadLineError as error:
@@ -105,14 +105,14 @@ def _array(text: bytes, name: str) -> Iterator[Fields | BadLineError]:
     return map(_object, rows)
 
 
-def _line(line: bytes) -> Fields | BadLineError:
+def _line(line: bytes) -> RawRow | BadLineError:
     try:
         return _object(_json(line))
     except BadLineError as error:
         return error
 
 
-def _object(row: object) -> Fields | BadLineError:
+def _object(row: object) -> RawRow | BadLineError:
     if isinstance(row, dict):
         return row
     return BadLineError(Fault.WRONG_TYPE, f"expected a JSON object, got {type(row).__name__}")
@@ -128,7 +128,7 @@ def _json(text: bytes) -> object:
         raise BadLineError(fault, f"no JSON ({error})") from error
 
 
-def _unique(items: list[tuple[str, Any]]) -> Fields:
+def _unique(items: list[tuple[str, Any]]) -> RawRow:
     found = dict(items)
     if len(found) < len(items):
         raise BadLineError(Fault.REPEATED_KEY, f"a key stands twice among {sorted(key for key, _ in items)}")

@@ -13,17 +13,21 @@ from numpy.typing import NDArray
 
 from dpo import quickstart
 from dpo.data.columns import Columns
-from dpo.data.datamodule import QUICKSTART, PairData, RowNumbers, cache_folder, check
-from dpo.data.sources import Listed, Source, download, find, listed, sources
+from dpo.data.datamodule import QUICKSTART_NAME, PairData, RowNumbers, cache_folder, check_option
+from dpo.data.sources import ListedFiles, SourceFile, download_dataset, find_hh_files, list_data_files, make_sources
 
-__all__ = ["HHRLHF", "QUICKSTART", "Part", "PreferencePairs", "cache_folder"]
+__all__ = ["HHRLHF", "QUICKSTART_NAME", "Part", "PreferencePairs", "cache_folder"]
 
 
 class HHRLHF(PairData):
     """Anthropic's hh-rlhf, or anything in its layout and text format."""
 
     def __init__(
-        self, tokenizer: str = QUICKSTART, path: str = QUICKSTART, subsets: list[str] | None = None, **options: Any
+        self,
+        tokenizer: str = QUICKSTART_NAME,
+        path: str = QUICKSTART_NAME,
+        subsets: list[str] | None = None,
+        **options: Any,
     ) -> None:
         """Choose what is read.
 
@@ -39,22 +43,26 @@ class HHRLHF(PairData):
         """
         super().__init__(tokenizer, **options)
         unique = subsets is None or len(set(subsets)) == len(subsets) > 0
-        check("subsets", subsets, unique, "some names, each once, or nothing for all")
+        check_option("subsets", subsets, unique, "some names, each once, or nothing for all")
         self.path, self.subsets = path, subsets
 
-    def sources(self, fetch: bool) -> list[Source]:
+    def list_sources(self, fetch: bool) -> list[SourceFile]:
         """The files of the subsets."""
-        folder = generated(QUICKSTART, fetch) if self.path == QUICKSTART else Path(self.path).expanduser()
+        folder = (
+            quickstart_data_folder(QUICKSTART_NAME, fetch)
+            if self.path == QUICKSTART_NAME
+            else Path(self.path).expanduser()
+        )
         if not folder.is_dir():
-            folder = download(self.path, self.subsets, local_only=not fetch)
-        return find(folder, self.subsets)
+            folder = download_dataset(self.path, self.subsets, local_only=not fetch)
+        return find_hh_files(folder, self.subsets)
 
 
-def generated(name: str, fetch: bool, margins: bool = False) -> Path:
+def quickstart_data_folder(name: str, fetch: bool, margins: bool = False) -> Path:
     """The folder of the quickstart's data, which are made when they are fetched."""
     folder = cache_folder() / name
     if fetch:
-        quickstart.write(folder, quickstart.DPO_SEED, quickstart.TRAIN_ROWS, quickstart.TEST_ROWS, margins)
+        quickstart.write_dataset(folder, quickstart.DPO_SEED, quickstart.TRAIN_ROWS, quickstart.TEST_ROWS, margins)
     return folder
 
 
@@ -82,7 +90,7 @@ class PreferencePairs(PairData):
 
     def __init__(
         self,
-        tokenizer: str = QUICKSTART,
+        tokenizer: str = QUICKSTART_NAME,
         path: dict[str, Part] | str = "",
         columns: Columns = Columns(),  # noqa: B008  # frozen
         **options: Any,
@@ -102,38 +110,40 @@ class PreferencePairs(PairData):
             ValueError: An option has no such value.
         """
         super().__init__(tokenizer, **options)
-        check("path", path, bool(path), "a file, folder, pattern, address or hub id")
+        check_option("path", path, bool(path), "a file, folder, pattern, address or hub id")
         self.parts = {"pairs": Part(path)} if isinstance(path, str) else path
         shares = [part.share for part in self.parts.values()]
         sound = all(share is not None and 0 < share < float("inf") for share in shares)
-        check("path", shares, sound or not any(shares), "a share above 0 for every part, or none for any")
+        check_option("path", shares, sound or not any(shares), "a share above 0 for every part, or none for any")
         self.path, self.columns = ", ".join(part.path for part in self.parts.values()), columns
 
-    def sources(self, fetch: bool) -> list[Source]:
+    def list_sources(self, fetch: bool) -> list[SourceFile]:
         """The files of every part."""
         return [
             source
             for name, part in self.parts.items()
-            for source in sources(name, self._listed(part.path, fetch), part.columns or self.columns)
+            for source in make_sources(name, self._listed(part.path, fetch), part.columns or self.columns)
         ]
 
-    def _listed(self, path: str, fetch: bool) -> Listed:
-        if path == QUICKSTART:
-            path = str(generated(f"{QUICKSTART}-margins", fetch, margins=True))
-        return listed(path, cache_folder() / "listings", fetch)
+    def _listed(self, path: str, fetch: bool) -> ListedFiles:
+        if path == QUICKSTART_NAME:
+            path = str(quickstart_data_folder(f"{QUICKSTART_NAME}-margins", fetch, margins=True))
+        return list_data_files(path, cache_folder() / "listings", fetch)
 
-    def order(self, subsets: NDArray[np.object_], rows: RowNumbers) -> RowNumbers:
+    def order_training_rows(self, subsets: NDArray[np.object_], rows: RowNumbers) -> RowNumbers:
         """Every pair once; or, where shares are given, as often as they say."""
         shares = [part.share for part in self.parts.values() if part.share is not None]
         if not shares:
             return rows
         parts = [rows[subsets[rows] == name] for name in self.parts]
         for name, part in zip(self.parts, parts, strict=True):
-            check(f"path.{name}", self.parts[name].path, len(part) > 0, "pairs to take a share of, see the table")
-        return mixed(parts, shares)
+            check_option(
+                f"path.{name}", self.parts[name].path, len(part) > 0, "pairs to take a share of, see the table"
+            )
+        return interleave_by_share(parts, shares)
 
 
-def mixed(parts: Sequence[RowNumbers], shares: Sequence[float]) -> RowNumbers:
+def interleave_by_share(parts: Sequence[RowNumbers], shares: Sequence[float]) -> RowNumbers:
     """Rows of every part in proportion to its share, evenly interleaved.
 
     So many in all that every row is there: once where the part is largest beside its share, more often elsewhere.

@@ -18,19 +18,19 @@ from torch.utils.data import DataLoader, Sampler
 from dpo.models.batch import Batch, Example, collate
 
 # Of one optimizer step: share -> micro-batch -> row; one share for every device and accumulated batch.
-Shares = list[list[list[int]]]
+StepShares = list[list[list[int]]]
 
 
 @runtime_checkable
-class Pairs(Protocol):
+class ExampleDataset(Protocol):
     """A map-style data set of examples with their lengths in tokens."""
 
     @property
-    def costs(self) -> Sequence[int]:
+    def token_counts(self) -> Sequence[int]:
         """Tokens of every example (prompt and answers)."""
 
     @property
-    def scored(self) -> Sequence[int]:
+    def answer_token_counts(self) -> Sequence[int]:
         """Tokens of the answers of every example."""
 
     def __len__(self) -> int:
@@ -51,8 +51,8 @@ class Step:
     """
 
     micro_batches: tuple[Batch, ...]
-    pairs: int
-    scored: int
+    num_examples: int
+    num_scored_tokens: int
 
     def to(self, device: torch.device | str, **_: object) -> "Step":
         """The same on another device."""
@@ -60,7 +60,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """How an epoch is cut into steps.
 
     Attributes:
@@ -81,26 +81,28 @@ class Plan:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    accumulate: int = 1
-    keep_rest: bool = False
+    accumulate_batches: int = 1
+    keep_partial_step: bool = False
 
-    def order(self, rows: int, epoch: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    def epoch_order(self, row_count: int, epoch: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """The order of the rows in an epoch."""
-        return np.random.default_rng((self.seed, epoch)).permutation(rows) if self.shuffle else np.arange(rows)
+        return (
+            np.random.default_rng((self.seed, epoch)).permutation(row_count) if self.shuffle else np.arange(row_count)
+        )
 
-    def shares(self, rows: Sequence[int], costs: Sequence[int]) -> Shares:
+    def split_step(self, rows: Sequence[int], token_counts: Sequence[int]) -> StepShares:
         """Cut one optimizer step into `accumulate * world_size` shares of micro-batches.
 
         Longest first, each to the share with the least work among those with the fewest pairs; then first fit into
         micro-batches.
         """
-        shares: list[list[int]] = [[] for _ in range(self.accumulate * self.world_size)]
+        shares: list[list[int]] = [[] for _ in range(self.accumulate_batches * self.world_size)]
         work = [0] * len(shares)
-        for row in sorted(rows, key=lambda row: (-costs[row], row)):
+        for row in sorted(rows, key=lambda row: (-token_counts[row], row)):
             least = min(range(len(shares)), key=lambda i: (len(shares[i]), work[i]))
             shares[least].append(row)
-            work[least] += costs[row]
-        return [self._pack(share, costs) for share in shares]
+            work[least] += token_counts[row]
+        return [self._pack(share, token_counts) for share in shares]
 
     def _pack(self, rows: list[int], costs: Sequence[int]) -> list[list[int]]:
         """First fit, longest first, into micro-batches of at most `max_tokens`."""
@@ -120,10 +122,10 @@ class Plan:
 class StepSampler(Sampler[tuple[list[list[int]], list[int]]]):
     """For every Lightning batch of an epoch: the micro-batches of one device, and all rows of the optimizer step."""
 
-    def __init__(self, costs: Sequence[int], plan: Plan) -> None:
+    def __init__(self, token_counts: Sequence[int], plan: EpochPlan) -> None:
         """Plan epochs over rows with these costs."""
-        self.costs, self.plan = costs, plan
-        self.epoch = self.start = 0
+        self.token_counts, self.plan = token_counts, plan
+        self.epoch = self.start_batch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before every epoch."""
@@ -131,28 +133,28 @@ class StepSampler(Sampler[tuple[list[list[int]], list[int]]]):
 
     def __len__(self) -> int:
         """Lightning batches per epoch."""
-        full, rest = divmod(len(self.costs), self.plan.batch_size)
-        parts = self.plan.world_size * self.plan.accumulate
-        return (full + (rest >= (1 if self.plan.keep_rest else parts))) * self.plan.accumulate
+        full, rest = divmod(len(self.token_counts), self.plan.batch_size)
+        parts = self.plan.world_size * self.plan.accumulate_batches
+        return (full + (rest >= (1 if self.plan.keep_partial_step else parts))) * self.plan.accumulate_batches
 
     def __iter__(self) -> Iterator[tuple[list[list[int]], list[int]]]:
         """From `start` (where a resumed epoch goes on) to the end of the epoch."""
-        order, plan = self.plan.order(len(self.costs), self.epoch), self.plan
-        first, self.start = self.start, 0
+        order, plan = self.plan.epoch_order(len(self.token_counts), self.epoch), self.plan
+        first, self.start_batch = self.start_batch, 0
         for batch in range(first, len(self)):
-            step, window = divmod(batch, plan.accumulate)
+            step, window = divmod(batch, plan.accumulate_batches)
             rows = order[step * plan.batch_size : (step + 1) * plan.batch_size].tolist()
-            yield plan.shares(rows, self.costs)[window * plan.world_size + plan.rank], rows
+            yield plan.split_step(rows, self.token_counts)[window * plan.world_size + plan.rank], rows
 
 
 class _Steps(torch.utils.data.Dataset[Step]):
-    def __init__(self, pairs: Pairs) -> None:
+    def __init__(self, pairs: ExampleDataset) -> None:
         self.pairs = pairs
 
     def __getitem__(self, item: tuple[list[list[int]], list[int]]) -> Step:
         micro_batches, step = item
         batches = tuple(collate([self.pairs[row] for row in rows]) for rows in micro_batches)
-        return Step(batches, len(step), sum(self.pairs.scored[row] for row in step))
+        return Step(batches, len(step), sum(self.pairs.answer_token_counts[row] for row in step))
 
 
 class StepLoader:
@@ -164,23 +166,23 @@ class StepLoader:
         waited: Seconds that whoever iterates has waited for steps.
     """
 
-    def __init__(self, pairs: Pairs, plan: Plan, num_workers: int = 0) -> None:
+    def __init__(self, pairs: ExampleDataset, plan: EpochPlan, num_workers: int = 0) -> None:
         """Load pairs according to a plan; `num_workers` processes collate ahead.
 
         Raises:
             ValueError: The plan gives some device nothing to do.
         """
-        if plan.batch_size < plan.world_size * plan.accumulate:
+        if plan.batch_size < plan.world_size * plan.accumulate_batches:
             raise ValueError(
                 "expected a batch_size of at least devices * accumulate_grad_batches = "
-                f"{plan.world_size} * {plan.accumulate}, got {plan.batch_size}: raise --data.batch_size "
+                f"{plan.world_size} * {plan.accumulate_batches}, got {plan.batch_size}: raise --data.batch_size "
                 "(it counts pairs per optimizer step over all devices)."
             )
-        self.sampler = StepSampler(pairs.costs, plan)  # Lightning tells it the epoch
+        self.sampler = StepSampler(pairs.token_counts, plan)  # Lightning tells it the epoch
         self.loader = DataLoader(_Steps(pairs), batch_size=None, sampler=self.sampler, num_workers=num_workers)
         self.batch_sampler = None  # Lightning asks for one
         self.position = 0
-        self.waited = 0.0
+        self.wait_seconds = 0.0
 
     def __len__(self) -> int:
         """Lightning batches per epoch."""
@@ -188,10 +190,10 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[Step]:
         """Count what is handed out, and the time it took to come."""
-        self.position = self.sampler.start
+        self.position = self.sampler.start_batch
         asked = time.perf_counter()
         for step in self.loader:
-            self.waited += time.perf_counter() - asked
+            self.wait_seconds += time.perf_counter() - asked
             self.position += 1
             yield step
             asked = time.perf_counter()
@@ -202,17 +204,17 @@ class StepLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on behind that position in the next epoch that is iterated."""
-        self.sampler.start = state["position"]
+        self.sampler.start_batch = state["position"]
 
 
-def packs(costs: NDArray[np.int64], max_tokens: int) -> Iterator[list[int]]:
+def pack_rows_by_tokens(token_counts: NDArray[np.int64], max_tokens: int) -> Iterator[list[int]]:
     """Rows in batches of at most `max_tokens`, longest first (so that what does not fit into memory shows at once)."""
     pack: list[int] = []
     room = max_tokens
-    for row in np.argsort(-costs, kind="stable"):
-        if pack and costs[row] > room:
+    for row in np.argsort(-token_counts, kind="stable"):
+        if pack and token_counts[row] > room:
             yield pack
             pack, room = [], max_tokens
         pack.append(int(row))
-        room -= costs[row]
+        room -= token_counts[row]
     yield pack

@@ -25,12 +25,12 @@ import fsspec
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from dpo.data.columns import Columns, Row
-from dpo.data.formats import ENDINGS, BadLineError, Fault, Fields, fields
-from dpo.files import complete
+from dpo.data.columns import Columns, PairRow
+from dpo.data.formats import DATA_FILE_SUFFIXES, BadLineError, Fault, RawRow, read_raw_rows
+from dpo.files import write_atomically
 
 SPLITS = ("train", "test")
-HH = Columns(prompt="", system="", weight="", margin="")
+HH_COLUMNS = Columns(prompt="", system="", weight="", margin="")
 """Two whole dialogues and nothing else."""
 _ENDINGS = (".jsonl.gz", ".jsonl")
 
@@ -45,7 +45,7 @@ class BadRow:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """One file of a data set.
 
     Attributes:
@@ -59,10 +59,10 @@ class Source:
     subset: str
     split: str
     file: str
-    columns: Columns = HH
+    columns: Columns = HH_COLUMNS
     version: str = ""
 
-    def identity(self) -> str:
+    def content_id(self) -> str:
         """What tells its content from any other."""
         if self.version:
             return self.version
@@ -70,26 +70,28 @@ class Source:
             return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
-def read(raw: BinaryIO, file: str | Path, columns: Columns = HH, limit: int | None = None) -> Iterator[Row | BadRow]:
+def read_pair_rows(
+    raw: BinaryIO, file_name: str | Path, columns: Columns = HH_COLUMNS, limit: int | None = None
+) -> Iterator[PairRow | BadRow]:
     """Read the rows of an open file one after the other, at most `limit`; `file` is its name.
 
     Raises:
         ValueError: The file is empty or broken as a whole.
     """
-    for number, found in enumerate(islice(fields(raw, str(file)), limit), 1):
+    for number, found in enumerate(islice(read_raw_rows(raw, str(file_name)), limit), 1):
         yield _row(columns, number, found)
 
 
-def _row(columns: Columns, number: int, found: Fields | BadLineError) -> Row | BadRow:
+def _row(columns: Columns, number: int, found: RawRow | BadLineError) -> PairRow | BadRow:
     try:
         if isinstance(found, BadLineError):
             raise found
-        return columns.row(number, found)
+        return columns.parse_row(number, found)
     except BadLineError as bad:
         return BadRow(number, bad.fault, bad.detail)
 
 
-def find(folder: Path, subsets: Sequence[str] | None) -> list[Source]:
+def find_hh_files(folder: Path, subsets: Sequence[str] | None) -> list[SourceFile]:
     """The files of a folder, subset by subset, train before test (which a subset need not have).
 
     Raises:
@@ -104,7 +106,7 @@ def find(folder: Path, subsets: Sequence[str] | None) -> list[Source]:
             + (f", not {', '.join(unknown)}: choose --data.subsets among those found." if there else ".")
         )
     names = [(subset, split) for subset in wanted for split in SPLITS]
-    return [Source(*name, str(file)) for name in names for file in _of_split(folder.joinpath(*name))]
+    return [SourceFile(*name, str(file)) for name in names for file in _of_split(folder.joinpath(*name))]
 
 
 def _of_split(stem: Path) -> list[Path]:
@@ -114,7 +116,7 @@ def _of_split(stem: Path) -> list[Path]:
     return found
 
 
-def download(repository: str, subsets: Sequence[str] | None, local_only: bool = False) -> Path:
+def download_dataset(repository: str, subsets: Sequence[str] | None, local_only: bool = False) -> Path:
     """Fetch a data set's files from the Hugging Face hub into its own cache, or find them there.
 
     Raises:
@@ -138,10 +140,10 @@ _HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _PATTERN = re.compile(r"[*?\[]")
 
-Listed = list[tuple[str, str, str]]  # split, file, version
+ListedFiles = list[tuple[str, str, str]]  # split, file, version
 
 
-def listed(path: str, notes: Path, fetch: bool) -> Listed:
+def list_data_files(path: str, notes_folder: Path, fetch: bool) -> ListedFiles:
     """The files behind a path, train before test.
 
     A file whose name or folder below the path has the word test, validation, valid, val, dev or eval is of the test
@@ -158,7 +160,7 @@ def listed(path: str, notes: Path, fetch: bool) -> Listed:
     here = Path(path).expanduser()
     if "://" not in path and (here.exists() or glob(str(here), recursive=True)):
         return _files(str(here.absolute()))
-    note = notes / f"{hashlib.sha256(path.encode()).hexdigest()}.json"
+    note = notes_folder / f"{hashlib.sha256(path.encode()).hexdigest()}.json"
     if fetch:
         try:
             found = _files(path if "://" in path else _on_hub(path))
@@ -169,15 +171,15 @@ def listed(path: str, notes: Path, fetch: bool) -> Listed:
                     f"{error}\nGive a path, an address (s3://...) or a data set of the hub (owner/name)."
                 ) from error
         else:
-            notes.mkdir(parents=True, exist_ok=True)
-            with complete(note) as temporary:
+            notes_folder.mkdir(parents=True, exist_ok=True)
+            with write_atomically(note) as temporary:
                 temporary.write_text(json.dumps(found))
     return [(split, file, version) for split, file, version in json.loads(note.read_text())]
 
 
-def sources(name: str, found: Listed, columns: Columns) -> list[Source]:
+def make_sources(subset: str, files: ListedFiles, columns: Columns) -> list[SourceFile]:
     """The files as parts of a data set."""
-    return [Source(name, split, file, columns, version) for split, file, version in found]
+    return [SourceFile(subset, split, file, columns, version) for split, file, version in files]
 
 
 def _on_hub(path: str) -> str:
@@ -189,7 +191,7 @@ def _on_hub(path: str) -> str:
     return "/".join([f"hf://datasets/{owner}/{name}@{revision}", *rest])
 
 
-def _files(address: str) -> Listed:
+def _files(address: str) -> ListedFiles:
     files, root = fsspec.url_to_fs(address)
     if files.isdir(root):
         names, base = files.find(root), root
@@ -199,7 +201,7 @@ def _files(address: str) -> Listed:
     kept = sorted(name for name in names if _is_data(name))
     if not kept:
         raise ValueError(
-            f"{address}: expected files that end in {', '.join(ENDINGS)}, found "
+            f"{address}: expected files that end in {', '.join(DATA_FILE_SUFFIXES)}, found "
             f"{', '.join(sorted(PurePosixPath(name).name for name in names)[:5]) or 'none'}."
         )
     local = "file" in _as_tuple(files.protocol)
@@ -216,7 +218,7 @@ def _named(files: Any, name: str, local: bool) -> tuple[str, str]:
 
 
 def _is_data(name: str) -> bool:
-    return name.endswith(ENDINGS) and PurePosixPath(name).name not in _DESCRIPTIONS
+    return name.endswith(DATA_FILE_SUFFIXES) and PurePosixPath(name).name not in _DESCRIPTIONS
 
 
 def _split(name: str) -> str:

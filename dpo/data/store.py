@@ -23,14 +23,14 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from rich.progress import Progress
 
-from dpo.data.audit import KEPT, Audit
-from dpo.data.columns import Row
-from dpo.data.dialogue import Pair, Refusal
+from dpo.data.audit import KEPT_VERDICT, Audit
+from dpo.data.columns import PairRow
+from dpo.data.dialogue import DialoguePair, Refusal
 from dpo.data.formats import Fault
-from dpo.data.sources import SPLITS, BadRow, Source, read
-from dpo.data.tokenization import Encoded, Encoder
+from dpo.data.sources import SPLITS, BadRow, SourceFile, read_pair_rows
+from dpo.data.tokenization import EncodedPair, PairEncoder
 
-VERSION = 2
+STORE_VERSION = 2
 """Of the columns and their meaning; to be raised with any change of them."""
 _BATCH = 256  # rows tokenised together: enough for all cores, little enough for any memory
 
@@ -56,14 +56,16 @@ _FEATURES = Features(
 )
 
 
-def key(sources: Sequence[Source], encoder: Encoder, limit: int | None, skip_bad: bool) -> str:
+def store_sha256(sources: Sequence[SourceFile], encoder: PairEncoder, limit: int | None, skip_bad: bool) -> str:
     """SHA-256 of everything that decides the content of the store."""
-    files = [(source.subset, source.split, vars(source.columns), source.identity()) for source in sources]
-    content = json.dumps([VERSION, files, encoder.fingerprint, limit, skip_bad])
+    files = [(source.subset, source.split, vars(source.columns), source.content_id()) for source in sources]
+    content = json.dumps([STORE_VERSION, files, encoder.content_sha256, limit, skip_bad])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def build(folder: Path, sources: Sequence[Source], encoder: Encoder, limit: int | None, skip_bad: bool) -> None:
+def build_store(
+    folder: Path, sources: Sequence[SourceFile], encoder: PairEncoder, limit: int | None, skip_bad: bool
+) -> None:
     """Tokenise the sources into `folder`; nothing is there before all is done.
 
     Args:
@@ -86,7 +88,7 @@ def build(folder: Path, sources: Sequence[Source], encoder: Encoder, limit: int 
                 parts = [source for source in sources if source.split == split]
                 tables = (table for part in parts for table in _tokenised(part, encoder, limit, skip_bad, bar))
                 _write(made / f"{split}.arrow", _numbered(tables))
-        audits = {split: audit(made, split).as_dict() for split in SPLITS}
+        audits = {split: audit_split(made, split).to_dict() for split in SPLITS}
         (made / "audit.json").write_text(json.dumps(audits, indent=2) + "\n")
         try:
             made.rename(folder)
@@ -108,14 +110,14 @@ def _write(file: Path, tables: Iterable[dict[str, list[Any]]]) -> None:
         raise
 
 
-def load(folder: Path, split: str) -> Dataset:
+def load_split(folder: Path, split: str) -> Dataset:
     """The rows of a split, memory-mapped."""
     return Dataset.from_file(str(folder / f"{split}.arrow"))
 
 
-def audit(folder: Path, split: str) -> Audit:
+def audit_split(folder: Path, split: str) -> Audit:
     """Count the rows of a split."""
-    return Audit.of(split, load(folder, split).data.table)
+    return Audit.from_table(split, load_split(folder, split).data.table)
 
 
 def _numbered(tables: Iterable[dict[str, list[Any]]]) -> Iterator[dict[str, list[Any]]]:
@@ -129,14 +131,14 @@ def _numbered(tables: Iterable[dict[str, list[Any]]]) -> Iterator[dict[str, list
 
 
 def _tokenised(
-    source: Source, encoder: Encoder, limit: int | None, skip_bad: bool, bar: Progress
+    source: SourceFile, encoder: PairEncoder, limit: int | None, skip_bad: bool, bar: Progress
 ) -> Iterator[dict[str, list[Any]]]:
     files, path = fsspec.url_to_fs(source.file)
     size = files.size(path)
     with files.open(path, "rb") as opened:
         label = f"{source.subset}/{source.split}"
         with bar.wrap_file(opened, total=size, description=label) as raw:
-            rows = read(raw, source.file, source.columns, limit)
+            rows = read_pair_rows(raw, source.file, source.columns, limit)
             while batch := list(islice(rows, _BATCH)):
                 bad = next((row for row in batch if isinstance(row, BadRow)), None)
                 if bad and not skip_bad:
@@ -148,14 +150,14 @@ def _tokenised(
         bar.update(bar.task_ids[-1], completed=size)  # a limit may end it earlier
 
 
-def _columns(source: Source, rows: Sequence[Row | BadRow], encoder: Encoder) -> dict[str, list[Any]]:
-    pairs = [row.pair for row in rows if isinstance(row, Row) and isinstance(row.pair, Pair)]
+def _columns(source: SourceFile, rows: Sequence[PairRow | BadRow], encoder: PairEncoder) -> dict[str, list[Any]]:
+    pairs = [row.pair for row in rows if isinstance(row, PairRow) and isinstance(row.pair, DialoguePair)]
     encoded = iter(encoder.encode_batch(pairs))
     records = [{"subset": source.subset, "line": 0, **_values(row, encoded)} for row in rows]
     return {name: [record[name] for record in records] for name in _FEATURES}
 
 
-def _values(row: Row | BadRow, encoded: Iterator[Encoded | Refusal]) -> dict[str, Any]:
+def _values(row: PairRow | BadRow, encoded: Iterator[EncodedPair | Refusal]) -> dict[str, Any]:
     """What is stored of a row; the next of `encoded` is that of the next pair."""
     if isinstance(row, BadRow):
         return _unused(row.fault)
@@ -165,8 +167,8 @@ def _values(row: Row | BadRow, encoded: Iterator[Encoded | Refusal]) -> dict[str
     if isinstance(made, Refusal):
         return _unused(made)
     return {
-        "verdict": KEPT,
-        "opening": _uniform(row.pair.opening),
+        "verdict": KEPT_VERDICT,
+        "opening": _uniform(row.pair.opening_text),
         "chosen_chars": len(row.pair.chosen),
         "rejected_chars": len(row.pair.rejected),
         "weight": row.weight,
@@ -177,7 +179,7 @@ def _values(row: Row | BadRow, encoded: Iterator[Encoded | Refusal]) -> dict[str
 
 def _unused(reason: Refusal | Fault) -> dict[str, Any]:
     nothing = {"opening": 0.0, "chosen_chars": 0, "rejected_chars": 0, "weight": 0.0, "margin": math.nan}
-    return {"verdict": reason.value, **nothing, **vars(Encoded([], [], []))}
+    return {"verdict": reason.value, **nothing, **vars(EncodedPair([], [], []))}
 
 
 def _uniform(text: str) -> float:

@@ -19,20 +19,20 @@ from jinja2 import TemplateError
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo.data.dialogue import MARKERS, Pair, Refusal, Role, Turn
+from dpo.data.dialogue import TURN_MARKERS, DialoguePair, Refusal, Role, Turn
 
 MIN_LENGTH = 8
 """Tokens of prompt + answer below which a preference cannot be told."""
 
-Format = Literal["auto", "hh", "chat"]
+TextFormat = Literal["auto", "hh", "chat"]
 _Texts = tuple[str, str, str]  # prompt, prompt + chosen, prompt + rejected
-_Render = Callable[[Sequence[Pair]], list[_Texts]]
+_Render = Callable[[Sequence[DialoguePair]], list[_Texts]]
 _CHAT_ROLES = {Role.HUMAN: "user", Role.ASSISTANT: "assistant", Role.SYSTEM: "system"}
-_PROBE = Pair((Turn(Role.HUMAN, " Hello"),), " Good day.", " Bye.")
+_PROBE = DialoguePair((Turn(Role.HUMAN, " Hello"),), " Good day.", " Bye.")
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedPair:
     """A tokenised pair and what truncation did to it.
 
     Attributes:
@@ -54,12 +54,12 @@ class Encoded:
     rejected_cut: bool = False
 
     @property
-    def length(self) -> int:
+    def sequence_length(self) -> int:
         """Tokens of the prompt and the longer answer."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-class Encoder:
+class PairEncoder:
     """Tokenises pairs for one model.
 
     Args:
@@ -81,7 +81,7 @@ class Encoder:
         self,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int = 512,
-        format: Format = "auto",
+        format: TextFormat = "auto",
         end_ids: Sequence[int] = (),
     ) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -97,45 +97,47 @@ class Encoder:
         if not ends:
             raise ValueError("The tokenizer has no end of sequence, so that no answer could end: set its eos_token.")
         self.tokenizer, self.max_length, self.end_ids = tokenizer, max_length, tuple(ends)
-        self.chat = format != "hh" and tokenizer.chat_template is not None
-        self.next_turn = None if self.chat else MARKERS[0]  # what an answer also ends at
-        self._render: _Render = self._chat_texts if self.chat else _plain_texts
+        self.uses_chat_template = format != "hh" and tokenizer.chat_template is not None
+        self.next_turn = None if self.uses_chat_template else TURN_MARKERS[0]  # what an answer also ends at
+        self._render: _Render = self._chat_texts if self.uses_chat_template else _plain_texts
         added = _added_in_front(tokenizer)
-        self._front = [] if self.chat else added  # a chat template writes its own
+        self._front = [] if self.uses_chat_template else added  # a chat template writes its own
         self._front_kept = added or [i for i in (tokenizer.bos_token_id,) if i is not None]
-        self._control = control_tokens(tokenizer, self.end_ids, () if self.chat else MARKERS)
-        self._knows_system = self.chat and self._renders_system()
+        self._control = control_token_pattern(tokenizer, self.end_ids, () if self.uses_chat_template else TURN_MARKERS)
+        self._knows_system = self.uses_chat_template and self._renders_system()
         self.encode(_PROBE)  # what cannot work at all fails here and not at the first row
 
     @property
-    def fingerprint(self) -> str:
+    def content_sha256(self) -> str:
         """SHA-256 of everything beside the text that the ids depend on."""
         tokenizer = self.tokenizer
         state = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
-        content = json.dumps([*state, self.end_ids, self.max_length, self.chat], sort_keys=True, default=str)
+        content = json.dumps(
+            [*state, self.end_ids, self.max_length, self.uses_chat_template], sort_keys=True, default=str
+        )
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def encode(self, pair: Pair) -> Encoded | Refusal:
+    def encode(self, pair: DialoguePair) -> EncodedPair | Refusal:
         """Tokenise one pair."""
         return self.encode_batch([pair])[0]
 
-    def encode_batch(self, pairs: Sequence[Pair]) -> list[Encoded | Refusal]:
+    def encode_batch(self, pairs: Sequence[DialoguePair]) -> list[EncodedPair | Refusal]:
         """Tokenise pairs together (the tokenizer uses all cores): one result each, in order."""
         refused = {i: self._refused(pair) for i, pair in enumerate(pairs)}
-        done: dict[int, Encoded | Refusal] = {i: reason for i, reason in refused.items() if reason}
+        done: dict[int, EncodedPair | Refusal] = {i: reason for i, reason in refused.items() if reason}
         waiting = {i: pair for i, pair in enumerate(pairs) if i not in done}
         while waiting:
             too_long = {}
             for (i, pair), whole in zip(waiting.items(), self._tokenize(list(waiting.values())), strict=True):
-                if whole.length > self.max_length and pair.exchanges:
-                    too_long[i] = pair.shortened()
+                if whole.sequence_length > self.max_length and pair.exchange_count:
+                    too_long[i] = pair.without_oldest_exchange()
                 else:
                     done[i] = self._fit(whole, turns_dropped=len(pairs[i].history) - len(pair.history))
             waiting = too_long
         return [done[i] for i in range(len(pairs))]
 
-    def _refused(self, pair: Pair) -> Refusal | None:
-        if pair.system and not self._knows_system:
+    def _refused(self, pair: DialoguePair) -> Refusal | None:
+        if pair.system_turns and not self._knows_system:
             return Refusal.SYSTEM_WITHOUT_TEMPLATE
         texts = (pair.chosen, pair.rejected, *(turn.text for turn in pair.history))
         return Refusal.CONTROL_TOKEN_IN_TEXT if any(map(self._control.search, texts)) else None
@@ -148,7 +150,7 @@ class Encoder:
             return False
         return "A rule." in text
 
-    def _tokenize(self, pairs: Sequence[Pair]) -> list[Encoded]:
+    def _tokenize(self, pairs: Sequence[DialoguePair]) -> list[EncodedPair]:
         """Ids of pairs at full length."""
         texts = self._render(pairs)
         sides = [side for _, *both in texts for side in both]
@@ -161,32 +163,32 @@ class Encoder:
         ids = coded["input_ids"]
         return [self._split(ids[k], ids[k + 1], min(ends[k], ends[k + 1])) for k in range(0, len(ids), 2)]
 
-    def _split(self, chosen: list[int], rejected: list[int], boundary: int) -> Encoded:
+    def _split(self, chosen: list[int], rejected: list[int], boundary: int) -> EncodedPair:
         """Cut both sides where they part, at `boundary` tokens at the latest."""
         shared = next((i for i in range(boundary) if chosen[i] != rejected[i]), boundary)
         if not shared:
             raise ValueError("The tokenizer does not separate prompt and answers: use another tokenizer.")
         prompt = self._front + chosen[:shared]
-        return Encoded(prompt, self._ended(chosen[shared:]), self._ended(rejected[shared:]))
+        return EncodedPair(prompt, self._ended(chosen[shared:]), self._ended(rejected[shared:]))
 
     def _ended(self, answer: list[int]) -> list[int]:
         """The answer up to its end of sequence; where the text has none, with one."""
         end = next((i for i, token in enumerate(answer) if token in self.end_ids), None)
         return [*answer, self.end_ids[0]] if end is None else answer[: end + 1]
 
-    def _fit(self, whole: Encoded, turns_dropped: int) -> Encoded | Refusal:
+    def _fit(self, whole: EncodedPair, turns_dropped: int) -> EncodedPair | Refusal:
         """Cut what is too long with no exchange left to drop."""
         front = self._front_kept if whole.prompt[: len(self._front_kept)] == self._front_kept else []
-        room = max(self.max_length - whole.length + len(whole.prompt), len(front), 1)
+        room = max(self.max_length - whole.sequence_length + len(whole.prompt), len(front), 1)
         excess = max(len(whole.prompt) - room, 0)
         prompt = front + whole.prompt[excess + len(front) :]
         chosen, rejected = (ids[: self.max_length - len(prompt)] for ids in (whole.chosen, whole.rejected))
         if chosen == rejected:
             return Refusal.IDENTICAL_AFTER_TRUNCATION
         cut = len(chosen) < len(whole.chosen), len(rejected) < len(whole.rejected)
-        return Encoded(prompt, chosen, rejected, turns_dropped, excess > 0, *cut)
+        return EncodedPair(prompt, chosen, rejected, turns_dropped, excess > 0, *cut)
 
-    def _chat_texts(self, pairs: Sequence[Pair]) -> list[_Texts]:
+    def _chat_texts(self, pairs: Sequence[DialoguePair]) -> list[_Texts]:
         histories = [_messages(pair.history) for pair in pairs]
         chosen = [_messages((*pair.history, Turn(Role.ASSISTANT, pair.chosen))) for pair in pairs]
         rejected = [_messages((*pair.history, Turn(Role.ASSISTANT, pair.rejected))) for pair in pairs]
@@ -208,8 +210,8 @@ class Encoder:
         return list(texts)
 
 
-def _plain_texts(pairs: Sequence[Pair]) -> list[_Texts]:
-    return [(pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected) for pair in pairs]
+def _plain_texts(pairs: Sequence[DialoguePair]) -> list[_Texts]:
+    return [(pair.prompt_text, pair.prompt_text + pair.chosen, pair.prompt_text + pair.rejected) for pair in pairs]
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
@@ -228,7 +230,7 @@ def _added_in_front(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return list(full[: next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)])
 
 
-def control_tokens(
+def control_token_pattern(
     tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int], markers: Sequence[str]
 ) -> re.Pattern[str]:
     """What no text may spell: control tokens, ends and these markers."""

@@ -6,7 +6,7 @@ e = label_smoothing, S the logistic sigmoid. Larger beta holds the policy nearer
 final class.
 """
 
-from dpo.losses.base import NoConstant, PairLogps, PreferenceLoss
+from dpo.losses.base import PairLogps, PreferenceLoss, UnknownInitialLoss
 from dpo.losses.divergences import Alpha, Divergence, ForwardKL, JensenShannon, ReverseKL
 from dpo.losses.pairwise import DPO, EXO, IPO, ODPO, DiscoPOP, Hinge, LengthNormalizedDPO, RobustDPO
 from dpo.losses.pointwise import AOT, BCO, NCA, SPPO, AOTUnpaired, APODown, APOZero
@@ -37,11 +37,11 @@ __all__ = [
     "Hinge",
     "JensenShannon",
     "LengthNormalizedDPO",
-    "NoConstant",
     "PairLogps",
     "PreferenceLoss",
     "ReverseKL",
     "RobustDPO",
     "SimPO",
     "Sum",
+    "UnknownInitialLoss",
 ]

@@ -15,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def sum_answers(values: Float[Tensor, " scored"], lengths: Sequence[int]) -> Float[Tensor, " answers"]:
+def sum_per_answer(values: Float[Tensor, " scored"], lengths: Sequence[int]) -> Float[Tensor, " answers"]:
     """Sum per-token values over answers of these lengths, in float32 at least; no sum depends on its neighbours."""
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
     return torch.stack([part.sum() for part in wide.split(list(lengths))])
 
 
-Pairs = Float[Tensor, " pairs"]
-Answers = Float[Tensor, "pairs 2"]
+PairValues = Float[Tensor, " pairs"]
+AnswerValues = Float[Tensor, "pairs 2"]
 
 
 @dataclass(frozen=True)
@@ -38,48 +38,48 @@ class PairLogps:
         margins: By how much the chosen answer of each pair is better, NaN where the data do not say; None: no margin.
     """
 
-    policy_tokens: Float[Tensor, " scored"]
-    reference_tokens: Float[Tensor, " scored"]
-    on_policy: Float[Tensor, " scored"]
-    counts: tuple[int, ...]
-    margins: Pairs | None = None
+    policy_token_logps: Float[Tensor, " scored"]
+    reference_token_logps: Float[Tensor, " scored"]
+    on_policy_log_weights: Float[Tensor, " scored"]
+    answer_lengths: tuple[int, ...]
+    margins: PairValues | None = None
 
     @cached_property
-    def policy(self) -> Answers:
+    def policy(self) -> AnswerValues:
         """lp: log pi(y|x), summed over the tokens of each answer, nats."""
-        return self.per_answer(self.policy_tokens)
+        return self.answer_sums(self.policy_token_logps)
 
     @cached_property
-    def reference(self) -> Answers:
+    def reference(self) -> AnswerValues:
         """The same under the reference."""
-        return self.per_answer(self.reference_tokens)
+        return self.answer_sums(self.reference_token_logps)
 
     @cached_property
-    def lengths(self) -> Answers:
+    def lengths(self) -> AnswerValues:
         """|y|: scored tokens of each answer."""
-        return self.policy_tokens.new_tensor(self.counts).reshape(-1, 2)
+        return self.policy_token_logps.new_tensor(self.answer_lengths).reshape(-1, 2)
 
     @property
-    def logratios(self) -> Answers:
+    def logratios(self) -> AnswerValues:
         """D = log pi(y|x) - log pi_ref(y|x), nats."""
         return self.policy - self.reference
 
     @property
-    def per_token(self) -> Answers:
+    def mean_token_logps(self) -> AnswerValues:
         """n = lp / |y|: mean log-probability of a token under the policy, nats."""
         return self.policy / self.lengths
 
-    def per_answer(self, tokens: Float[Tensor, " scored"]) -> Answers:
+    def answer_sums(self, token_values: Float[Tensor, " scored"]) -> AnswerValues:
         """Sums of values of tokens: column 0 is the chosen answer, column 1 the rejected one."""
-        return sum_answers(tokens, self.counts).reshape(-1, 2)
+        return sum_per_answer(token_values, self.answer_lengths).reshape(-1, 2)
 
 
-def parameter(default: float, interval: str) -> Any:
+def bounded_field(default: float, interval: str) -> Any:
     """A number that must lie in an interval, ``(0, inf)`` or ``[0, 0.5]``: a round bracket leaves the bound out."""
     return field(default=default, metadata={"interval": interval})
 
 
-def within(value: float, interval: str) -> bool:
+def is_in_interval(value: float, interval: str) -> bool:
     """Whether a number lies in an interval as `parameter` takes it; NaN lies in none."""
     low, high = map(float, interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
@@ -87,7 +87,7 @@ def within(value: float, interval: str) -> bool:
     return above and below
 
 
-class Checked:
+class BoundedFields:
     """A frozen dataclass that refuses a `parameter` outside its interval."""
 
     def __post_init__(self) -> None:
@@ -98,12 +98,12 @@ class Checked:
         """
         for each in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             value, interval = self.__dict__[each.name], each.metadata.get("interval")
-            if interval and not within(value, interval):
+            if interval and not is_in_interval(value, interval):
                 raise ValueError(f"{each.name}: expected a number in {interval}, got {value}.")
 
 
 @dataclass(frozen=True)
-class NoConstant:
+class UnknownInitialLoss:
     """The loss of a policy that equals its reference is no known number.
 
     Attributes:
@@ -113,7 +113,7 @@ class NoConstant:
     reason: str
 
 
-class PreferenceLoss(Checked, ABC):
+class PreferenceLoss(BoundedFields, ABC):
     """One loss: a frozen dataclass with its own parameters and the equation in `__call__`.
 
     It is arithmetic: no model, no configuration, no logging, no reduction. The paragraphs of its docstring are what it
@@ -121,16 +121,16 @@ class PreferenceLoss(Checked, ABC):
     """
 
     @abstractmethod
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
 
     @abstractmethod
-    def rewards(self, logps: PairLogps) -> Answers:
+    def rewards(self, logps: PairLogps) -> AnswerValues:
         """What the loss takes for the reward of each answer, without a gradient; for metrics only."""
 
     @property
     @abstractmethod
-    def at_start(self) -> float | NoConstant:
+    def initial_loss(self) -> float | UnknownInitialLoss:
         """The loss of any pair when the policy equals the reference."""
 
     @property
@@ -145,7 +145,7 @@ class PreferenceLoss(Checked, ABC):
 
     @property
     @abstractmethod
-    def whole_batch(self) -> bool:
+    def needs_whole_batch(self) -> bool:
         """Whether it looks at all pairs of an optimizer step at once, so that the step cannot be cut into parts."""
 
 
@@ -156,7 +156,7 @@ class ReferenceLoss(PreferenceLoss):
     uses_reference = True
     uses_margins: bool = False
 
-    def rewards(self, logps: PairLogps) -> Answers:
+    def rewards(self, logps: PairLogps) -> AnswerValues:
         """r = beta D (equation 5 of 2305.18290 without the partition function, which cancels)."""
         return self.beta * logps.logratios.detach()
 
@@ -164,34 +164,34 @@ class ReferenceLoss(PreferenceLoss):
 class PairLoss(ReferenceLoss):
     """A pair costs the same whatever stands beside it."""
 
-    whole_batch = False
+    needs_whole_batch = False
 
 
 class BatchLoss(ReferenceLoss):
     """The loss is one of all pairs of a step together; the values it gives add up to it."""
 
-    whole_batch = True
+    needs_whole_batch = True
 
 
 class PolicyLoss(PreferenceLoss):
     """A loss of the policy's log-probabilities alone: no reference, and so no constant at the start."""
 
-    at_start = NoConstant("it depends on what the policy already knows")
+    initial_loss = UnknownInitialLoss("it depends on what the policy already knows")
     uses_reference = False
     uses_margins = False
-    whole_batch = False
+    needs_whole_batch = False
 
 
-def smoothed(x: Pairs, share: float) -> Pairs:
+def smoothed_logistic_loss(x: PairValues, label_smoothing: float) -> PairValues:
     """-log S(x) when that share of the labels is flipped."""
-    return -(1 - share) * F.logsigmoid(x) - share * F.logsigmoid(-x)
+    return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
 
 
-def difference(answers: Answers) -> Pairs:
+def chosen_minus_rejected(answers: AnswerValues) -> PairValues:
     """Chosen minus rejected."""
     return answers[:, 0] - answers[:, 1]
 
 
-def ascending(values: Pairs) -> Pairs:
+def sort_ascending(values: PairValues) -> PairValues:
     """Sorted over the batch."""
     return torch.sort(values).values

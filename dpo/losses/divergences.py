@@ -12,22 +12,22 @@ from math import log
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo.losses.base import Answers, Checked, parameter
+from dpo.losses.base import AnswerValues, BoundedFields, bounded_field
 
-LIMIT = 30.0  # e^30 = 1e13: its product with a log-ratio of 1e4 can still be squared in float32
+EXPM1_LIMIT = 30.0  # e^30 = 1e13: its product with a log-ratio of 1e4 can still be squared in float32
 
 
-def expm1(x: Tensor) -> Tensor:
+def safe_expm1(x: Tensor) -> Tensor:
     """exp(x) - 1 up to `LIMIT`, its tangent beyond: finite, rising, with a gradient that does not vanish."""
-    low = x.clamp(max=LIMIT)
+    low = x.clamp(max=EXPM1_LIMIT)
     return low.expm1() + low.exp() * (x - low)
 
 
-class Divergence(Checked, ABC):
+class Divergence(BoundedFields, ABC):
     """How far the policy may move, as a score of the log-ratio."""
 
     @abstractmethod
-    def __call__(self, logratios: Answers) -> Answers:
+    def __call__(self, logratios: AnswerValues) -> AnswerValues:
         """The score of each answer."""
 
 
@@ -38,7 +38,7 @@ class ReverseKL(Divergence):
     D
     """
 
-    def __call__(self, logratios: Answers) -> Answers:
+    def __call__(self, logratios: AnswerValues) -> AnswerValues:
         """f(t) = t log t."""
         return logratios
 
@@ -53,9 +53,9 @@ class ForwardKL(Divergence):
     1 - exp(-D)
     """
 
-    def __call__(self, logratios: Answers) -> Answers:
+    def __call__(self, logratios: AnswerValues) -> AnswerValues:
         """f(t) = -log t."""
-        return -expm1(-logratios)
+        return -safe_expm1(-logratios)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class JensenShannon(Divergence):
     log 2 + log S(D)
     """
 
-    def __call__(self, logratios: Answers) -> Answers:
+    def __call__(self, logratios: AnswerValues) -> AnswerValues:
         """f(t) = t log t - (t + 1) log((t + 1) / 2)."""
         return log(2) + F.logsigmoid(logratios)
 
@@ -80,7 +80,7 @@ class Alpha(Divergence):
         alpha: At least 0 and not 1.
     """
 
-    alpha: float = parameter(0.5, "[0, inf)")
+    alpha: float = bounded_field(0.5, "[0, inf)")
 
     def __post_init__(self) -> None:
         """Check alpha.
@@ -92,7 +92,7 @@ class Alpha(Divergence):
         if self.alpha == 1:
             raise ValueError("alpha: expected a number other than 1, got 1: that divergence is ReverseKL.")
 
-    def __call__(self, logratios: Answers) -> Answers:
+    def __call__(self, logratios: AnswerValues) -> AnswerValues:
         """f'(t) = (t^(alpha-1) - 1) / (alpha - 1)."""
         power = self.alpha - 1
-        return expm1(power * logratios) / power
+        return safe_expm1(power * logratios) / power

@@ -10,7 +10,15 @@ from math import log
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo.losses.base import NoConstant, PairLogps, PairLoss, Pairs, difference, parameter, smoothed
+from dpo.losses.base import (
+    PairLogps,
+    PairLoss,
+    PairValues,
+    UnknownInitialLoss,
+    bounded_field,
+    chosen_minus_rejected,
+    smoothed_logistic_loss,
+)
 from dpo.losses.divergences import REVERSE_KL, Divergence
 
 
@@ -28,15 +36,17 @@ class DPO(PairLoss):
         divergence: Score of a log-ratio.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
-    label_smoothing: float = parameter(0.0, "[0, 0.5]")
+    beta: float = bounded_field(0.1, "(0, inf)")
+    label_smoothing: float = bounded_field(0.0, "[0, 0.5]")
     divergence: Divergence = REVERSE_KL
-    at_start = log(2)
+    initial_loss = log(2)
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
-        h = difference(self.divergence(logps.logratios))
-        return smoothed(self.beta * h, self.label_smoothing)  # 2305.18290 eq. 7; e > 0: ericmitchell.ai/cdpo.pdf eq. 3
+        h = chosen_minus_rejected(self.divergence(logps.logratios))
+        return smoothed_logistic_loss(
+            self.beta * h, self.label_smoothing
+        )  # 2305.18290 eq. 7; e > 0: ericmitchell.ai/cdpo.pdf eq. 3
 
 
 @dataclass(frozen=True)
@@ -52,15 +62,17 @@ class ODPO(PairLoss):
         divergence: Score of a log-ratio.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
+    beta: float = bounded_field(0.1, "(0, inf)")
     divergence: Divergence = REVERSE_KL
-    at_start = NoConstant("it depends on the margins of the data")
+    initial_loss = UnknownInitialLoss("it depends on the margins of the data")
     uses_margins = True
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
         margins = 0.0 if logps.margins is None else logps.margins
-        return -F.logsigmoid(self.beta * difference(self.divergence(logps.logratios)) - margins)  # 2402.10571, ODPO
+        return -F.logsigmoid(
+            self.beta * chosen_minus_rejected(self.divergence(logps.logratios)) - margins
+        )  # 2402.10571, ODPO
 
 
 @dataclass(frozen=True)
@@ -77,14 +89,14 @@ class RobustDPO(PairLoss):
         divergence: Score of a log-ratio.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
-    label_smoothing: float = parameter(0.1, "[0, 0.5)")
+    beta: float = bounded_field(0.1, "(0, inf)")
+    label_smoothing: float = bounded_field(0.1, "[0, 0.5)")
     divergence: Divergence = REVERSE_KL
-    at_start = log(2)
+    initial_loss = log(2)
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
-        x, e = self.beta * difference(self.divergence(logps.logratios)), self.label_smoothing
+        x, e = self.beta * chosen_minus_rejected(self.divergence(logps.logratios)), self.label_smoothing
         return (-(1 - e) * F.logsigmoid(x) + e * F.logsigmoid(-x)) / (1 - 2 * e)  # 2403.00409, rDPO
 
 
@@ -101,16 +113,16 @@ class IPO(PairLoss):
         divergence: Score of a log-ratio.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
+    beta: float = bounded_field(0.1, "(0, inf)")
     divergence: Divergence = REVERSE_KL
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
-        h = difference(self.divergence(logps.logratios) / logps.lengths)
+        h = chosen_minus_rejected(self.divergence(logps.logratios) / logps.lengths)
         return (h - 1 / (2 * self.beta)) ** 2  # 2310.12036 eq. 17
 
     @property
-    def at_start(self) -> float:
+    def initial_loss(self) -> float:
         """The squared margin."""
         return 1 / (4 * self.beta**2)
 
@@ -128,13 +140,13 @@ class Hinge(PairLoss):
         divergence: Score of a log-ratio.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
+    beta: float = bounded_field(0.1, "(0, inf)")
     divergence: Divergence = REVERSE_KL
-    at_start = 1.0
+    initial_loss = 1.0
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
-        return F.relu(1 - self.beta * difference(self.divergence(logps.logratios)))  # 2309.06657, hinge-norm
+        return F.relu(1 - self.beta * chosen_minus_rejected(self.divergence(logps.logratios)))  # 2309.06657, hinge-norm
 
 
 @dataclass(frozen=True)
@@ -151,20 +163,20 @@ class EXO(PairLoss):
         divergence: Score of a log-ratio.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
-    label_smoothing: float = parameter(1e-3, "(0, 0.5]")
+    beta: float = bounded_field(0.1, "(0, inf)")
+    label_smoothing: float = bounded_field(1e-3, "(0, 0.5]")
     divergence: Divergence = REVERSE_KL
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
-        x = self.beta * difference(self.divergence(logps.logratios))
+        x = self.beta * chosen_minus_rejected(self.divergence(logps.logratios))
         return self._part(x, 1 - self.label_smoothing) + self._part(-x, self.label_smoothing)  # 2402.00856 eq. 16
 
     def _part(self, x: Tensor, label: float) -> Tensor:
         return x.sigmoid() * (F.logsigmoid(x) - log(label))
 
     @property
-    def at_start(self) -> float:
+    def initial_loss(self) -> float:
         """q = 1/2."""
         return -log(2) - (log(1 - self.label_smoothing) + log(self.label_smoothing)) / 2
 
@@ -183,14 +195,14 @@ class DiscoPOP(PairLoss):
         divergence: Score of a log-ratio.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
-    tau: float = parameter(0.05, "(0, 1]")
+    beta: float = bounded_field(0.1, "(0, inf)")
+    tau: float = bounded_field(0.05, "(0, 1]")
     divergence: Divergence = REVERSE_KL
-    at_start = (log(2) + 1) / 2
+    initial_loss = (log(2) + 1) / 2
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
-        x = self.beta * difference(self.divergence(logps.logratios))
+        x = self.beta * chosen_minus_rejected(self.divergence(logps.logratios))
         exponential = (F.logsigmoid(x / self.tau) - x).exp()  # m exp(-x) in one exponent, which tau <= 1 keeps small
         return (-x / self.tau).sigmoid() * -F.logsigmoid(x) + exponential  # 2406.08414 eq. 5
 
@@ -208,11 +220,11 @@ class LengthNormalizedDPO(PairLoss):
         divergence: Score of a log-ratio.
     """
 
-    beta: float = parameter(5.0, "(0, inf)")
+    beta: float = bounded_field(5.0, "(0, inf)")
     divergence: Divergence = REVERSE_KL
-    at_start = log(2)
+    initial_loss = log(2)
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
-        h = difference(self.divergence(logps.logratios) / logps.lengths)
+        h = chosen_minus_rejected(self.divergence(logps.logratios) / logps.lengths)
         return -F.logsigmoid(self.beta * h)  # 2411.15124, length-normalised DPO

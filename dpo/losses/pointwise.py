@@ -9,7 +9,16 @@ from math import log
 
 import torch.nn.functional as F
 
-from dpo.losses.base import BatchLoss, PairLogps, PairLoss, Pairs, ascending, difference, parameter, smoothed
+from dpo.losses.base import (
+    BatchLoss,
+    PairLogps,
+    PairLoss,
+    PairValues,
+    bounded_field,
+    chosen_minus_rejected,
+    smoothed_logistic_loss,
+    sort_ascending,
+)
 
 
 @dataclass(frozen=True)
@@ -24,10 +33,10 @@ class NCA(PairLoss):
         beta: How strongly the policy is held near the reference.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
-    at_start = 2 * log(2)
+    beta: float = bounded_field(0.1, "(0, inf)")
+    initial_loss = 2 * log(2)
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
         chosen, rejected = (self.beta * logps.logratios).unbind(-1)
         return -F.logsigmoid(chosen) - (F.logsigmoid(-chosen) + F.logsigmoid(-rejected)) / 2  # 2402.05369, NCA, K = 2
@@ -45,10 +54,10 @@ class BCO(PairLoss):
         beta: How strongly the policy is held near the reference.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
-    at_start = 2 * log(2)
+    beta: float = bounded_field(0.1, "(0, inf)")
+    initial_loss = 2 * log(2)
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
         chosen, rejected = (self.beta * logps.logratios).unbind(-1)
         return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)  # 2404.04656, binary cross-entropy, delta = 0
@@ -66,15 +75,15 @@ class SPPO(PairLoss):
         beta: 1 / eta of the paper.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
+    beta: float = bounded_field(0.1, "(0, inf)")
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
         (chosen, rejected), target = logps.logratios.unbind(-1), 1 / (2 * self.beta)
         return (chosen - target) ** 2 + (rejected + target) ** 2  # 2405.00675 eq. 4.7, P = 1 and 0
 
     @property
-    def at_start(self) -> float:
+    def initial_loss(self) -> float:
         """Both targets squared."""
         return 1 / (2 * self.beta**2)
 
@@ -91,10 +100,10 @@ class APOZero(PairLoss):
         beta: How strongly the policy is held near the reference.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
-    at_start = 1.0
+    beta: float = bounded_field(0.1, "(0, inf)")
+    initial_loss = 1.0
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
         chosen, rejected = (self.beta * logps.logratios).unbind(-1)
         return (-chosen).sigmoid() + rejected.sigmoid()  # 2408.06266 eq. 7; 1 - S(x) = S(-x)
@@ -112,10 +121,10 @@ class APODown(PairLoss):
         beta: How strongly the policy is held near the reference.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
-    at_start = 1.0
+    beta: float = bounded_field(0.1, "(0, inf)")
+    initial_loss = 1.0
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
         chosen, rejected = (self.beta * logps.logratios).unbind(-1)
         return chosen.sigmoid() + (rejected - chosen).sigmoid()  # 2408.06266 eq. 8
@@ -134,14 +143,17 @@ class AOT(BatchLoss):
         label_smoothing: e, assumed share of flipped labels.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
-    label_smoothing: float = parameter(0.0, "[0, 0.5]")
-    at_start = log(2)
+    beta: float = bounded_field(0.1, "(0, inf)")
+    label_smoothing: float = bounded_field(0.0, "[0, 0.5]")
+    initial_loss = log(2)
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """One value per rank; only their sum means something."""
-        policy, reference = ascending(difference(logps.policy)), ascending(difference(logps.reference))
-        return smoothed(self.beta * (policy - reference), self.label_smoothing)  # 2406.05882, paired
+        policy, reference = (
+            sort_ascending(chosen_minus_rejected(logps.policy)),
+            sort_ascending(chosen_minus_rejected(logps.reference)),
+        )
+        return smoothed_logistic_loss(self.beta * (policy - reference), self.label_smoothing)  # 2406.05882, paired
 
 
 @dataclass(frozen=True)
@@ -157,11 +169,11 @@ class AOTUnpaired(BatchLoss):
         label_smoothing: e, assumed share of flipped labels.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
-    label_smoothing: float = parameter(0.0, "[0, 0.5]")
-    at_start = log(2)
+    beta: float = bounded_field(0.1, "(0, inf)")
+    label_smoothing: float = bounded_field(0.0, "[0, 0.5]")
+    initial_loss = log(2)
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """One value per rank; only their sum means something."""
-        chosen, rejected = map(ascending, logps.logratios.unbind(-1))
-        return smoothed(self.beta * (chosen - rejected), self.label_smoothing)  # 2406.05882, unpaired
+        chosen, rejected = map(sort_ascending, logps.logratios.unbind(-1))
+        return smoothed_logistic_loss(self.beta * (chosen - rejected), self.label_smoothing)  # 2406.05882, unpaired

@@ -9,14 +9,22 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from dpo.losses.base import Answers, PairLogps, Pairs, PolicyLoss, difference, parameter, smoothed
+from dpo.losses.base import (
+    AnswerValues,
+    PairLogps,
+    PairValues,
+    PolicyLoss,
+    bounded_field,
+    chosen_minus_rejected,
+    smoothed_logistic_loss,
+)
 
-CERTAIN = -torch.finfo(torch.float32).eps  # log of the largest probability whose odds are taken: 1 has none
+MAX_LOG_PROBABILITY = -torch.finfo(torch.float32).eps  # log of the largest probability whose odds are taken: 1 has none
 
 
-def nll(logps: PairLogps) -> Pairs:
+def chosen_nll(logps: PairLogps) -> PairValues:
     """-lp_w / |y_w|: negative log-likelihood of a token of the chosen answer, nats."""
-    return -logps.per_token[:, 0]
+    return -logps.mean_token_logps[:, 0]
 
 
 @dataclass(frozen=True)
@@ -28,13 +36,13 @@ class NLL(PolicyLoss):
     Pang et al. 2024, arXiv 2404.19733, equation 1 (RPO); Wang et al. 2024, arXiv 2411.10442 (MPO)
     """
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair: every answer weighs the same, however long."""
-        return nll(logps)  # 2404.19733 eq. 1, second term
+        return chosen_nll(logps)  # 2404.19733 eq. 1, second term
 
-    def rewards(self, logps: PairLogps) -> Answers:
+    def rewards(self, logps: PairLogps) -> AnswerValues:
         """lp / |y|."""
-        return logps.per_token.detach()
+        return logps.mean_token_logps.detach()
 
 
 @dataclass(frozen=True)
@@ -50,16 +58,16 @@ class SimPO(PolicyLoss):
         gamma: Margin that the reward of the chosen answer has to gain.
     """
 
-    beta: float = parameter(2.0, "(0, inf)")
-    gamma: float = parameter(1.0, "[0, inf)")
+    beta: float = bounded_field(2.0, "(0, inf)")
+    gamma: float = bounded_field(1.0, "[0, inf)")
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
-        return -F.logsigmoid(self.beta * difference(logps.per_token) - self.gamma)  # 2405.14734 eq. 6
+        return -F.logsigmoid(self.beta * chosen_minus_rejected(logps.mean_token_logps) - self.gamma)  # 2405.14734 eq. 6
 
-    def rewards(self, logps: PairLogps) -> Answers:
+    def rewards(self, logps: PairLogps) -> AnswerValues:
         """b lp / |y|."""
-        return self.beta * logps.per_token.detach()
+        return self.beta * logps.mean_token_logps.detach()
 
 
 @dataclass(frozen=True)
@@ -76,16 +84,18 @@ class CPO(PolicyLoss):
         label_smoothing: e, assumed share of flipped labels.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
-    alpha: float = parameter(1.0, "[0, inf)")
-    label_smoothing: float = parameter(0.0, "[0, 0.5]")
+    beta: float = bounded_field(0.1, "(0, inf)")
+    alpha: float = bounded_field(1.0, "[0, inf)")
+    label_smoothing: float = bounded_field(0.0, "[0, 0.5]")
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
-        prefer = smoothed(self.beta * difference(logps.policy), self.label_smoothing)  # 2401.08417 eq. 3
-        return prefer + self.alpha * nll(logps)
+        prefer = smoothed_logistic_loss(
+            self.beta * chosen_minus_rejected(logps.policy), self.label_smoothing
+        )  # 2401.08417 eq. 3
+        return prefer + self.alpha * chosen_nll(logps)
 
-    def rewards(self, logps: PairLogps) -> Answers:
+    def rewards(self, logps: PairLogps) -> AnswerValues:
         """b lp."""
         return self.beta * logps.policy.detach()
 
@@ -102,14 +112,14 @@ class ORPO(PolicyLoss):
         beta: lambda of the paper, weight of the odds ratio.
     """
 
-    beta: float = parameter(0.1, "(0, inf)")
+    beta: float = bounded_field(0.1, "(0, inf)")
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
-        n = logps.per_token.clamp(max=CERTAIN)
+        n = logps.mean_token_logps.clamp(max=MAX_LOG_PROBABILITY)
         log_odds = n - (-n.expm1()).log()  # 2403.07691 eq. 4
-        return nll(logps) - self.beta * F.logsigmoid(difference(log_odds))  # 2403.07691 eq. 6 and 7
+        return chosen_nll(logps) - self.beta * F.logsigmoid(chosen_minus_rejected(log_odds))  # 2403.07691 eq. 6 and 7
 
-    def rewards(self, logps: PairLogps) -> Answers:
+    def rewards(self, logps: PairLogps) -> AnswerValues:
         """b lp / |y|."""
-        return self.beta * logps.per_token.detach()
+        return self.beta * logps.mean_token_logps.detach()

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from dpo.losses.base import Answers, NoConstant, PairLogps, Pairs, PreferenceLoss, parameter
+from dpo.losses.base import AnswerValues, PairLogps, PairValues, PreferenceLoss, UnknownInitialLoss, bounded_field
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,22 @@ class Sum(PreferenceLoss):
                 f"{[type(loss).__name__ for loss in self.losses]} and the weights {list(self.weights)}."
             )
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
         terms = [weight * loss(logps) for loss, weight in zip(self.losses, self.weights, strict=True)]
         return torch.stack(terms).sum(0)  # 2411.10442, the weighted sum of preference, quality and generation losses
 
-    def rewards(self, logps: PairLogps) -> Answers:
+    def rewards(self, logps: PairLogps) -> AnswerValues:
         """Those of the first loss that uses a reference, or else of the first."""
         return next((loss for loss in self.losses if loss.uses_reference), self.losses[0]).rewards(logps)
 
     @property
-    def at_start(self) -> float | NoConstant:
+    def initial_loss(self) -> float | UnknownInitialLoss:
         """The sum of the constants, if every loss has one."""
         total = 0.0
         for loss, weight in zip(self.losses, self.weights, strict=True):
-            start = loss.at_start
-            if isinstance(start, NoConstant):
+            start = loss.initial_loss
+            if isinstance(start, UnknownInitialLoss):
                 return start
             total += weight * start
         return total
@@ -72,12 +72,12 @@ class Sum(PreferenceLoss):
         return any(loss.uses_margins for loss in self.losses)
 
     @property
-    def whole_batch(self) -> bool:
+    def needs_whole_batch(self) -> bool:
         """Whether any loss does."""
-        return any(loss.whole_batch for loss in self.losses)
+        return any(loss.needs_whole_batch for loss in self.losses)
 
 
-class Modifier(PreferenceLoss):
+class LossModifier(PreferenceLoss):
     """A loss around one other."""
 
     loss: PreferenceLoss
@@ -93,13 +93,13 @@ class Modifier(PreferenceLoss):
         return self.loss.uses_margins
 
     @property
-    def whole_batch(self) -> bool:
+    def needs_whole_batch(self) -> bool:
         """As the loss inside."""
-        return self.loss.whole_batch
+        return self.loss.needs_whole_batch
 
 
 @dataclass(frozen=True)
-class LD(Modifier):
+class LD(LossModifier):
     """Length desensitization (LD-DPO): tokens beyond the length of the shorter answer weigh less.
 
     the loss inside, with lp = sum of the first min(|y_w|, |y_l|) tokens + alpha * sum of the rest, under both models
@@ -112,39 +112,39 @@ class LD(Modifier):
     """
 
     loss: PreferenceLoss
-    alpha: float = parameter(0.5, "[0, 1]")
+    alpha: float = bounded_field(0.5, "[0, 1]")
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
         return self.loss(self._weighed(logps))
 
-    def rewards(self, logps: PairLogps) -> Answers:
+    def rewards(self, logps: PairLogps) -> AnswerValues:
         """Those of the loss inside, with the same weights."""
         return self.loss.rewards(self._weighed(logps))
 
     @property
-    def at_start(self) -> float | NoConstant:
+    def initial_loss(self) -> float | UnknownInitialLoss:
         """As the loss inside: log-ratios of 0 stay 0."""
-        return self.loss.at_start
+        return self.loss.initial_loss
 
     def _weighed(self, logps: PairLogps) -> PairLogps:
-        weights = torch.where(beyond(logps), self.alpha, 1.0)
-        policy, reference = weights * logps.policy_tokens, weights * logps.reference_tokens  # 2409.06411
-        return replace(logps, policy_tokens=policy, reference_tokens=reference)
+        weights = torch.where(beyond_shorter_answer(logps), self.alpha, 1.0)
+        policy, reference = weights * logps.policy_token_logps, weights * logps.reference_token_logps  # 2409.06411
+        return replace(logps, policy_token_logps=policy, reference_token_logps=reference)
 
 
-def beyond(logps: PairLogps) -> Bool[Tensor, " scored"]:
+def beyond_shorter_answer(logps: PairLogps) -> Bool[Tensor, " scored"]:
     """Which tokens stand behind as many tokens as the shorter answer of their pair has."""
-    lengths = torch.tensor(logps.counts, device=logps.policy_tokens.device)
+    lengths = torch.tensor(logps.answer_lengths, device=logps.policy_token_logps.device)
     shorter = lengths.reshape(-1, 2).amin(1).repeat_interleave(2)
     starts = lengths.cumsum(0) - lengths
-    ends, total = starts + shorter, len(logps.policy_tokens)
+    ends, total = starts + shorter, len(logps.policy_token_logps)
     index = torch.arange(total, device=ends.device)
     return index >= ends.repeat_interleave(lengths, output_size=total)
 
 
 @dataclass(frozen=True)
-class WPO(Modifier):
+class WPO(LossModifier):
     """Weighted Preference Optimization: pairs weigh by how likely the policy itself would give both answers.
 
     the loss inside times w_w * w_l, w = exp(mean over tokens of [log p - log sum_v p_v^2]), without a gradient
@@ -163,22 +163,22 @@ class WPO(Modifier):
         Raises:
             ValueError: It sorts the batch, so that its values are not those of pairs.
         """
-        if self.loss.whole_batch:
+        if self.loss.needs_whole_batch:
             raise ValueError(
                 f"WPO weighs single pairs, and {self.loss} has no values of single pairs: "
                 "choose any loss but AOT and AOTUnpaired inside."
             )
 
-    def __call__(self, logps: PairLogps) -> Pairs:
+    def __call__(self, logps: PairLogps) -> PairValues:
         """The loss of each pair."""
-        weights = (logps.per_answer(logps.on_policy) / logps.lengths).exp()  # 2406.11827 eq. 2
+        weights = (logps.answer_sums(logps.on_policy_log_weights) / logps.lengths).exp()  # 2406.11827 eq. 2
         return self.loss(logps) * weights.prod(-1)
 
-    def rewards(self, logps: PairLogps) -> Answers:
+    def rewards(self, logps: PairLogps) -> AnswerValues:
         """Those of the loss inside."""
         return self.loss.rewards(logps)
 
     @property
-    def at_start(self) -> NoConstant:
+    def initial_loss(self) -> UnknownInitialLoss:
         """The weights are the policy's own."""
-        return NoConstant("WPO weighs every pair by how likely the policy gives its answers")
+        return UnknownInitialLoss("WPO weighs every pair by how likely the policy gives its answers")

@@ -23,46 +23,46 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from dpo.models.batch import Layout, moved_to
+from dpo.models.batch import RowLayout, move_to_device
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-CAUSAL = cast(MaskFunction, causal_mask_function)  # declared for ints, meant for tensors
+CAUSAL_MASK = cast(MaskFunction, causal_mask_function)  # declared for ints, meant for tensors
 
 
-class NotShareable(ValueError):
+class NotShareableError(ValueError):
     """The model asks its attention for something that branches cannot give."""
 
 
 @dataclass(frozen=True, eq=False)
-class Rule:
+class MaskRule:
     """Which positions see which; `window` where that is "the newest so many keys" and nothing else."""
 
-    sees: MaskFunction
+    mask_function: MaskFunction
     window: int | None = None
 
-    def __getitem__(self, kept: object) -> "Rule":
+    def __getitem__(self, kept: object) -> "MaskRule":
         """Of the queries that are kept: it asks for their positions, not for their places (Gemma 4)."""
         return self
 
 
-def rule_of(
+def make_mask_rule(
     *,
     mask_function: MaskFunction,
     local_size: int | None = None,
     use_vmap: bool = False,
     device: Any = None,
     **_: object,
-) -> Rule | None:
+) -> MaskRule | None:
     """What `transformers` hands to the layers as mask: the rule itself, or None for plain causal attention.
 
     Raises:
         NotShareable: The mask is no function of positions.
     """
     if use_vmap:
-        raise NotShareable("it adds a mask of its own that is not a function of positions alone")
-    if mask_function is CAUSAL:
+        raise NotShareableError("it adds a mask of its own that is not a function of positions alone")
+    if mask_function is CAUSAL_MASK:
         return None
-    return Rule(mask_function, local_size if local_size and _slides(mask_function, local_size, device) else None)
+    return MaskRule(mask_function, local_size if local_size and _slides(mask_function, local_size, device) else None)
 
 
 def _slides(sees: MaskFunction, size: int, device: Any) -> bool:
@@ -76,19 +76,19 @@ def _visible(sees: MaskFunction, queries: Tensor, keys: Tensor) -> Bool[Tensor, 
     return sees(zero, zero, queries[:, None], keys[None, :]).expand(len(queries), len(keys))
 
 
-def masks(layout: Layout, rule: Rule | None) -> list[Bool[Tensor, "queries keys"] | None]:
+def segment_masks(layout: RowLayout, rule: MaskRule | None) -> list[Bool[Tensor, "queries keys"] | None]:
     """One mask for every trunk (None: plain causal) and every further branch."""
-    sees, found = rule.sees if rule else CAUSAL, list[Tensor | None]()
+    sees, found = rule.mask_function if rule else CAUSAL_MASK, list[Tensor | None]()
     for group in layout.groups:
-        trunk = layout.positions[group.trunk]
+        trunk = layout.position_ids[group.trunk_slice]
         found.append(_visible(sees, trunk, trunk) if rule else None)
-        for branch in group.others():
-            own = layout.positions[branch]
-            found.append(_visible(sees, own, torch.cat([trunk[: group.prompt], own])))
+        for branch in group.other_branch_slices():
+            own = layout.position_ids[branch]
+            found.append(_visible(sees, own, torch.cat([trunk[: group.prompt_length], own])))
     return found
 
 
-NAME = "prefix_shared"
+PREFIX_SHARED_NAME = "prefix_shared"
 
 
 def _explicit(
@@ -114,7 +114,7 @@ def _explicit(
 
 
 def _by_segments(
-    layout: Layout, query: Tensor, key: Tensor, value: Tensor, rule: Rule | None, scale: float, **special: Any
+    layout: RowLayout, query: Tensor, key: Tensor, value: Tensor, rule: MaskRule | None, scale: float, **special: Any
 ) -> Tensor:
     """One attention call for every trunk and every branch."""
     repeats = query.shape[1] // key.shape[1]
@@ -127,60 +127,62 @@ def _by_segments(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
 
     # split, not slices: the gradient of a slice is as large as the whole row
-    queries = query.split(layout.segments, dim=2)
+    queries = query.split(layout.segment_lengths, dim=2)
     keys, values = _branch_keys(layout, key), _branch_keys(layout, value)
-    seen = layout.once(rule, lambda: masks(layout, rule))
+    seen = layout.compute_once(rule, lambda: segment_masks(layout, rule))
     parts = [attend(*inputs) for inputs in zip(queries, keys, values, seen, strict=True)]
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1)
 
 
-def _branch_keys(layout: Layout, x: Tensor) -> Iterator[Tensor]:
+def _branch_keys(layout: RowLayout, x: Tensor) -> Iterator[Tensor]:
     """Keys (or values) of every segment: of a trunk its own, of any further branch those of its prompt and its own."""
-    segments = iter(x.split(layout.segments, dim=2))
-    prompts = x.split([n for group in layout.groups for n in (group.prompt, sum(group.branches))], dim=2)[::2]
+    segments = iter(x.split(layout.segment_lengths, dim=2))
+    prompts = x.split([n for group in layout.groups for n in (group.prompt_length, sum(group.branch_lengths))], dim=2)[
+        ::2
+    ]
     for group, prompt in zip(layout.groups, prompts, strict=True):
         yield next(segments)
-        for _ in group.branches[1:]:
+        for _ in group.branch_lengths[1:]:
             yield torch.cat([prompt, next(segments)], dim=2)
 
 
 @dataclass(frozen=True)
-class Ragged:
+class VarlenSegments:
     """All segments of a row for one call of a variable-length kernel: where each begins, and which keys it has."""
 
     query_starts: Tensor
     key_starts: Tensor
-    keys: Tensor
-    longest_query: int
-    longest_key: int
+    key_indices: Tensor
+    max_query_length: int
+    max_key_length: int
 
 
-def _ragged(layout: Layout) -> Ragged:
+def _ragged(layout: RowLayout) -> VarlenSegments:
     rows = []
     for group in layout.groups:
-        rows.append(list(range(group.trunk.start, group.trunk.stop)))
-        prompt = rows[-1][: group.prompt]
-        rows.extend(prompt + list(range(branch.start, branch.stop)) for branch in group.others())
+        rows.append(list(range(group.trunk_slice.start, group.trunk_slice.stop)))
+        prompt = rows[-1][: group.prompt_length]
+        rows.extend(prompt + list(range(branch.start, branch.stop)) for branch in group.other_branch_slices())
     lengths, keys = list(map(len, rows)), torch.tensor([token for row in rows for token in row])
-    starts = (torch.tensor([0, *accumulate(each)], dtype=torch.int32) for each in (layout.segments, lengths))
-    query_starts, key_starts, keys = (moved_to(each, layout.positions.device) for each in (*starts, keys))
-    return Ragged(query_starts, key_starts, keys, max(layout.segments), max(lengths))
+    starts = (torch.tensor([0, *accumulate(each)], dtype=torch.int32) for each in (layout.segment_lengths, lengths))
+    query_starts, key_starts, keys = (move_to_device(each, layout.position_ids.device) for each in (*starts, keys))
+    return VarlenSegments(query_starts, key_starts, keys, max(layout.segment_lengths), max(lengths))
 
 
 def _in_one_call(
-    layout: Layout, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
+    layout: RowLayout, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
 ) -> Float[Tensor, "1 tokens heads dim"]:
     """All segments in one call; causal from the bottom right, so a branch sees its whole prompt."""
-    ragged: Ragged = layout.once(Ragged, lambda: _ragged(layout))
+    ragged: VarlenSegments = layout.compute_once(VarlenSegments, lambda: _ragged(layout))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     attended = varlen_attn(
         q.contiguous(),
-        k[ragged.keys],
-        v[ragged.keys],
+        k[ragged.key_indices],
+        v[ragged.key_indices],
         ragged.query_starts,
         ragged.key_starts,
-        ragged.longest_query,
-        ragged.longest_key,
+        ragged.max_query_length,
+        ragged.max_key_length,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
@@ -195,14 +197,14 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
     return query.is_cuda and half and sizes and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def attention(
+def prefix_shared_attention(
     module: nn.Module,
     query: Float[Tensor, "1 heads tokens dim"],
     key: Float[Tensor, "1 groups tokens dim"],
     value: Float[Tensor, "1 groups tokens value"],
-    attention_mask: Rule | None,
+    attention_mask: MaskRule | None,
     *,
-    layout: Layout,
+    layout: RowLayout,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -214,7 +216,7 @@ def attention(
         NotShareable: The layer is not causal.
     """
     if not getattr(module, "is_causal", True):
-        raise NotShareable(f"{type(module).__name__} is not causal")
+        raise NotShareableError(f"{type(module).__name__} is not causal")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):  # rotary positions leave queries and keys in float32
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
@@ -226,5 +228,5 @@ def attention(
 
 
 # The loops over segments would be compiled anew for every batch; without them the layer around is compiled once.
-AttentionInterface.register(NAME, torch.compiler.disable(attention))
-AttentionMaskInterface.register(NAME, rule_of)
+AttentionInterface.register(PREFIX_SHARED_NAME, torch.compiler.disable(prefix_shared_attention))
+AttentionMaskInterface.register(PREFIX_SHARED_NAME, make_mask_rule)

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def moved_to(tensor: Tensor, device: torch.device | str) -> Tensor:
+def move_to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor on a device; to CUDA through pinned memory, so that nobody waits for the copy."""
     if torch.device(device).type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
@@ -48,54 +48,54 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """A prompt and its branches in the flat row: lengths in tokens, ``start`` the index of the first."""
 
     start: int
-    prompt: int
-    branches: tuple[int, ...]
+    prompt_length: int
+    branch_lengths: tuple[int, ...]
 
     @property
-    def trunk(self) -> slice:
+    def trunk_slice(self) -> slice:
         """The prompt and the first branch: contiguous, causal."""
-        return slice(self.start, self.start + self.prompt + self.branches[0])
+        return slice(self.start, self.start + self.prompt_length + self.branch_lengths[0])
 
     @property
-    def segments(self) -> list[int]:
+    def segment_lengths(self) -> list[int]:
         """Lengths of the trunk and of every further branch: the pieces of the row that attend as one."""
-        return [self.prompt + self.branches[0], *self.branches[1:]]
+        return [self.prompt_length + self.branch_lengths[0], *self.branch_lengths[1:]]
 
-    def others(self) -> list[slice]:
+    def other_branch_slices(self) -> list[slice]:
         """Every further branch."""
-        starts = [self.trunk.stop]
-        for length in self.branches[1:]:
+        starts = [self.trunk_slice.stop]
+        for length in self.branch_lengths[1:]:
             starts.append(starts[-1] + length)
         return [slice(a, b) for a, b in pairwise(starts)]
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """Which tokens of a flat row attend to which; `positions` are the position ids of the tokens."""
 
-    groups: tuple[Group, ...]
-    positions: Int[Tensor, " tokens"]
-    made: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
+    groups: tuple[PromptGroup, ...]
+    position_ids: Int[Tensor, " tokens"]
+    computed: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def segments(self) -> list[int]:
+    def segment_lengths(self) -> list[int]:
         """Lengths of the pieces of the row that attend as one, all groups after each other."""
-        return [length for group in self.groups for length in group.segments]
+        return [length for group in self.groups for length in group.segment_lengths]
 
-    def once(self, key: object, make: Callable[[], T]) -> T:
+    def compute_once(self, key: object, compute: Callable[[], _T]) -> _T:
         """What `make` gives, made when it is first asked for under this key: all layers share it."""
-        if key not in self.made:
-            self.made[key] = make()
-        made: T = self.made[key]
+        if key not in self.computed:
+            self.computed[key] = compute()
+        made: _T = self.computed[key]
         return made
 
-    def to(self, device: torch.device | str) -> "Layout":
+    def to(self, device: torch.device | str) -> "RowLayout":
         """The same on another device; what was made once is made again there."""
-        return Layout(self.groups, moved_to(self.positions, device))
+        return RowLayout(self.groups, move_to_device(self.position_ids, device))
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Batch:
 
     ids: tuple[str, ...]
     tokens: Int[Tensor, " tokens"]
-    layout: Layout
-    predictors: Int[Tensor, " scored"]
+    layout: RowLayout
+    predictor_indices: Int[Tensor, " scored"]
     targets: Int[Tensor, " scored"]
     lengths: tuple[int, ...]
     weights: Float[Tensor, " examples"]
@@ -124,21 +124,21 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
-        tensors = ("tokens", "predictors", "targets", "weights", "margins")
-        moved: dict[str, Any] = {name: moved_to(getattr(self, name), device) for name in tensors}
+        tensors = ("tokens", "predictor_indices", "targets", "weights", "margins")
+        moved: dict[str, Any] = {name: move_to_device(getattr(self, name), device) for name in tensors}
         return replace(self, layout=self.layout.to(device), **moved)
 
     def __len__(self) -> int:
         """Number of examples."""
         return len(self.ids)
 
-    def sequences(self) -> list[Int[Tensor, " length"]]:
+    def answer_sequences(self) -> list[Int[Tensor, " length"]]:
         """Each answer behind its prompt as token ids of its own (without its last token, which predicts nothing)."""
         rows = []
         for group in self.layout.groups:
-            rows.append(self.tokens[group.trunk])
-            prompt = self.tokens[group.start : group.start + group.prompt]
-            rows.extend(torch.cat([prompt, self.tokens[branch]]) for branch in group.others())
+            rows.append(self.tokens[group.trunk_slice])
+            prompt = self.tokens[group.start : group.start + group.prompt_length]
+            rows.extend(torch.cat([prompt, self.tokens[branch]]) for branch in group.other_branch_slices())
         return rows
 
 
@@ -165,13 +165,13 @@ def collate(examples: Sequence[Example]) -> Batch:
             predictors.extend(range(len(tokens), len(tokens) + len(answer) - 1))
             tokens.extend(answer[:-1])
             positions.extend(range(prompt, prompt + len(answer) - 1))
-        groups.append(Group(start, prompt, tuple(len(answer) - 1 for answer in example.answers)))
+        groups.append(PromptGroup(start, prompt, tuple(len(answer) - 1 for answer in example.answers)))
     answers = [answer for example in examples for answer in example.answers]
     return Batch(
         ids=tuple(example.id for example in examples),
         tokens=torch.tensor(tokens),
-        layout=Layout(tuple(groups), torch.tensor(positions)),
-        predictors=torch.tensor(predictors),
+        layout=RowLayout(tuple(groups), torch.tensor(positions)),
+        predictor_indices=torch.tensor(predictors),
         targets=torch.tensor([token for answer in answers for token in answer]),
         lengths=tuple(map(len, answers)),
         weights=torch.tensor([example.weight for example in examples]),

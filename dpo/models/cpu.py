@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_info
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-KERNELS = 64  # more than one pass needs; oneDNN would keep 1,024
+ONEDNN_CACHE_CAPACITY = 64  # more than one pass needs; oneDNN would keep 1,024
 
 
 def keep_freed_memory() -> None:
@@ -30,13 +30,13 @@ def keep_freed_memory() -> None:
     mallopt(M_TOP_PAD, 2**26)  # and grows by 64 MiB at a time
 
 
-def keep_few_kernels() -> None:
+def limit_onednn_cache() -> None:
     """Bound oneDNN's kernels, of which products in bfloat16 get a new one for every length of a row.
 
     They hold gigabytes after some hundred steps. To be called before the first product; what the environment says wins.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # its own cache, and PyTorch's of it
-        os.environ.setdefault(name, str(KERNELS))
+        os.environ.setdefault(name, str(ONEDNN_CACHE_CAPACITY))
 
 
 def bfloat16_where_fast() -> Precision:

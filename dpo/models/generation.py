@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria
 
-from dpo.models.prompt_sharing import plain
+from dpo.models.prompt_sharing import standard_attention
 
-WINDOW = 12  # tokens in which the next human turn is looked for; there are no more in its marker
+STOP_WINDOW_TOKENS = 12  # tokens in which the next human turn is looked for; there are no more in its marker
 
 # What a model's own generation config may say; an answer is to be a draw from the model as it is scored.
-NEUTRAL = {"top_k": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0}
+NEUTRAL_SAMPLING = {"top_k": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0}
 
 
 def _check(name: str, value: object, holds: bool, expected: str) -> None:
@@ -54,7 +54,7 @@ class Sampling:
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1 token")
 
 
-GREEDY = Sampling(answers=1, temperature=0.0)
+GREEDY_SAMPLING = Sampling(answers=1, temperature=0.0)
 
 
 @runtime_checkable
@@ -73,7 +73,7 @@ class Speech(Protocol):
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """What was written.
 
     Attributes:
@@ -84,20 +84,20 @@ class Answer:
 
     tokens: list[int]
     text: str
-    complete: bool
+    is_complete: bool
 
 
 @torch.no_grad()
-def write(
+def generate_answers(
     model: PreTrainedModel, encoder: Speech, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int
-) -> list[list[Answer]]:
+) -> list[list[GeneratedAnswer]]:
     """Answers to every prompt, the same for the same seed, models and prompts."""
     writer: Any = model  # its `generate` is declared for a private type
     width = max(map(len, prompts))
     pad = encoder.end_ids[0]
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, **NEUTRAL}
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, **NEUTRAL_SAMPLING}
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         num_return_sequences=sampling.answers,
@@ -108,7 +108,7 @@ def write(
     stop = [_NextTurn(encoder.tokenizer, encoder.next_turn, width)] if encoder.next_turn else []
     with (
         torch.compiler.set_stance("force_eager"),  # layers compiled for training would be so anew with every cache
-        plain(model),
+        standard_attention(model),
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
@@ -124,11 +124,11 @@ class _NextTurn(StoppingCriteria):
         self.tokenizer, self.marker, self.start = tokenizer, marker, start
 
     def __call__(self, input_ids: Tensor, *_: object, **__: object) -> Tensor:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.start :][:, -WINDOW:])
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :][:, -STOP_WINDOW_TOKENS:])
         return torch.tensor([self.marker in text for text in texts], device=input_ids.device)
 
 
-def _ended(ids: list[int], encoder: Speech) -> Answer:
+def _ended(ids: list[int], encoder: Speech) -> GeneratedAnswer:
     """The answer up to its end: an end of sequence, or the next human turn, which counts as one."""
     end = next((i for i, token in enumerate(ids) if token in encoder.end_ids), None)
     body = ids[:end]
@@ -136,8 +136,8 @@ def _ended(ids: list[int], encoder: Speech) -> Answer:
     turn = text.find(encoder.next_turn) if encoder.next_turn else -1
     if turn >= 0:
         kept = next(n for n in range(len(body)) if len(_text(body[: n + 1], encoder)) > turn)
-        return Answer([*body[:kept], encoder.end_ids[0]], text[:turn].strip(), True)
-    return Answer(body if end is None else ids[: end + 1], text.strip(), end is not None)
+        return GeneratedAnswer([*body[:kept], encoder.end_ids[0]], text[:turn].strip(), True)
+    return GeneratedAnswer(body if end is None else ids[: end + 1], text.strip(), end is not None)
 
 
 def _text(ids: list[int], encoder: Speech) -> str:

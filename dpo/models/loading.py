@@ -21,12 +21,18 @@ from transformers.utils import cached_file, find_adapter_config_file
 from dpo import quickstart
 
 
-def locate(path: str) -> str:
+def resolve_model_path(path: str) -> str:
     """A folder or hub id as it is; the word ``quickstart`` stands for the policy that the package ships."""
-    return str(quickstart.POLICY) if path == "quickstart" else str(Path(path).expanduser()) if path[:1] == "~" else path
+    return (
+        str(quickstart.POLICY_FOLDER)
+        if path == "quickstart"
+        else str(Path(path).expanduser())
+        if path[:1] == "~"
+        else path
+    )
 
 
-def put_on(model: PreTrainedModel, adapter: Any) -> None:
+def attach_adapter(model: PreTrainedModel, adapter: Any) -> None:
     """Put an adapter on, by its peft configuration: its weights train in float32, all others are frozen.
 
     Float32 also beside weights of four bits: small updates are lost in bfloat16. Dropout stays off.
@@ -40,14 +46,16 @@ def put_on(model: PreTrainedModel, adapter: Any) -> None:
             parameter.data = parameter.data.float()
 
 
-def base_of(path: str) -> str | None:
+def adapter_base_model(path: str) -> str | None:
     """The model that the adapter in a folder or on the hub was trained on; None where there is no adapter.
 
     Raises:
         ValueError: It is an adapter that is more than LoRA, or neither a folder nor a hub id.
     """
     try:
-        file = find_adapter_config_file(locate(path), local_files_only=Path(locate(path)).is_dir())
+        file = find_adapter_config_file(
+            resolve_model_path(path), local_files_only=Path(resolve_model_path(path)).is_dir()
+        )
     except OSError as error:
         raise ValueError(f"expected the folder of a model or its hub id, got {path!r}: {error}") from error
     if file is None:
@@ -58,12 +66,12 @@ def base_of(path: str) -> str | None:
     return str(config["base_model_name_or_path"])
 
 
-ALIGNMENT = 64  # bytes, of what torch allocates
+WEIGHT_ALIGNMENT = 64  # bytes, of what torch allocates
 PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 
 
 @dataclass(frozen=True)
-class Loader:
+class ModelLoader:
     """How models are read.
 
     Attributes:
@@ -77,7 +85,7 @@ class Loader:
     def _options(self, path: str) -> dict[str, Any]:
         return {"trust_remote_code": self.trust_remote_code, "local_files_only": Path(path).is_dir()}
 
-    def model(self, path: str, **more: Any) -> PreTrainedModel:
+    def load_model(self, path: str, **options: Any) -> PreTrainedModel:
         """Read a causal language model in float32, in eval mode: scoring and training both need every dropout off.
 
         An adapter is read onto the model that it was trained on, whose weights are then frozen.
@@ -89,15 +97,20 @@ class Loader:
         Raises:
             ValueError: There is no such model, or it cannot be read as asked.
         """
-        path = locate(path)
-        base = base_of(path)
+        path = resolve_model_path(path)
+        base = adapter_base_model(path)
         if base is not None:
-            return self._adapted(self.model(base, **more), path)
+            return self._adapted(self.load_model(base, **options), path)
         safe = None if self.pickled_weights else True
         read: Any  # the model and what of it was found: declared as the model alone
         try:
             read = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=safe, output_loading_info=True, **self._options(path), **more
+                path,
+                dtype=torch.float32,
+                use_safetensors=safe,
+                output_loading_info=True,
+                **self._options(path),
+                **options,
             )
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:  # a kernel, other shapes
             raise ValueError(
@@ -122,7 +135,7 @@ class Loader:
             if not self.pickled_weights:
                 cached_file(path, "adapter_model.safetensors", **where)  # or a .bin file would be read instead
             weights = load_peft_weights(path, device="cpu", **where)
-            put_on(model, PeftConfig.from_pretrained(path, inference_mode=False, **where))
+            attach_adapter(model, PeftConfig.from_pretrained(path, inference_mode=False, **where))
             weights = {name.removeprefix(PEFT_PREFIX): weight for name, weight in weights.items()}
             found: Any = set_peft_model_state_dict(model, weights)
         except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -135,30 +148,30 @@ class Loader:
             raise ValueError(f"the adapter {path!r} does not fit its base model: no counterpart for {lost[:3]}.")
         return model
 
-    def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
+    def load_tokenizer(self, path: str) -> PreTrainedTokenizerBase:
         """Read the tokenizer of a model; an adapter without one has that of its base.
 
         Raises:
             ValueError: There is none.
         """
-        path = locate(path)
+        path = resolve_model_path(path)
         try:
             return AutoTokenizer.from_pretrained(path, **self._options(path))
         except (OSError, ValueError) as error:
-            base = base_of(path)
+            base = adapter_base_model(path)
             if base is not None:
-                return self.tokenizer(base)
+                return self.load_tokenizer(base)
             raise ValueError(f"cannot read a tokenizer from {path!r}: {error}") from error
 
 
 def _align(model: PreTrainedModel) -> None:
     """Copy weights that lie in a mapped file at any address: a product may round otherwise than with a copy of them."""
     for parameter in model.parameters():
-        if parameter.data_ptr() % ALIGNMENT:
+        if parameter.data_ptr() % WEIGHT_ALIGNMENT:
             parameter.data = parameter.data.clone()
 
 
-def adapt_layers(model: PreTrainedModel, compiled: bool, recomputed: bool) -> None:
+def prepare_layers(model: PreTrainedModel, compile_layers: bool, gradient_checkpointing: bool) -> None:
     """Compile every layer, or keep only its inputs and compute the rest again in the backward pass.
 
     Not through transformers, which recomputes in train mode (with dropout) only.
@@ -167,24 +180,26 @@ def adapt_layers(model: PreTrainedModel, compiled: bool, recomputed: bool) -> No
         ValueError: The model does not say what its layers are.
     """
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
-    if not layers and (compiled or recomputed):
-        option = "compile" if compiled else "gradient_checkpointing"
+    if not layers and (compile_layers or gradient_checkpointing):
+        option = "compile" if compile_layers else "gradient_checkpointing"
         raise ValueError(f"--model.{option}: {type(model).__name__} does not say what its layers are. Leave it out.")
     for layer in layers:
-        if compiled:
+        if compile_layers:
             layer.compile(dynamic=True)
-        if recomputed:  # around the compiled code: the reference, which recomputes nothing, runs the same kernels
-            run = "_compiled_call_impl" if compiled else "forward"
+        if (
+            gradient_checkpointing
+        ):  # around the compiled code: the reference, which recomputes nothing, runs the same kernels
+            run = "_compiled_call_impl" if compile_layers else "forward"
             setattr(layer, run, partial(checkpoint, getattr(layer, run), use_reentrant=False))
 
 
-def end_ids(path: str) -> list[int]:
+def read_end_ids(path: str) -> list[int]:
     """The ids at which the model's generation config stops; none where there is no such file."""
     try:
-        ends = GenerationConfig.from_pretrained(locate(path)).eos_token_id
+        ends = GenerationConfig.from_pretrained(resolve_model_path(path)).eos_token_id
     except OSError:
-        base = base_of(path)
-        return end_ids(base) if base is not None else []
+        base = adapter_base_model(path)
+        return read_end_ids(base) if base is not None else []
     return ends if isinstance(ends, list) else [ends] if isinstance(ends, int) else []
 
 

@@ -19,9 +19,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
-from dpo.models.loading import PEFT_PREFIX, Loader, put_on
+from dpo.models.loading import PEFT_PREFIX, ModelLoader, attach_adapter
 
-NAME = "default"  # of the one adapter of a model: what peft calls it where nothing is said
+PEFT_ADAPTER_NAME = "default"  # of the one adapter of a model: what peft calls it where nothing is said
 ALL_LINEAR = "all-linear"
 """The target that stands for every linear layer but the head."""
 
@@ -36,12 +36,12 @@ class Adapter(ABC):
     merge: bool
 
     @abstractmethod
-    def read(self, loader: Loader, path: str) -> PreTrainedModel:
+    def load_policy(self, loader: ModelLoader, path: str) -> PreTrainedModel:
         """Read the policy; what trains, and nothing else, requires a gradient."""
 
-    def exported(self, policy: PreTrainedModel) -> PreTrainedModel:
+    def model_to_export(self, policy: PreTrainedModel) -> PreTrainedModel:
         """What a run leaves of its policy."""
-        return merged(policy) if self.merge else policy
+        return merge_adapter(policy) if self.merge else policy
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class AsLoaded(Adapter):
     four_bits: bool = False
     merge: bool = False
 
-    def read(self, loader: Loader, path: str) -> PreTrainedModel:
+    def load_policy(self, loader: ModelLoader, path: str) -> PreTrainedModel:
         """Read it.
 
         Raises:
             ValueError: It is no adapter, and four bits were asked for (which cannot train), or that it be merged.
         """
-        policy = loader.model(path, **(_four_bits() if self.four_bits else {}))
-        if (self.four_bits or self.merge) and not layers(policy):
+        policy = loader.load_model(path, **(_four_bits() if self.four_bits else {}))
+        if (self.four_bits or self.merge) and not adapter_layers(policy):
             option, to_add = ("four_bits", "QLoRA") if self.four_bits else ("merge", "LoRA")
             raise ValueError(f"--model.adapter.{option}: {path!r} is no adapter. To add one: --model.adapter {to_add}.")
         return policy
@@ -85,9 +85,9 @@ class LoRA(Adapter):
     targets: tuple[str, ...] = (ALL_LINEAR,)
     merge: bool = False
 
-    def read(self, loader: Loader, path: str) -> PreTrainedModel:
+    def load_policy(self, loader: ModelLoader, path: str) -> PreTrainedModel:
         """Read the policy and add a new adapter, which changes nothing before it is trained."""
-        return _add(loader.model(path), path, self.r, self.alpha, self.targets)
+        return _add(loader.load_model(path), path, self.r, self.alpha, self.targets)
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class QLoRA(Adapter):
     targets: tuple[str, ...] = (ALL_LINEAR,)
     merge = False  # the sum would have to be quantised again: not the model that was trained
 
-    def read(self, loader: Loader, path: str) -> PreTrainedModel:
+    def load_policy(self, loader: ModelLoader, path: str) -> PreTrainedModel:
         """Read the policy in four bits and add a new adapter, which changes nothing before it is trained."""
-        return _add(loader.model(path, **_four_bits()), path, self.r, self.alpha, self.targets)
+        return _add(loader.load_model(path, **_four_bits()), path, self.r, self.alpha, self.targets)
 
 
 def _four_bits() -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _four_bits() -> dict[str, Any]:
 
 
 def _add(policy: PreTrainedModel, path: str, r: int, alpha: int, targets: tuple[str, ...]) -> PreTrainedModel:
-    if layers(policy):
+    if adapter_layers(policy):
         raise ValueError(
             f"--model.policy {path!r} is an adapter already: leave --model.adapter out to train it on "
             "(--model.adapter.four_bits true: in four bits), or give a full model."
@@ -132,7 +132,7 @@ def _add(policy: PreTrainedModel, path: str, r: int, alpha: int, targets: tuple[
     from peft import LoraConfig
 
     names = _names(policy, targets)
-    put_on(policy, LoraConfig(r=r, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none"))
+    attach_adapter(policy, LoraConfig(r=r, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none"))
     return policy
 
 
@@ -156,7 +156,7 @@ def _names(policy: PreTrainedModel, targets: tuple[str, ...]) -> list[str]:
     return sorted(found)
 
 
-def layers(model: PreTrainedModel) -> list[Any]:
+def adapter_layers(model: PreTrainedModel) -> list[Any]:
     """Every layer that an adapter is on; none for an ordinary model."""
     if not model._hf_peft_config_loaded:
         return []
@@ -165,27 +165,27 @@ def layers(model: PreTrainedModel) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def untrained(model: PreTrainedModel) -> bool:
+def equals_base_model(model: PreTrainedModel) -> bool:
     """Whether there is no adapter, or it changes nothing: one of its two factors is 0 in every layer."""
     return all(
         any(not p.any() for name, p in layer.named_parameters() if not name.startswith("base_layer."))
-        for layer in layers(model)
+        for layer in adapter_layers(model)
     )
 
 
-def save(model: PreTrainedModel, folder: Path) -> None:
+def save_model_or_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Write a model as Hugging Face files; of a model with an adapter, the adapter alone.
 
     Not through `save_pretrained` then, which adds all embeddings as soon as the adapter is on one of them.
     """
-    if not layers(model):
+    if not adapter_layers(model):
         model.save_pretrained(folder)
         return
     from peft import get_peft_model_state_dict
 
-    weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    weights = get_peft_model_state_dict(model, adapter_name=PEFT_ADAPTER_NAME, save_embedding_layers=False)
     folder.mkdir(exist_ok=True)
-    config = model.peft_config[NAME]
+    config = model.peft_config[PEFT_ADAPTER_NAME]
     base = Path(str(config.base_model_name_or_path))
     config.base_model_name_or_path = str(base.resolve() if base.is_dir() else base)  # found from any folder
     weights = {f"{PEFT_PREFIX}{name}": p.contiguous() for name, p in weights.items()}
@@ -194,18 +194,18 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
 
 
-def copied(model: PreTrainedModel) -> PreTrainedModel:
+def copy_trainable_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that shares with the model every weight that does not train."""
     return deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
-def without(model: PreTrainedModel) -> PreTrainedModel:
+def model_without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """The model under the adapter, sharing with it every weight that does not train."""
     return _plain(model, lambda layer: layer.get_base_layer())
 
 
 @torch.no_grad()
-def merged(model: PreTrainedModel) -> PreTrainedModel:
+def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """An ordinary model that computes the same; it shares every weight that the adapter is not on.
 
     Raises:
@@ -215,11 +215,11 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def effective(model: PreTrainedModel, name: str) -> Tensor:
+def effective_weight(model: PreTrainedModel, name: str) -> Tensor:
     """The weight that the model computes with, by its name in the merged model."""
     part, _, kind = name.rpartition(".")
     module = model.get_submodule(part)
-    return (_merge(module) if module in layers(model) else module).get_parameter(kind)
+    return (_merge(module) if module in adapter_layers(model) else module).get_parameter(kind)
 
 
 def _merge(layer: Any) -> nn.Module:
@@ -237,7 +237,7 @@ def _merge(layer: Any) -> nn.Module:
 
 def _plain(model: PreTrainedModel, layer: Callable[[Any], nn.Module]) -> PreTrainedModel:
     """A copy with `layer(x)` in the place of every layer x that the adapter is on."""
-    adapted = layers(model)
+    adapted = adapter_layers(model)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     plain = deepcopy(model, shared | {id(each): layer(each) for each in adapted})
     if adapted:

@@ -15,16 +15,16 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo.models.attention import NAME, NotShareable
+from dpo.models.attention import PREFIX_SHARED_NAME, NotShareableError
 from dpo.models.batch import Batch, Example, collate
 from dpo.models.scoring import TokenScores, hidden_states, score
 
-TOLERANCE = 1e-4  # of the largest hidden state: rounding gives 1e-6 in float32, a token seen wrongly 1e-2
-LOOKED_AT = 64  # tokens
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+SHARING_TOLERANCE = 1e-4  # of the largest hidden state: rounding gives 1e-6 in float32, a token seen wrongly 1e-2
+CHECKED_TOKENS = 64  # tokens
+ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def vocabulary(model: PreTrainedModel) -> int:
+def vocabulary_size(model: PreTrainedModel) -> int:
     """How many token ids the model knows."""
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
@@ -43,7 +43,7 @@ def _probe(vocabulary: int) -> Batch:
     )
 
 
-def share(model: PreTrainedModel) -> None:
+def enable_prefix_sharing(model: PreTrainedModel) -> None:
     """Make the model attend over flat rows from now on: every forward needs ``layout=``.
 
     It stays so (and is not switched per call) because recomputation in the backward pass must find it as it was.
@@ -53,40 +53,40 @@ def share(model: PreTrainedModel) -> None:
             frequencies depend on the longest position of the whole row.
     """
     if not model._can_set_attn_implementation():
-        raise NotShareable(f"{type(model).__name__} does not use the attention interface of transformers")
+        raise NotShareableError(f"{type(model).__name__} does not use the attention interface of transformers")
     config = model.config.get_text_config().to_dict()
     if config.get("attn_temperature_tuning"):  # Llama 4
-        raise NotShareable("its attention is scaled by the place in the row, not by the position in the sequence")
+        raise NotShareableError("its attention is scaled by the place in the row, not by the position in the sequence")
     scaling = str(config.get("rope_parameters"))
     if "'dynamic'" in scaling or "'longrope'" in scaling:
-        raise NotShareable("its rotary frequencies change with the length of the longest sequence in a row")
-    model.set_attn_implementation(NAME)
+        raise NotShareableError("its rotary frequencies change with the length of the longest sequence in a row")
+    model.set_attn_implementation(PREFIX_SHARED_NAME)
 
 
 def _ordinary(model: PreTrainedModel) -> str:
     return "sdpa" if model._supports_sdpa else "eager"
 
 
-def unshare(model: PreTrainedModel) -> None:
+def disable_prefix_sharing(model: PreTrainedModel) -> None:
     """Make the model attend to ordinary rows again."""
     model.set_attn_implementation(_ordinary(model))
 
 
 @contextmanager
-def plain(model: PreTrainedModel) -> Iterator[None]:
+def standard_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within: the model attends to ordinary rows, as for generation. Not for passes that keep a graph."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    flat = [config for config in configs.values() if config._attn_implementation == NAME]
+    flat = [config for config in configs.values() if config._attn_implementation == PREFIX_SHARED_NAME]
     for config in flat:
         config._attn_implementation_internal = _ordinary(model)
     try:
         yield
     finally:
         for config in flat:
-            config._attn_implementation_internal = NAME
+            config._attn_implementation_internal = PREFIX_SHARED_NAME
 
 
-def twin(model: PreTrainedModel) -> PreTrainedModel:
+def weight_sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Another object around the very same weights, for another thread.
 
     Its configuration and buffers are its own: some models overwrite rotary frequencies by the length of what they read.
@@ -95,15 +95,15 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def difference(model: PreTrainedModel, batch: Batch) -> float:
+def sharing_error(model: PreTrainedModel, batch: Batch) -> float:
     """Largest difference of hidden states, shared against separate, in parts of the largest hidden state."""
     _, together = hidden_states(model, batch)
-    with plain(model):
+    with standard_attention(model):
         _, alone = hidden_states(model, batch)
     return ((together - alone).abs().max() / alone.abs().max()).item()
 
 
-def tried(model: PreTrainedModel, batch: Batch) -> TokenScores:
+def score_or_raise(model: PreTrainedModel, batch: Batch) -> TokenScores:
     """Score a batch with a model that perhaps cannot be scored.
 
     Raises:
@@ -123,9 +123,9 @@ def scoring_error(model: PreTrainedModel, row: Int[Tensor, " tokens"]) -> float:
         model: With or without sharing.
         row: Two tokens or more, of which the first few are looked at: all their logits are held.
     """
-    inputs, targets = row[:LOOKED_AT][:-1], row[1:LOOKED_AT]
-    found = tried(model, collate([Example("row", [int(row[0])], (targets.tolist(),))]).to(row.device)).logps
-    with plain(model):
+    inputs, targets = row[:CHECKED_TOKENS][:-1], row[1:CHECKED_TOKENS]
+    found = score_or_raise(model, collate([Example("row", [int(row[0])], (targets.tolist(),))]).to(row.device)).logps
+    with standard_attention(model):
         logits: Tensor = model(input_ids=inputs[None], use_cache=False).logits[0].float()
     return (found - logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]).abs().max().item()
 
@@ -135,15 +135,15 @@ def share_if_exact(model: PreTrainedModel) -> str:
 
     Whatever a foreign model raises on a flat row is a reason too.
     """
-    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYER_TYPES
     if layers:
         return f"it has layers that carry state along the row ({', '.join(sorted(layers))})"
     before = model.config._attn_implementation
     try:
-        share(model)
-        found = difference(model, _probe(vocabulary(model)).to(model.device))
-        reason = "" if found <= TOLERANCE else f"its hidden states differ by {found:.1e} on a flat row"
-    except NotShareable as error:
+        enable_prefix_sharing(model)
+        found = sharing_error(model, _probe(vocabulary_size(model)).to(model.device))
+        reason = "" if found <= SHARING_TOLERANCE else f"its hidden states differ by {found:.1e} on a flat row"
+    except NotShareableError as error:
         reason = str(error)
     except Exception as error:
         reason = f"it fails on a flat row ({type(error).__name__}: {error})"

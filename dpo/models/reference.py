@@ -15,28 +15,28 @@ from transformers import PreTrainedModel
 
 from dpo.models import lora
 from dpo.models.batch import Batch
-from dpo.models.loading import Loader, weights_sha256
-from dpo.models.prompt_sharing import vocabulary
+from dpo.models.loading import ModelLoader, weights_sha256
+from dpo.models.prompt_sharing import vocabulary_size
 from dpo.models.scoring import score
 
-SAME, ROUNDED, OTHER = 0.0, 1.0, float("inf")
+DISTANCE_NONE, DISTANCE_ROUNDING, DISTANCE_ANY = 0.0, 1.0, float("inf")
 """How far a reference may be from the policy before the first step: not at all, by rounding, or as far as it is."""
 # What rounding does to a token's log-probability from one batch to another, nats.
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.05}
+LOGP_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.05}
 
 
-def computed_in(model: PreTrainedModel) -> torch.dtype:
+def compute_dtype(model: PreTrainedModel) -> torch.dtype:
     """The type that a pass computes in: within autocast its own, otherwise the model's."""
     device = model.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
-def rounding(model: PreTrainedModel) -> float:
+def logp_tolerance(model: PreTrainedModel) -> float:
     """How much rounding alone can change a token's log-probability, nats."""
-    return ROUNDING[computed_in(model)]
+    return LOGP_TOLERANCES[compute_dtype(model)]
 
 
-class Comparison(nn.Module, ABC):
+class ReferenceModel(nn.Module, ABC):
     """A reference that was made.
 
     Attributes:
@@ -45,9 +45,9 @@ class Comparison(nn.Module, ABC):
         distance: From the policy before the first step: `SAME`, `ROUNDED` or `OTHER`.
     """
 
-    origin: str
+    description: str
     sha256: str
-    distance: float
+    initial_distance: float
 
     @abstractmethod
     def forward(self, batch: Batch) -> Float[Tensor, " scored"]:
@@ -55,21 +55,21 @@ class Comparison(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def models(self) -> dict[str, PreTrainedModel]:
+    def owned_models(self) -> dict[str, PreTrainedModel]:
         """Every model of its own that is in memory, by role."""
 
-    def prepare(self, module: L.LightningModule) -> None:
+    def prepare_for_stage(self, module: L.LightningModule) -> None:
         """Called before every stage (fit, validate, ...), when data and devices are known. Nothing is to be done."""
 
-    def follow(self, policy: PreTrainedModel, step: int) -> None:
+    def update_from(self, policy: PreTrainedModel, step: int) -> None:
         """Called after every optimizer step, which count from 1. A fixed reference stays as it is."""
 
-    def changing(self) -> set[str]:
+    def checkpointed_names(self) -> set[str]:
         """Names of the weights that a checkpoint must hold. None of a fixed reference."""
         return set()
 
 
-class Held(Comparison, ABC):
+class InMemoryReference(ReferenceModel, ABC):
     """A model in memory that is never trained: its parameters need no gradient, no pass through it keeps a graph."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -79,7 +79,7 @@ class Held(Comparison, ABC):
         self.sha256 = weights_sha256(model)
 
     @property
-    def models(self) -> dict[str, PreTrainedModel]:
+    def owned_models(self) -> dict[str, PreTrainedModel]:
         """The one."""
         return {"reference": self.model}
 
@@ -89,16 +89,16 @@ class Held(Comparison, ABC):
         return score(self.model, batch).logps
 
 
-class Frozen(Held):
+class FrozenReference(InMemoryReference):
     """A model that stays as it is."""
 
-    def __init__(self, model: PreTrainedModel, origin: str, distance: float) -> None:
+    def __init__(self, model: PreTrainedModel, description: str, initial_distance: float) -> None:
         """Say what it is."""
         super().__init__(model)
-        self.origin, self.distance = origin, distance
+        self.description, self.initial_distance = description, initial_distance
 
 
-class Follower(Held):
+class MovingReference(InMemoryReference):
     """A model that goes after the policy, in effective weights: a mean of products is no product of mean factors.
 
     It shares every weight that does not train with the policy; the others are in the checkpoint.
@@ -106,32 +106,34 @@ class Follower(Held):
 
     def __init__(self, policy: PreTrainedModel, alpha: float, tau: int) -> None:
         """Begin as a copy of the policy."""
-        super().__init__(lora.merged(policy))
+        super().__init__(lora.merge_adapter(policy))
         shared = set(map(id, policy.parameters()))
-        self.moving = [name for name, p in self.model.named_parameters() if id(p) not in shared]
+        self.moving_names = [name for name, p in self.model.named_parameters() if id(p) not in shared]
         self.alpha, self.tau = alpha, tau
-        self.origin = f"moving, {alpha:g} of the policy every {tau} steps, now a copy of it"
-        self.distance = SAME if lora.untrained(policy) else ROUNDED  # base + product in one matrix, or in two
+        self.description = f"moving, {alpha:g} of the policy every {tau} steps, now a copy of it"
+        self.initial_distance = (
+            DISTANCE_NONE if lora.equals_base_model(policy) else DISTANCE_ROUNDING
+        )  # base + product in one matrix, or in two
 
     @torch.no_grad()
-    def follow(self, policy: PreTrainedModel, step: int) -> None:
+    def update_from(self, policy: PreTrainedModel, step: int) -> None:
         """Every tau steps: pi_ref <- alpha pi + (1 - alpha) pi_ref (TR-DPO, arXiv 2404.09656, section 3.1)."""
         if step % self.tau == 0:
-            for name in self.moving:
-                self.model.get_parameter(name).lerp_(lora.effective(policy, name), self.alpha)
+            for name in self.moving_names:
+                self.model.get_parameter(name).lerp_(lora.effective_weight(policy, name), self.alpha)
 
-    def changing(self) -> set[str]:
+    def checkpointed_names(self) -> set[str]:
         """What moves."""
-        return {f"model.{name}" for name in self.moving}
+        return {f"model.{name}" for name in self.moving_names}
 
 
-class Absent(Comparison):
+class AbsentReference(ReferenceModel):
     """Stands where a loss needs no reference: no model, and no number that could be taken for a log-probability."""
 
-    origin, sha256, distance = "none, the loss needs none", "", OTHER
+    description, sha256, initial_distance = "none, the loss needs none", "", DISTANCE_ANY
 
     @property
-    def models(self) -> dict[str, PreTrainedModel]:
+    def owned_models(self) -> dict[str, PreTrainedModel]:
         """None."""
         return {}
 
@@ -144,7 +146,7 @@ class Reference(ABC):
     """How the reference of a run is made."""
 
     @abstractmethod
-    def build(self, policy: PreTrainedModel, loader: Loader) -> Comparison:
+    def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> ReferenceModel:
         """Make it, before the policy has learned anything."""
 
 
@@ -152,9 +154,9 @@ class Reference(ABC):
 class Nothing(Reference):
     """No reference, for losses without one."""
 
-    def build(self, policy: PreTrainedModel, loader: Loader) -> Absent:
+    def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> AbsentReference:
         """Make nothing."""
-        return Absent()
+        return AbsentReference()
 
 
 @dataclass(frozen=True)
@@ -165,32 +167,38 @@ class Copy(Reference):
     an adapter that is trained on a frozen copy of that adapter, on the same base: neither is a second model in memory.
     """
 
-    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
+    def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
         """Copy what trains."""
-        if not lora.untrained(policy):
-            return Frozen(lora.copied(policy), "frozen copy of the adapter as it was loaded, on its base", SAME)
-        adapted = bool(lora.layers(policy))
+        if not lora.equals_base_model(policy):
+            return FrozenReference(
+                lora.copy_trainable_weights(policy),
+                "frozen copy of the adapter as it was loaded, on its base",
+                DISTANCE_NONE,
+            )
+        adapted = bool(lora.adapter_layers(policy))
         origin = "the policy with its adapter off, weights shared" if adapted else "frozen copy of the policy"
-        return Frozen(lora.without(policy), origin, SAME)
+        return FrozenReference(lora.model_without_adapter(policy), origin, DISTANCE_NONE)
 
 
 @dataclass(frozen=True)
 class AdapterOff(Reference):
     """The policy without its adapter, even where that had been trained before; weights are shared."""
 
-    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
+    def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
         """Leave the adapter out.
 
         Raises:
             ValueError: There is none.
         """
-        if not lora.layers(policy):
+        if not lora.adapter_layers(policy):
             raise ValueError(
                 "--model.reference AdapterOff: the policy has no adapter. Leave it out for a frozen copy, "
                 "or add an adapter: --model.adapter LoRA."
             )
-        distance = SAME if lora.untrained(policy) else OTHER
-        return Frozen(lora.without(policy), "the policy with its adapter off, weights shared", distance)
+        distance = DISTANCE_NONE if lora.equals_base_model(policy) else DISTANCE_ANY
+        return FrozenReference(
+            lora.model_without_adapter(policy), "the policy with its adapter off, weights shared", distance
+        )
 
 
 @dataclass(frozen=True)
@@ -217,9 +225,9 @@ class Moving(Reference):
                 f"{self.tau}."
             )
 
-    def build(self, policy: PreTrainedModel, loader: Loader) -> Follower:
+    def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> MovingReference:
         """Begin as a copy of the policy."""
-        return Follower(policy, self.alpha, self.tau)
+        return MovingReference(policy, self.alpha, self.tau)
 
 
 @dataclass(frozen=True)
@@ -232,17 +240,17 @@ class Model(Reference):
 
     path: str
 
-    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
+    def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
         """Read it; it must speak the policy's vocabulary.
 
         Raises:
             ValueError: The vocabularies differ in size.
         """
-        model = loader.model(self.path)
-        ours, theirs = vocabulary(policy), vocabulary(model)
+        model = loader.load_model(self.path)
+        ours, theirs = vocabulary_size(policy), vocabulary_size(model)
         if ours != theirs:
             raise ValueError(
                 f"the reference {self.path!r} has a vocabulary of {theirs} tokens, the policy one of {ours}: token ids "
                 "would mean different things. Choose a reference with the policy's tokenizer."
             )
-        return Frozen(model, f"the model {self.path}", OTHER)
+        return FrozenReference(model, f"the model {self.path}", DISTANCE_ANY)

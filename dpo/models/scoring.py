@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dpo.models.attention import NAME
+from dpo.models.attention import PREFIX_SHARED_NAME
 from dpo.models.batch import Batch
 
-CHUNK_ELEMENTS = 2**25  # logits alive at a time: 128 MiB in float32; a batch that needs more is cut and recomputed
-CACHED_ELEMENTS = 2**18  # of them worked on at a time: 1 MiB stays in a processor's cache
+MAX_CHUNK_LOGITS = 2**25  # logits alive at a time: 128 MiB in float32; a batch that needs more is cut and recomputed
+CPU_CACHE_LOGITS = 2**18  # of them worked on at a time: 1 MiB stays in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class TokenScores:
 
     logps: Float[Tensor, " scored"]
     entropy: Float[Tensor, " scored"]
-    logits: Float[Tensor, " scored"]
-    hits: Float[Tensor, " scored"]
-    collision: Float[Tensor, " scored"]
+    mean_logits: Float[Tensor, " scored"]
+    top1_hits: Float[Tensor, " scored"]
+    collision_entropy: Float[Tensor, " scored"]
 
 
-def backbones(model: PreTrainedModel) -> list[PreTrainedModel]:
+def nested_backbones(model: PreTrainedModel) -> list[PreTrainedModel]:
     """What stands before the head and turns token ids into hidden states: the decoder and what is around it."""
     inside = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
     decoder = model.get_decoder()
     return [part for part in inside if decoder in part.modules()] or inside[:1]
 
 
-def backbone(model: PreTrainedModel) -> PreTrainedModel:
+def outermost_backbone(model: PreTrainedModel) -> PreTrainedModel:
     """What the model itself asks for hidden states: of several around each other the outermost."""
-    return backbones(model)[0]
+    return nested_backbones(model)[0]
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[ModelOutput, Float[Tensor, "scored width"]]:
@@ -63,13 +63,13 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[ModelOutput, Fl
     One pass over the flat row where the model attends over branches (`dpo.models.prompt_sharing.share`), otherwise one
     per answer.
     """
-    body = backbone(model)
-    if model.config._attn_implementation == NAME:
-        row = {"input_ids": batch.tokens[None], "position_ids": batch.layout.positions[None]}
+    body = outermost_backbone(model)
+    if model.config._attn_implementation == PREFIX_SHARED_NAME:
+        row = {"input_ids": batch.tokens[None], "position_ids": batch.layout.position_ids[None]}
         output = body(**row, attention_mask=torch.ones_like(batch.tokens)[None], layout=batch.layout, use_cache=False)
-        return output, output.last_hidden_state[0, batch.predictors]
+        return output, output.last_hidden_state[0, batch.predictor_indices]
     parts = []
-    for tokens, scored in zip(batch.sequences(), batch.lengths, strict=True):
+    for tokens, scored in zip(batch.answer_sequences(), batch.lengths, strict=True):
         _forget_lengths(body)
         output = body(input_ids=tokens[None], use_cache=False)
         parts.append(output.last_hidden_state[0, -scored:])
@@ -83,12 +83,14 @@ def _forget_lengths(body: PreTrainedModel) -> None:
             setattr(part, name, 0)
 
 
-def head(model: PreTrainedModel, output: ModelOutput) -> Callable[[Tensor], Tensor]:
+def make_logits_function(model: PreTrainedModel, output: ModelOutput) -> Callable[[Tensor], Tensor]:
     """The model's own way from hidden states to logits: its scaling, soft-capping and adapters included.
 
     It is the model's `forward` over a backbone that returns the hidden states it is given.
     """
-    shadows = [part.__dict__ for part in backbones(model)]  # what stands here is found before the method of the class
+    shadows = [
+        part.__dict__ for part in nested_backbones(model)
+    ]  # what stands here is found before the method of the class
 
     def logits(hidden: Float[Tensor, "chunk width"]) -> Float[Tensor, "chunk vocab"]:
         given = copy(output)
@@ -134,7 +136,7 @@ class _TokenLogps(torch.autograd.Function):
 
 def _some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Some rows of all at a time: on a CPU few enough that what is read again is still in the cache."""
-    rows = max(1, len(tensors[0]) if tensors[0].is_cuda else CACHED_ELEMENTS // tensors[0].shape[-1])
+    rows = max(1, len(tensors[0]) if tensors[0].is_cuda else CPU_CACHE_LOGITS // tensors[0].shape[-1])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
@@ -154,13 +156,13 @@ def _scores(logits: Tensor, targets: Tensor, probabilities: Tensor) -> tuple[Ten
 def score(model: PreTrainedModel, batch: Batch) -> TokenScores:
     """Score every answer token of a batch."""
     output, hidden = hidden_states(model, batch)
-    to_logits = head(model, output)
+    to_logits = make_logits_function(model, output)
 
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         scores: tuple[Tensor, ...] = _TokenLogps.apply(to_logits(hidden), targets)  # type: ignore[no-untyped-call]
         return scores
 
-    rows = max(1, CHUNK_ELEMENTS // model.get_output_embeddings().weight.shape[0])
+    rows = max(1, MAX_CHUNK_LOGITS // model.get_output_embeddings().weight.shape[0])
     chunks = list(zip(hidden.split(rows), batch.targets.split(rows), strict=True))
     if len(chunks) == 1:
         return TokenScores(*chunk(*chunks[0]))

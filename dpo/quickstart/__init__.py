@@ -7,29 +7,29 @@ untrained policy.
 
 from pathlib import Path
 
-from dpo.quickstart.blank import SFT_SEED, fresh
-from dpo.quickstart.generator import SUBSET, is_held_out, rows, write
+from dpo.quickstart.blank import SFT_SEED, write_untrained_policy
+from dpo.quickstart.generator import SUBSET_NAME, draw_rows, is_held_out, write_dataset
 
 __all__ = [
     "DPO_SEED",
-    "POLICY",
+    "POLICY_FOLDER",
     "SAMPLE_PROMPTS",
     "SFT_ROWS",
     "SFT_SEED",
-    "SUBSET",
+    "SUBSET_NAME",
     "TEST_ROWS",
-    "TRAINED",
+    "TRAINED_RUN",
     "TRAIN_ROWS",
-    "fresh",
+    "draw_rows",
     "is_held_out",
-    "rows",
-    "write",
+    "write_dataset",
+    "write_untrained_policy",
 ]
 
-POLICY: Path = Path(__file__).parent / "policy"
+POLICY_FOLDER: Path = Path(__file__).parent / "policy"
 """The shipped Hugging Face folder: `fresh` after a supervised stage on the chosen answers of another draw."""
 
-TRAINED: Path = Path(__file__).parent / "trained"
+TRAINED_RUN: Path = Path(__file__).parent / "trained"
 """The shipped run of a policy that began as `POLICY`: its export, and what it measured."""
 
 DPO_SEED = 1

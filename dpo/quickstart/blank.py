@@ -11,7 +11,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo.quickstart.generator import rows
+from dpo.quickstart.generator import draw_rows
 
 SFT_SEED = 20_230_529
 """Seed of the draw that the shipped policy was supervised on, and of its initial weights."""
@@ -24,7 +24,7 @@ _PIECES = r"\n\n(?:Human|Assistant):| ?\w+| ?[^\w\s]+|\s+"
 
 
 def _texts(n: int) -> Iterator[str]:
-    for chosen, rejected in rows(SFT_SEED, n):
+    for chosen, rejected in draw_rows(SFT_SEED, n):
         yield chosen
         yield rejected
 
@@ -57,7 +57,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def fresh(folder: Path) -> None:
+def write_untrained_policy(folder: Path) -> None:
     """Writes a byte-level BPE tokenizer and a Llama of about a million random weights, always the same.
 
     Args:

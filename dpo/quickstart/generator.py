@@ -22,7 +22,7 @@ from random import Random
 from dpo.quickstart import phrases
 from dpo.quickstart.topics import TOPICS, Topic
 
-SUBSET = "quickstart"
+SUBSET_NAME = "quickstart"
 """Name of the only subset, and so of the folder that `write` makes."""
 
 _PIECE = re.compile(r"\w+|[^\w\s]")
@@ -34,7 +34,7 @@ def _helpful(random: Random, topic: Topic, x: str) -> str:
 
 
 def _wrong(random: Random, topic: Topic, x: str) -> str:
-    return _polite(random, topic, x, topic.mistakes[x])
+    return _polite(random, topic, x, topic.wrong_answers[x])
 
 
 def _polite(random: Random, topic: Topic, x: str, y: str) -> str:
@@ -53,10 +53,10 @@ def _rude(random: Random, topic: Topic, x: str) -> str:
     return text.format(name=topic.name)
 
 
-Answer = Callable[[Random, Topic, str], str]
+AnswerFunction = Callable[[Random, Topic, str], str]
 
 # (chosen, rejected, by how much it is better) and how often: three chosen answers in five are helpful, two evasive
-_LEVELS: tuple[tuple[tuple[Answer, Answer, float], float], ...] = (
+_LEVELS: tuple[tuple[tuple[AnswerFunction, AnswerFunction, float], float], ...] = (
     ((_helpful, _evasive, 1.0), 0.30),
     ((_helpful, _wrong, 1.0), 0.25),
     ((_helpful, _rude, 2.0), 0.05),
@@ -122,7 +122,7 @@ def _stream(seed: int, held_out: bool) -> Iterator[tuple[str, str, float]]:
             yield chosen, rejected, margin
 
 
-def rows(seed: int, n: int, held_out: bool = False) -> Iterator[tuple[str, str]]:
+def draw_rows(seed: int, n: int, held_out: bool = False) -> Iterator[tuple[str, str]]:
     r"""Draws preference rows; the same seed gives the same rows, and more of them continue the fewer.
 
     Args:
@@ -146,7 +146,7 @@ def _write_gzip(path: Path, lines: Iterable[str]) -> None:
     os.replace(partial, path)
 
 
-def write(folder: Path, seed: int, train: int, test: int, margins: bool = False) -> Path:
+def write_dataset(folder: Path, seed: int, train_rows: int, test_rows: int, margins: bool = False) -> Path:
     """Writes a data set in hh-rlhf's layout: `<folder>/quickstart/{train,test}.jsonl.gz`.
 
     Args:
@@ -159,9 +159,9 @@ def write(folder: Path, seed: int, train: int, test: int, margins: bool = False)
     Returns:
         `folder`, ready to be read as a local copy of hh-rlhf with the one subset `SUBSET`.
     """
-    subset = folder / SUBSET
+    subset = folder / SUBSET_NAME
     subset.mkdir(parents=True, exist_ok=True)
-    for name, n, held_out in (("train", train, False), ("test", test, True)):
+    for name, n, held_out in (("train", train_rows, False), ("test", test_rows, True)):
         names = ("chosen", "rejected", "margin")[: 3 if margins else 2]
         found = islice(_stream(seed, held_out), n)
         lines = (json.dumps(dict(zip(names, row, strict=False))) for row in found)

@@ -28,7 +28,7 @@ class Topic:
     facts: Mapping[str, str]
 
     @cached_property
-    def mistakes(self) -> Mapping[str, str]:
+    def wrong_answers(self) -> Mapping[str, str]:
         """The usual wrong `y` for every `x`: the next one in the table that is not right."""
         ring = [*self.facts.values()] * 2
         numbered = enumerate(self.facts.items(), start=1)

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from dpo.files import complete
+from dpo.files import write_atomically
 
 
-class NotWritten(OSError):
+class CheckpointWriteError(OSError):
     """A checkpoint could not be written."""
 
 
-class AtomicIO(CheckpointIO):
+class AtomicCheckpointIO(CheckpointIO):
     """Writes aside, flushes, renames; reads only what hashes as written, and never unpickles code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -31,14 +31,14 @@ class AtomicIO(CheckpointIO):
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with complete(path) as temporary:
+        with write_atomically(path) as temporary:
             try:
                 torch.save(checkpoint, temporary)
             except (OSError, RuntimeError) as error:  # what torch makes of a disk that is full
-                raise NotWritten(_lost(path, error)) from error
+                raise CheckpointWriteError(_lost(path, error)) from error
             digest = _sha256(temporary)
             _beside(path).unlink(missing_ok=True)  # killed from here on: a checkpoint without a hash, not a wrong one
-        with complete(_beside(path)) as temporary:
+        with write_atomically(_beside(path)) as temporary:
             temporary.write_text(digest + "\n")
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class AtomicIO(CheckpointIO):
             ValueError: It is not a local file, its bytes are not those that were written, or it holds more than
                 tensors and plain values.
         """
-        path = local_file(path)
+        path = local_checkpoint(path)
         digest = _beside(path)
         if digest.exists() and digest.read_text().strip() != _sha256(path):
             raise ValueError(
@@ -67,7 +67,7 @@ class AtomicIO(CheckpointIO):
         _beside(Path(path)).unlink(missing_ok=True)
 
 
-def local_file(path: str | Path) -> Path:
+def local_checkpoint(path: str | Path) -> Path:
     """The path of a checkpoint that is there.
 
     Raises:

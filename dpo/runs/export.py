@@ -15,23 +15,23 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import __version__, losses
-from dpo.files import complete
+from dpo.files import write_atomically
 from dpo.losses.base import PolicyLoss, ReferenceLoss
-from dpo.models.loading import Loader, base_of, locate
-from dpo.models.lora import merged, save
+from dpo.models.loading import ModelLoader, adapter_base_model, resolve_model_path
+from dpo.models.lora import merge_adapter, save_model_or_adapter
 from dpo.models.reference import AdapterOff, Moving
 from dpo.runs import results
-from dpo.runs.checkpoint_io import AtomicIO
+from dpo.runs.checkpoint_io import AtomicCheckpointIO
 from dpo.runs.folder import Run
 
 
-def export(
+def export_run(
     run: Run,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     base: str,
     data: str,
-    story: str,
+    card_summary: str,
 ) -> Path:
     """Write `export/` of a run.
 
@@ -43,26 +43,26 @@ def export(
         data: What it was trained on.
         story: How it was trained, in words.
     """
-    with complete(run.export) as folder:
-        save(policy, folder)
+    with write_atomically(run.export_folder) as folder:
+        save_model_or_adapter(policy, folder)
         tokenizer.save_pretrained(folder)
-        (folder / "train_config.yaml").write_bytes(run.config.read_bytes())
-        (folder / "README.md").write_text(str(card(run, base, data, story)), encoding="utf-8")
+        (folder / "train_config.yaml").write_bytes(run.config_path.read_bytes())
+        (folder / "README.md").write_text(str(model_card(run, base, data, card_summary)), encoding="utf-8")
         for file in folder.iterdir():
             os.chmod(file, 0o644)
-    return run.export
+    return run.export_folder
 
 
-def card(run: Run, base: str, data: str, story: str) -> ModelCard:
+def model_card(run: Run, base: str, data: str, card_summary: str) -> ModelCard:
     """The model card: what it is, how it was made, what was measured."""
-    local = Path(locate(base)).is_dir()
+    local = Path(resolve_model_path(base)).is_dir()
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["dpo"],
         base_model=None if local else base,
     )
-    numbers = json.loads(run.results.read_text()) if run.results.exists() else {}
+    numbers = json.loads(run.results_path.read_text()) if run.results_path.exists() else {}
     lines = [f"| {name} | {value:.4f} |" for name, value in sorted(numbers.items())]
     started = Path(base).name if local else base
     text = f"""---
@@ -71,7 +71,7 @@ def card(run: Run, base: str, data: str, story: str) -> ModelCard:
 
 # {run.folder.name}
 
-`{started}` {story}, on {Path(data).name}, by dpo-lightning {__version__}.
+`{started}` {card_summary}, on {Path(data).name}, by dpo-lightning {__version__}.
 `train_config.yaml` is the whole configuration.
 
 Last measured on the validation and test pairs of this run (nats; rewards: beta times the log-ratio to the reference):
@@ -82,12 +82,12 @@ Last measured on the validation and test pairs of this run (nats; rewards: beta 
 
 During training:
 
-{results.text(run.metrics)}"""
+{results.results_markdown(run.metrics_path)}"""
     return ModelCard(text)
 
 
 @dataclass(frozen=True)
-class Origin:
+class PolicyOrigin:
     """Where a policy came from.
 
     Attributes:
@@ -100,25 +100,25 @@ class Origin:
         format: How text was made of dialogues: hh, chat or auto.
     """
 
-    policy: str
-    reference: str
+    policy_path: str
+    reference_path: str
     run: Run
-    moved: Path | None = None
-    compared: bool = True
+    reference_checkpoint: Path | None = None
+    has_reference: bool = True
     beta: float = 0.1
     format: Any = "auto"
 
     @property
-    def note(self) -> str:
+    def reference_note(self) -> str:
         """What one should know of the reference, as a sentence; empty where it is what one expects."""
-        if self.moved:
-            return f"The reference moved during training; it is as it was at the end ({self.moved})."
-        if not self.compared:
+        if self.reference_checkpoint:
+            return f"The reference moved during training; it is as it was at the end ({self.reference_checkpoint})."
+        if not self.has_reference:
             return "The policy was trained without a reference; what it was before training stands in for one."
         return ""
 
 
-def origin(policy: str, reference: str | None = None) -> Origin:
+def read_origin(policy: str, reference: str | None = None) -> PolicyOrigin:
     """Read how a policy came about.
 
     Args:
@@ -128,7 +128,7 @@ def origin(policy: str, reference: str | None = None) -> Origin:
     Raises:
         ValueError: Nothing says what it was trained against, or that is no longer there.
     """
-    policy = locate(policy)
+    policy = resolve_model_path(policy)
     file = Path(policy) / "train_config.yaml"
     config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     stage, data = _options(config.get("model")), _options(config.get("data"))
@@ -137,28 +137,32 @@ def origin(policy: str, reference: str | None = None) -> Origin:
         raise ValueError(f"Nothing says what {policy} was trained against: name it with --reference.")
     run = Run(Path(policy).resolve().parent if config else Path(policy))
     follows = reference is None and _name(stage.get("reference")) == Moving.__name__
-    moved = run.checkpoints / "last.ckpt" if follows else None
+    moved = run.checkpoint_folder / "last.ckpt" if follows else None
     if moved and not moved.is_file():
         raise ValueError(f"The reference of {policy} moved, and {moved}, which has it, is gone: name a --reference.")
     compared = bool(reference) or _compares(stage.get("loss"))
-    return Origin(policy, locate(found), run, moved, compared, _beta(stage.get("loss")), data.get("format", "auto"))
+    return PolicyOrigin(
+        policy, resolve_model_path(found), run, moved, compared, _beta(stage.get("loss")), data.get("format", "auto")
+    )
 
 
-def models(found: Origin) -> dict[str, PreTrainedModel]:
+def load_policy_and_reference(origin: PolicyOrigin) -> dict[str, PreTrainedModel]:
     """Read the policy and its reference, as it was at the end.
 
     Raises:
         ValueError: One is not there, or cannot be read.
     """
-    paths = {"policy": found.policy, "reference": found.reference}
-    read = {name: Loader().model(path, attn_implementation="sdpa") for name, path in paths.items()}
-    return read | ({"reference": _moved(read["reference"], found.moved)} if found.moved else {})
+    paths = {"policy": origin.policy_path, "reference": origin.reference_path}
+    read = {name: ModelLoader().load_model(path, attn_implementation="sdpa") for name, path in paths.items()}
+    return read | (
+        {"reference": _moved(read["reference"], origin.reference_checkpoint)} if origin.reference_checkpoint else {}
+    )
 
 
 def _moved(policy: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
     """The reference that began as this policy and moved, as it is in a checkpoint."""
-    model, place = merged(policy), "reference.model."
-    weights = AtomicIO().load_checkpoint(checkpoint)["state_dict"]
+    model, place = merge_adapter(policy), "reference.model."
+    weights = AtomicCheckpointIO().load_checkpoint(checkpoint)["state_dict"]
     theirs = {name.removeprefix(place): weight for name, weight in weights.items() if name.startswith(place)}
     if not theirs or model.load_state_dict(theirs, strict=False).unexpected_keys:
         raise ValueError(f"{checkpoint} does not hold the reference that moved: name a --reference.")
@@ -179,7 +183,7 @@ def _reference(choice: Any, policy: str | None) -> str | None:
     options = _options(choice)
     if "of" in options:  # log-probabilities of a reference
         return _reference(options["of"], policy)
-    below = base_of(policy) if policy and _name(choice) == AdapterOff.__name__ else None
+    below = adapter_base_model(policy) if policy and _name(choice) == AdapterOff.__name__ else None
     return choice if isinstance(choice, str) else options.get("path") or below or policy
 
 
@@ -200,4 +204,4 @@ def _beta(loss: Any) -> float:
     inside = _inside(loss)
     if inside:
         return _beta(next(filter(_compares, inside), inside[0]))
-    return float(_options(loss).get("beta", Origin.beta))
+    return float(_options(loss).get("beta", PolicyOrigin.beta))

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 
-from dpo.files import complete, remove
+from dpo.files import remove, write_atomically
 
-NAMED = ("last", "best")  # checkpoints of a run that need no path
+NAMED_CHECKPOINTS = ("last", "best")  # checkpoints of a run that need no path
 
 
 @dataclass(frozen=True)
@@ -24,51 +24,51 @@ class Run:
     folder: Path
 
     @property
-    def config(self) -> Path:
+    def config_path(self) -> Path:
         """The resolved configuration."""
         return self.folder / "config.yaml"
 
     @property
-    def audit(self) -> Path:
+    def audit_path(self) -> Path:
         """What was read, kept and refused of the data."""
         return self.folder / "audit.json"
 
     @property
-    def metrics(self) -> Path:
+    def metrics_path(self) -> Path:
         """One row per logged step."""
         return self.folder / "metrics.csv"
 
     @property
-    def results(self) -> Path:
+    def results_path(self) -> Path:
         """The last validation and test values."""
         return self.folder / "results.json"
 
     @property
-    def samples(self) -> Path:
+    def samples_path(self) -> Path:
         """Answers of policy and reference at every validation."""
         return self.folder / "samples.jsonl"
 
     @property
-    def predictions(self) -> Path:
+    def predictions_path(self) -> Path:
         """Log-probabilities and rewards of every pair that was predicted."""
         return self.folder / "predictions.jsonl"
 
     @property
-    def held_out(self) -> Path:
+    def held_out_path(self) -> Path:
         """Some validation pairs as text."""
         return self.folder / "held_out.jsonl"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoint_folder(self) -> Path:
         """Lightning checkpoints: last.ckpt, best.ckpt."""
         return self.folder / "checkpoints"
 
     @property
-    def export(self) -> Path:
+    def export_folder(self) -> Path:
         """The Hugging Face folder."""
         return self.folder / "export"
 
-    def admit(self, verb: str, own: bool) -> None:
+    def check_verb_allowed(self, verb: str, is_own_checkpoint: bool) -> None:
         """Let a verb into the folder.
 
         Args:
@@ -78,14 +78,14 @@ class Run:
         Raises:
             ValueError: Another policy would be measured in the place of the one that was trained here.
         """
-        if verb != "fit" and self.checkpoints.exists() and not own:
+        if verb != "fit" and self.checkpoint_folder.exists() and not is_own_checkpoint:
             raise ValueError(
                 f"--ckpt_path: expected last, best or another checkpoint of {self.folder}, which keeps what is found. "
                 "To try the policy as it was before training, or another one, choose another --name."
             )
 
     @contextmanager
-    def opened(self, resume: bool) -> Iterator[None]:
+    def lock_folder(self, is_resuming: bool) -> Iterator[None]:
         """Make the folder and keep it for this process as long as it trains, however that ends.
 
         A start that breaks off before there is an audit (which is written when nothing can refuse any more) leaves no
@@ -96,25 +96,28 @@ class Run:
         """
         new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.config.open("a") as kept:
+        with self.config_path.open("a") as kept:
             try:
                 flock(kept, LOCK_EX | LOCK_NB)  # which the kernel takes back from a process that is killed
             except BlockingIOError as error:
                 raise ValueError(f"another process trains in {self.folder}: choose another --name, or wait.") from error
-            if (self.metrics.exists() or self.checkpoints.exists()) and not resume:
+            if (self.metrics_path.exists() or self.checkpoint_folder.exists()) and not is_resuming:
                 raise ValueError(
                     f"the run {self.folder} exists. Choose another --name, remove the folder, or go on with it: "
-                    f"--config {self.config} --ckpt_path {self.checkpoints / 'last.ckpt'}"
+                    f"--config {self.config_path} --ckpt_path {self.checkpoint_folder / 'last.ckpt'}"
                 )
-            for left in (*self.checkpoints.glob(".*.tmp"), *self.folder.glob(f".{self.export.name}.*.tmp")):
+            for left in (
+                *self.checkpoint_folder.glob(".*.tmp"),
+                *self.folder.glob(f".{self.export_folder.name}.*.tmp"),
+            ):
                 remove(left)  # by a process that was killed while it wrote
             try:
                 yield
             finally:
-                if new and not self.audit.exists():
+                if new and not self.audit_path.exists():
                     shutil.rmtree(self.folder)
 
-    def lead(self) -> None:
+    def link_as_latest(self) -> None:
         """Point `latest` at the folder."""
         latest = self.folder.parent / "latest"
         temporary = self.folder.parent / f".latest-{os.getpid()}"
@@ -124,12 +127,12 @@ class Run:
     def update_results(self, values: dict[str, float]) -> None:
         """Set values in results.json, leaving the others."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(self.results.read_text()) if self.results.exists() else {}
-        with complete(self.results) as temporary:
+        before = json.loads(self.results_path.read_text()) if self.results_path.exists() else {}
+        with write_atomically(self.results_path) as temporary:
             temporary.write_text(json.dumps({**before, **values}, indent=2) + "\n")
 
 
-def owner(root: Path, checkpoint: str | Path) -> str | None:
+def checkpoint_run_name(root: Path, checkpoint: str | Path) -> str | None:
     """Name of the run below `root` that a checkpoint is of; the newest run for `last` and `best`."""
-    folder = (root / "latest" if checkpoint in NAMED else Path(checkpoint).parents[1]).resolve()
+    folder = (root / "latest" if checkpoint in NAMED_CHECKPOINTS else Path(checkpoint).parents[1]).resolve()
     return folder.name if folder.parent == root.resolve() and folder.is_dir() else None

@@ -16,7 +16,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HTTPError
 
 # The files of a Hugging Face folder, and the configuration and results that our export adds.
-UPLOADED = (
+UPLOAD_PATTERNS = (
     "README.md",
     "LICENSE",
     "config.json",
@@ -40,34 +40,34 @@ UPLOADED = (
 )
 
 # What keys of services look like, wherever they come from.
-SECRETS = {
+SECRET_PATTERNS = {
     "a Hugging Face token": rb"\b(hf|api_org)_[A-Za-z0-9]{30,}",
     "a Weights & Biases key": rb"\bwandb_v\d+_\w{20,}",
     "an API key": rb"\b(sk-[\w-]{32,}|gh[opsru]_[A-Za-z0-9]{36}|AKIA[0-9A-Z]{16})\b",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
-SECRET_VARIABLE = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
-SHORTEST_SECRET = 16  # characters; a shorter value of a variable may be an ordinary word
+SECRET_VARIABLE_PATTERN = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+MIN_SECRET_LENGTH = 16  # characters; a shorter value of a variable may be an ordinary word
 
-NO_TOKEN = (
+NO_TOKEN_MESSAGE = (
     "No Hugging Face token was found: make one with write access at https://huggingface.co/settings/tokens, "
     "then run `hf auth login` or set HF_TOKEN."
 )
 
 
-def export_files(run: Path) -> list[Path]:
+def export_files(run_folder: Path) -> list[Path]:
     """Find the files of a run's export that may be uploaded; the others are named on standard output.
 
     Raises:
         ValueError: There is no finished export, or something in it links to a place outside of it.
     """
-    export = run.resolve() / "export"
+    export = run_folder.resolve() / "export"
     entries = sorted(export.rglob("*"))
     for entry in (export, *entries):
         if entry.is_symlink() and not entry.resolve().is_relative_to(export):
             raise ValueError(f"{entry} links to a place outside of the export: put the file itself there.")
     everything = [entry for entry in entries if entry.is_file()]
-    files = [f for f in everything if f.parent == export and any(fnmatchcase(f.name, p) for p in UPLOADED)]
+    files = [f for f in everything if f.parent == export and any(fnmatchcase(f.name, p) for p in UPLOAD_PATTERNS)]
     names = {file.name for file in files}
     if not {"README.md", "config.json"} <= names or not any(n.endswith(".safetensors") for n in names):
         raise ValueError(
@@ -101,13 +101,13 @@ def _text(file: Path) -> bytes:
 
 
 def _secrets_in(text: bytes, environment: Mapping[str, str]) -> Iterator[str]:
-    yield from (f"what looks like {kind}" for kind, pattern in SECRETS.items() if re.search(pattern, text))
+    yield from (f"what looks like {kind}" for kind, pattern in SECRET_PATTERNS.items() if re.search(pattern, text))
     for name, value in environment.items():
-        if SECRET_VARIABLE.search(name) and len(value) >= SHORTEST_SECRET and value.encode() in text:
+        if SECRET_VARIABLE_PATTERN.search(name) and len(value) >= MIN_SECRET_LENGTH and value.encode() in text:
             yield f"the value of the environment variable {name}"
 
 
-def push(run: Path, to: str, *, private: bool, api: HfApi) -> str:
+def push(run_folder: Path, repo_id: str, *, private: bool, api: HfApi) -> str:
     """Upload a run's export in one commit: all of it is there afterwards, or nothing.
 
     Args:
@@ -124,19 +124,19 @@ def push(run: Path, to: str, *, private: bool, api: HfApi) -> str:
             repository's name, or is public although `private` was asked for.
         OSError: The hub refused the request or could not be reached.
     """
-    if to.count("/") != 1:
-        raise ValueError(f"Expected a repository `user/name`, got {to!r}.")
-    files = export_files(run)
+    if repo_id.count("/") != 1:
+        raise ValueError(f"Expected a repository `user/name`, got {repo_id!r}.")
+    files = export_files(run_folder)
     refuse_secrets(files, os.environ)
     try:
-        repository = api.create_repo(to, private=private or None, exist_ok=True).repo_id
+        repository = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         if private and not api.model_info(repository).private:
             raise ValueError(f"{repository} exists and is public. Nothing was uploaded: choose another name.")
         operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files]
         return api.create_commit(repository, operations, commit_message="Upload policy").commit_url
     except (HTTPError, OSError, RuntimeError) as error:
         reason = error.__cause__ or error  # a file's upload fails as RuntimeError with the reason behind it
-        raise OSError(f"The upload to {to} at {api.endpoint} failed: {reason}") from error
+        raise OSError(f"The upload to {repo_id} at {api.endpoint} failed: {reason}") from error
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -152,5 +152,5 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     token = get_token()
     if token is None:
-        raise ValueError(NO_TOKEN)
+        raise ValueError(NO_TOKEN_MESSAGE)
     print(push(options.run, options.to, private=options.private, api=HfApi(token=token)))

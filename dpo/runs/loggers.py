@@ -13,7 +13,7 @@ import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from dpo.files import complete
+from dpo.files import write_atomically
 from dpo.runs.folder import Run
 
 
@@ -25,8 +25,8 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = path
         self.columns = ["step"]
-        self.last: dict[str, Any] = {}  # the newest row, and where it begins in the file
-        self.offset = 0
+        self.last_row: dict[str, Any] = {}  # the newest row, and where it begins in the file
+        self.last_row_offset = 0
 
     @property
     def name(self) -> str:
@@ -54,22 +54,22 @@ class MetricsCSV(Logger):
         An earlier step than the newest is that one: Lightning's own callbacks count from 0 what we count from 1.
         """
         assert step is not None
-        step = max(step, self.last.get("step", 0))
-        if self.last.get("step") != step:
-            self.offset = self.path.stat().st_size if self.path.exists() else 0
-            self.last = {"step": step}
-        self.last |= metrics
+        step = max(step, self.last_row.get("step", 0))
+        if self.last_row.get("step") != step:
+            self.last_row_offset = self.path.stat().st_size if self.path.exists() else 0
+            self.last_row = {"step": step}
+        self.last_row |= metrics
         new = [name for name in metrics if name not in self.columns]
-        if new or not self.offset:
+        if new or not self.last_row_offset:
             self.columns += new
             self._rewrite([row for row in read_metrics(self.path) if int(row["step"]) < step])
         with self.path.open("r+", newline="") as file:
-            file.truncate(self.offset)
-            file.seek(self.offset)
-            csv.DictWriter(file, self.columns).writerow(self.last)
+            file.truncate(self.last_row_offset)
+            file.seek(self.last_row_offset)
+            csv.DictWriter(file, self.columns).writerow(self.last_row)
 
     @rank_zero_only
-    def rewind(self, step: int) -> None:
+    def rewind_to_step(self, step: int) -> None:
         """Go on behind a step: later rows are of steps that are taken again."""
         rows: list[dict[str, Any]] = [{**row, "step": int(row["step"])} for row in read_metrics(self.path)]
         kept = [row for row in rows if row["step"] <= step]
@@ -77,15 +77,15 @@ class MetricsCSV(Logger):
             self.columns = list(rows[0])
             self._rewrite(kept[:-1])
         if kept:
-            self.last = kept[-1]
-            self.log_metrics({}, self.last["step"])
+            self.last_row = kept[-1]
+            self.log_metrics({}, self.last_row["step"])
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        with complete(self.path) as temporary, temporary.open("w", newline="") as file:
+        with write_atomically(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
-        self.offset = self.path.stat().st_size
+        self.last_row_offset = self.path.stat().st_size
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -13,11 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dpo.files import complete
+from dpo.files import write_atomically
 from dpo.runs.folder import Run
 from dpo.runs.loggers import read_metrics
 
-METRICS = (
+TABLE_METRICS = (
     "rewards/chosen",
     "rewards/rejected",
     "rewards/accuracies",
@@ -28,19 +28,19 @@ METRICS = (
     "logits/rejected",
     "perplexity",  # of a supervised stage
 )
-SHOWN = 500  # rows of metrics.csv
-Cells = list[tuple[str, ...]]  # the first is the header
+MAX_METRIC_ROWS = 500  # rows of metrics.csv
+TableRows = list[tuple[str, ...]]  # the first is the header
 
 
-def results(metrics: Path) -> Cells:
+def results_table(metrics_path: Path) -> TableRows:
     """A header and one row per validation: step, training loss, validation loss, then those `METRICS` that there are.
 
     The training loss is that of the last logged step before. Without validations, the logged training steps.
     """
-    rows = read_metrics(metrics)
+    rows = read_metrics(metrics_path)
     stage = "val" if any(row.get("val/loss") for row in rows) else "train"
-    names = [name for name in METRICS if any(row.get(f"{stage}/{name}") for row in rows)]
-    table: Cells = [("step", "training loss", "validation loss", *names)]
+    names = [name for name in TABLE_METRICS if any(row.get(f"{stage}/{name}") for row in rows)]
+    table: TableRows = [("step", "training loss", "validation loss", *names)]
     loss = ""
     for row in rows:
         loss = row.get("train/loss") or loss
@@ -50,24 +50,26 @@ def results(metrics: Path) -> Cells:
     return table
 
 
-def write(run: Run) -> Cells:
+def write_results(run: Run) -> TableRows:
     """Write results.csv and results.md into a run, from its metrics.csv."""
-    rows = results(run.metrics)
-    with complete(run.folder / "results.csv") as temporary, temporary.open("w", newline="") as file:
+    rows = results_table(run.metrics_path)
+    with write_atomically(run.folder / "results.csv") as temporary, temporary.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    with complete(run.folder / "results.md") as temporary:
-        temporary.write_text(text(run.metrics))
+    with write_atomically(run.folder / "results.md") as temporary:
+        temporary.write_text(results_markdown(run.metrics_path))
     return rows
 
 
-def text(metrics: Path) -> str:
+def results_markdown(metrics_path: Path) -> str:
     """The table in Markdown with its remarks."""
-    return "\n".join([markdown(results(metrics)), *(f"{remark}\n" for remark in remarks(metrics))])
+    return "\n".join(
+        [markdown_table(results_table(metrics_path)), *(f"{remark}\n" for remark in results_remarks(metrics_path))]
+    )
 
 
-def remarks(metrics: Path) -> Iterator[str]:
+def results_remarks(metrics_path: Path) -> Iterator[str]:
     """What the table does not show: that training went on behind the last validation, and what is a tie."""
-    rows = read_metrics(metrics)
+    rows = read_metrics(metrics_path)
     validated = [row["step"] for row in rows if row.get("val/loss")]
     if validated and validated[-1] != rows[-1]["step"]:
         yield f"The last validation was at step {validated[-1]}, the policy is that of step {rows[-1]['step']}."
@@ -78,14 +80,14 @@ def remarks(metrics: Path) -> Iterator[str]:
             yield f"At step {row['step']} policy and reference are equal: every pair is a tie, and counts as 0."
 
 
-def markdown(rows: Cells) -> str:
+def markdown_table(rows: TableRows) -> str:
     """The table in Markdown, numbers to four digits."""
     header, *values = rows
     lines = [header, ["---:"] * len(header), *map(_short, values)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def show(rows: Cells, title: str, remarks: Iterable[str] = ()) -> None:
+def print_results(rows: TableRows, title: str, remarks: Iterable[str] = ()) -> None:
     """Print the newest rows, and remarks below; on a narrow terminal a step is a column."""
     console = Console()
     header, *values = rows
@@ -100,7 +102,7 @@ def show(rows: Cells, title: str, remarks: Iterable[str] = ()) -> None:
     console.print(table, *remarks, sep="\n")
 
 
-def show_values(values: Mapping[str, float], stage: str) -> None:
+def print_metric_values(values: Mapping[str, float], stage: str) -> None:
     """Print what a validation or test measured, one metric a line."""
     table = Table("metric", title=f"Results of the {'validation' if stage == 'val' else stage} pairs")
     table.add_column("value", justify="right")
@@ -114,20 +116,20 @@ def _short(row: tuple[str, ...]) -> tuple[str, ...]:
     return row[0], *(f"{float(value):.4f}" if value else "" for value in row[1:])
 
 
-def left(run: Run) -> dict[str, Any]:
+def read_artifacts(run: Run) -> dict[str, Any]:
     """What a run left, as far as it is there: the table, the metrics, the last values, held-out pairs and its options.
 
     Numbers that are not finite are None; of long metrics some rows are left out.
     """
     header, *rows = csv.reader(_text(run.folder / "results.csv").splitlines() or [""])
-    metrics = read_metrics(run.metrics)
+    metrics = read_metrics(run.metrics_path)
     return {
         "name": run.folder.name,
         "results": {"header": header, "rows": rows},
-        "metrics": [_numbers(row) for row in metrics[:: -(-len(metrics) // SHOWN) or 1]],
-        "values": _numbers(json.loads(_text(run.results) or "{}")),
-        "held_out": [json.loads(line) for line in _text(run.held_out).split("\n") if line],
-        "config": _text(run.config),
+        "metrics": [_numbers(row) for row in metrics[:: -(-len(metrics) // MAX_METRIC_ROWS) or 1]],
+        "values": _numbers(json.loads(_text(run.results_path) or "{}")),
+        "held_out": [json.loads(line) for line in _text(run.held_out_path).split("\n") if line],
+        "config": _text(run.config_path),
     }
 
 

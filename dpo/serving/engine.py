@@ -20,18 +20,18 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from dpo.models.batch import Batch
-from dpo.models.prompt_sharing import share_if_exact, twin
+from dpo.models.prompt_sharing import share_if_exact, weight_sharing_copy
 from dpo.models.scoring import score
-from dpo.serving.schema import Fault
+from dpo.serving.schema import APIError
 
-PAGE = 32  # tokens in a block of the cache
-CACHE_BYTES = 4 * 2**30
-BATCH_TOKENS = 512  # in one forward: longer prompts are read in pieces, between which the others go on
-GREEDY_BELOW = 1e-3  # dividing by less than this overflows, and a draw would be the most probable token anyway
+CACHE_PAGE_TOKENS = 32  # tokens in a block of the cache
+MAX_CACHE_BYTES = 4 * 2**30
+MAX_BATCH_TOKENS = 512  # in one forward: longer prompts are read in pieces, between which the others go on
+GREEDY_TEMPERATURE = 1e-3  # dividing by less than this overflows, and a draw would be the most probable token anyway
 
 
 @dataclass
-class Draw:
+class TokenSampler:
     """How one request draws its tokens, and what it remembers of them.
 
     Adding Gumbel noise to log-probs and taking the largest is a draw from them. The noise depends on seed and position
@@ -49,12 +49,12 @@ class Draw:
     top_logprobs: int | None
     logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Draw":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TokenSampler":
         return self  # a request that had to leave the cache comes back with the same draw
 
     def __call__(self, logits: Float[Tensor, " vocab"], position: int) -> Float[Tensor, " vocab"]:
         """Scores whose argmax is the token at `position`."""
-        scores = logits if self.temperature < GREEDY_BELOW else self._perturbed(logits, position)
+        scores = logits if self.temperature < GREEDY_TEMPERATURE else self._perturbed(logits, position)
         if self.top_logprobs is not None:
             logps = logits.log_softmax(-1)
             top, tokens = logps.topk(self.top_logprobs)
@@ -71,12 +71,12 @@ class Draw:
         return scores - noise.log_().to(scores.device)
 
 
-class Sampler(ContinuousBatchingLogitsProcessorList):
+class BatchLogitsProcessor(ContinuousBatchingLogitsProcessorList):
     """Calls the `Draw` of every request."""
 
     def __init__(self) -> None:
         super().__init__(LogitsProcessorList())
-        self.do_processing, self.supported_keys = True, {"draw": Draw}
+        self.do_processing, self.supported_keys = True, {"draw": TokenSampler}
 
     def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Tensor:
         """Note whose logits the rows will be."""
@@ -91,7 +91,7 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
         return scores
 
 
-class Engine:
+class GenerationEngine:
     """A model and its batching thread.
 
     Scores come from a twin around the same weights, so that neither thread sees what the other sets on its model during
@@ -108,53 +108,59 @@ class Engine:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token_bytes = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
-        tokens = max(2 * context, min(slots * context // 2, CACHE_BYTES // token_bytes))  # few use all of theirs
-        sizes = {"page_size": PAGE, "num_blocks": -(-tokens // PAGE), "max_batch_tokens": max(BATCH_TOKENS, slots)}
+        tokens = max(2 * context, min(slots * context // 2, MAX_CACHE_BYTES // token_bytes))  # few use all of theirs
+        sizes = {
+            "page_size": CACHE_PAGE_TOKENS,
+            "num_blocks": -(-tokens // CACHE_PAGE_TOKENS),
+            "max_batch_tokens": max(MAX_BATCH_TOKENS, slots),
+        }
         off: Any = dict.fromkeys(("auto_switch_to_flash", "use_cuda_graph", "use_async_batching"), False)
-        self.batching = ContinuousBatchingConfig(**sizes, **off)
+        self.batching_config = ContinuousBatchingConfig(**sizes, **off)
         self.model: Any = model  # its continuous batching is declared for a private type
-        self.twin = twin(model)
-        share_if_exact(self.twin)
-        self.waiting: dict[str, asyncio.Queue[GenerationOutput | None]] = {}
+        self.scoring_model = weight_sharing_copy(model)
+        share_if_exact(self.scoring_model)
+        self.result_queues: dict[str, asyncio.Queue[GenerationOutput | None]] = {}
 
-    def start(self) -> None:
+    def start_batching(self) -> None:
         """Start a batching thread; after a death, a new one."""
         generation = GenerationConfig(do_sample=False, eos_token_id=-1)
-        self.manager: ContinuousBatchingManager = self.model.init_continuous_batching(generation, self.batching)
-        self.manager.logit_processor = Sampler()
+        self.manager: ContinuousBatchingManager = self.model.init_continuous_batching(generation, self.batching_config)
+        self.manager.logit_processor = BatchLogitsProcessor()
         self.manager.start()
 
-    def abort(self) -> None:
+    def abort_requests(self) -> None:
         """Tell everyone who waits that no more will come."""
-        for queue in self.waiting.values():
+        for queue in self.result_queues.values():
             queue.put_nowait(None)
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """The batching thread runs and takes requests."""
         return self.manager.is_running() and not self.manager.background_thread_status.can_accept_new_requests()
 
     @property
-    def cache_used(self) -> float:
+    def cache_usage(self) -> float:
         """Share of the cache that holds tokens."""
         processor = self.manager.batch_processor
         return 0.0 if processor is None else 1 - processor.cache.compute_free_capacity()
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> list[list[float]]:
+    def score_batch(self, batch: Batch) -> list[list[float]]:
         """Log-prob of each token of every answer, nats; for one thread at a time."""
-        logps = score(self.twin, batch.to(self.twin.device)).logps.cpu()
+        logps = score(self.scoring_model, batch.to(self.scoring_model.device)).logps.cpu()
         return [answer.tolist() for answer in logps.split(batch.lengths)]
 
     async def generate(
-        self, prompt: Sequence[int], draw: Draw, limit: int, ends: Sequence[int]
+        self, prompt: Sequence[int], token_sampler: TokenSampler, max_tokens: int, end_ids: Sequence[int]
     ) -> AsyncGenerator[list[int]]:
         """All tokens so far, again and again until one of `ends` or `limit` tokens; leaving early cancels the rest."""
         manager, name, finished = self.manager, uuid4().hex, False
-        queue = self.waiting[name] = asyncio.Queue()
+        queue = self.result_queues[name] = asyncio.Queue()
         manager.register_result_handler(name, queue.put_nowait)
         try:
-            taken = manager.add_request(list(prompt), name, limit, streaming=True, eos_token_id=list(ends), draw=draw)
+            taken = manager.add_request(
+                list(prompt), name, max_tokens, streaming=True, eos_token_id=list(end_ids), draw=token_sampler
+            )
             while taken and not finished:
                 output = await queue.get()
                 while not queue.empty() and output is not None:
@@ -164,9 +170,9 @@ class Engine:
                 finished = output.is_finished()
                 yield output.generated_tokens
             if not finished:
-                raise Fault(503, "the model does not answer at the moment", "unavailable")
+                raise APIError(503, "the model does not answer at the moment", "unavailable")
         finally:
-            del self.waiting[name]
+            del self.result_queues[name]
             if not finished:
                 manager.cancel_request(name)
                 manager.output_router.result_handlers.pop(name, None)

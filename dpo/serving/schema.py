@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
-Words = Annotated[str, Field(min_length=1, max_length=400_000)]
-Answer = Annotated[str, Field(max_length=400_000, pattern=r"\S")]
-Stop = Annotated[str, Field(min_length=1, max_length=100)]
-Count = Annotated[int, Field(ge=1)]
-Zero = Annotated[float, Field(ge=0, le=0)]
+PromptText = Annotated[str, Field(min_length=1, max_length=400_000)]
+AnswerText = Annotated[str, Field(max_length=400_000, pattern=r"\S")]
+StopString = Annotated[str, Field(min_length=1, max_length=100)]
+PositiveCount = Annotated[int, Field(ge=1)]
+ZeroOnly = Annotated[float, Field(ge=0, le=0)]
 
 
 def _listed(given: Any) -> Any:
@@ -24,11 +24,11 @@ def _alone(given: Any) -> Any:
     return given[0] if isinstance(given, list) and len(given) == 1 else given
 
 
-UpToFour = Annotated[list[Stop], Field(max_length=4)]
-Stops = Annotated[UpToFour, BeforeValidator(_listed, json_schema_input_type=Stop | UpToFour)]
+UpToFourStops = Annotated[list[StopString], Field(max_length=4)]
+StopStrings = Annotated[UpToFourStops, BeforeValidator(_listed, json_schema_input_type=StopString | UpToFourStops)]
 
 
-class Fault(HTTPException):
+class APIError(HTTPException):
     """What the client is told, in OpenAI's form."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
@@ -38,7 +38,7 @@ class Fault(HTTPException):
         super().__init__(status, f"{code}: {message}", {"retry-after": "1"} if status in (429, 503) else None)
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """Refuses unknown fields, NaN, infinity, and what would have to be converted ("0.5", a number for a truth)."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
@@ -51,11 +51,11 @@ class Strict(BaseModel):
         return {k: v for k, v in given.items() if k in known or v is not None} if isinstance(given, dict) else given
 
 
-class Message(Strict):
+class ChatMessage(StrictModel):
     """One turn. A system message comes first, where the model has learned any."""
 
     role: Literal["system", "user", "assistant"]
-    content: Words
+    content: PromptText
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None  # old clients put it into every reply
 
     @field_validator("content", mode="before")
@@ -68,44 +68,44 @@ class Message(Strict):
         return "".join(said) if len(said) == len(parts) else content
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=256)]
+ChatMessages = Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     """OpenAI's."""
 
     include_usage: bool = False
 
 
-class Generation(Strict):
+class GenerationRequest(StrictModel):
     """What chat and completions share. Temperature 0 is greedy; without a seed every answer is drawn anew."""
 
     model: Annotated[str, Field(json_schema_extra={"enum": ["policy", "reference"]})]
-    max_tokens: Count | None = None
+    max_tokens: PositiveCount | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stops | None = None
+    stop: StopStrings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     reward: bool = Field(default=False, description="Also give the answer's implicit reward: one forward a model.")
     n: Literal[1] | None = None
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
+    presence_penalty: ZeroOnly | None = None
+    frequency_penalty: ZeroOnly | None = None
     user: str | None = None
 
     @model_validator(mode="after")
-    def _streamed(self) -> "Generation":
+    def _streamed(self) -> "GenerationRequest":
         if self.stream_options and not self.stream:
             raise ValueError("stream_options: expected stream to be true")
         return self
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: Messages
-    max_completion_tokens: Count | None = None
+    messages: ChatMessages
+    max_completion_tokens: PositiveCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -118,42 +118,42 @@ class ChatRequest(Generation):
         return self
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`: the prompt goes to the model as it is."""
 
-    prompt: Annotated[Words, BeforeValidator(_alone)]
+    prompt: Annotated[PromptText, BeforeValidator(_alone)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
-class Question(Strict):
+class PromptRequest(StrictModel):
     """What is answered: one question or hh-rlhf dialogue as text, or messages."""
 
-    prompt: Words | None = None
-    messages: Messages | None = None
+    prompt: PromptText | None = None
+    messages: ChatMessages | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> "Question":
+    def _one(self) -> "PromptRequest":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("expected either prompt or messages")
         return self
 
 
-class ScoreRequest(Question):
+class ScoreRequest(PromptRequest):
     """`POST /v1/score`."""
 
-    answers: Annotated[list[Answer], Field(min_length=1, max_length=64)]
+    answers: Annotated[list[AnswerText], Field(min_length=1, max_length=64)]
     tokens: bool = False
 
 
-class Pair(Question):
+class AnswerPair(PromptRequest):
     """Two answers to one question."""
 
-    chosen: Answer
-    rejected: Answer
+    chosen: AnswerText
+    rejected: AnswerText
 
 
-class CompareRequest(Strict):
+class CompareRequest(StrictModel):
     """`POST /v1/compare`."""
 
-    pairs: Annotated[list[Pair], Field(min_length=1, max_length=64)]
+    pairs: Annotated[list[AnswerPair], Field(min_length=1, max_length=64)]
     tokens: bool = False

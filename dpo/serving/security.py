@@ -11,15 +11,15 @@ from contextlib import suppress
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dpo.serving.app import PAGE, refusal
-from dpo.serving.schema import Fault
-from dpo.serving.service import REQUESTS
+from dpo.serving.app import PAGE_FILES, error_response
+from dpo.serving.schema import APIError
+from dpo.serving.service import REQUEST_COUNTER
 
-BODY_BYTES = 2**20
-HEAD_SECONDS = BODY_SECONDS = SEND_SECONDS = 10
-LOOPBACK = {"localhost", "127.0.0.1", "::1", "[::1]"}
-OPEN = {"/", "/health", "/ready", *(f"/{name}" for name in PAGE)}
-HEADERS = {
+MAX_BODY_BYTES = 2**20
+HEAD_TIMEOUT_SECONDS = BODY_TIMEOUT_SECONDS = SEND_TIMEOUT_SECONDS = 10
+LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1", "[::1]"}
+PUBLIC_PATHS = {"/", "/health", "/ready", *(f"/{name}" for name in PAGE_FILES)}
+SECURITY_HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"x-frame-options": b"DENY",
     b"referrer-policy": b"no-referrer",
@@ -30,7 +30,7 @@ HEADERS = {
 }
 
 
-class Guard:
+class RequestGuard:
     """Pure ASGI: it costs a function call per chunk.
 
     Without a key everybody who reaches the port may ask, but only by a name of this machine: a page of another site
@@ -38,7 +38,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
-        self.app, self.asked = app, f"Bearer {key}".encode() if key else b""
+        self.app, self.expected_authorization = app, f"Bearer {key}".encode() if key else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or refuse in words."""
@@ -48,8 +48,8 @@ class Guard:
         try:
             self._check(scope["method"], scope["path"], dict(scope["headers"]))
             unread: list[Message] = [{"type": "http.request", "body": await _body(receive)}]
-        except Fault as fault:
-            app, unread = refusal(fault), []
+        except APIError as fault:
+            app, unread = error_response(fault), []
 
         async def replay() -> Message:
             return unread.pop() if unread else await asyncio.Future()  # that the client left is not for it to notice
@@ -57,8 +57,8 @@ class Guard:
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 route = scope.get("route")
-                REQUESTS.labels(route.path if route else "other", message["status"]).inc()
-                message["headers"] = list((HEADERS | dict(message["headers"])).items())
+                REQUEST_COUNTER.labels(route.path if route else "other", message["status"]).inc()
+                message["headers"] = list((SECURITY_HEADERS | dict(message["headers"])).items())
             await send(message)
 
         answering, leaving = asyncio.ensure_future(app(scope, replay, guarded)), asyncio.create_task(_left(receive))
@@ -69,28 +69,32 @@ class Guard:
 
     def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        if not self.asked and re.sub(r":\d+$", "", host) not in LOOPBACK:
-            raise Fault(421, "this name is not served here", "unknown_host")
+        if not self.expected_authorization and re.sub(r":\d+$", "", host) not in LOOPBACK_HOSTS:
+            raise APIError(421, "this name is not served here", "unknown_host")
         given = headers.get(b"authorization", b"")
-        if self.asked and path not in OPEN and not hmac.compare_digest(given, self.asked):
-            raise Fault(401, "expected the server's key: Authorization: Bearer KEY", "invalid_api_key")
+        if (
+            self.expected_authorization
+            and path not in PUBLIC_PATHS
+            and not hmac.compare_digest(given, self.expected_authorization)
+        ):
+            raise APIError(401, "expected the server's key: Authorization: Bearer KEY", "invalid_api_key")
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if method == "POST" and kind != b"application/json":
-            raise Fault(415, "expected content-type application/json", "unsupported_media_type")
+            raise APIError(415, "expected content-type application/json", "unsupported_media_type")
 
 
 async def _body(receive: Receive) -> bytes:
     body, more = b"", True
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
             while more:
                 message = await receive()
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
-                if len(body) > BODY_BYTES:
-                    raise Fault(413, f"expected a body of at most {BODY_BYTES} bytes", "body_too_large")
+                if len(body) > MAX_BODY_BYTES:
+                    raise APIError(413, f"expected a body of at most {MAX_BODY_BYTES} bytes", "body_too_large")
     except TimeoutError:
-        raise Fault(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", "timeout") from None
+        raise APIError(408, f"the body did not arrive within {BODY_TIMEOUT_SECONDS:.0f} s", "timeout") from None
     return body
 
 
@@ -118,9 +122,9 @@ class TimedProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """The client does not read."""
         super().pause_writing()
-        self.stuck = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+        self.send_timeout = self.loop.call_later(SEND_TIMEOUT_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
         """It does."""
         super().resume_writing()
-        self.stuck.cancel()
+        self.send_timeout.cancel()

@@ -23,16 +23,16 @@ from transformers import PreTrainedModel
 
 from dpo.data.sampler import Step
 from dpo.models.batch import Batch
-from dpo.models.loading import Loader, adapt_layers
+from dpo.models.loading import ModelLoader, prepare_layers
 from dpo.models.lora import Adapter, AsLoaded
 from dpo.models.prompt_sharing import share_if_exact
-from dpo.training.metrics import Derived, Means
-from dpo.training.nonfinite import Watch
-from dpo.training.position import after_last_step
-from dpo.training.schedules import checked
+from dpo.training.metrics import DerivedMetric, MetricMeans
+from dpo.training.nonfinite import FiniteMonitor
+from dpo.training.position import loop_state_after_step
+from dpo.training.schedules import validate_optimizer
 
 
-class Slim(L.LightningModule):
+class PartialCheckpointModule(L.LightningModule):
     """A module that saves the weights that training changes."""
 
     def __init__(self) -> None:
@@ -40,13 +40,13 @@ class Slim(L.LightningModule):
         super().__init__()
         self.strict_loading = False
 
-    def changing(self) -> set[str]:
+    def checkpointed_names(self) -> set[str]:
         """Names of the weights that training changes, which are those in a checkpoint; all others are read again."""
         return {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """What training changes."""
-        changing = self.changing()
+        changing = self.checkpointed_names()
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in changing}
 
     def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -55,7 +55,7 @@ class Slim(L.LightningModule):
         Raises:
             ValueError: Weights are missing, left over, or of another shape.
         """
-        changing, ours = self.changing(), super().state_dict()
+        changing, ours = self.checkpointed_names(), super().state_dict()
         missing, left_over = sorted(changing - state.keys()), sorted(state.keys() - changing)
         misfits = sorted(name for name in changing & state.keys() if state[name].shape != ours[name].shape)
         if missing or left_over or misfits:
@@ -66,10 +66,10 @@ class Slim(L.LightningModule):
         return super().load_state_dict(state, strict=False, assign=assign)
 
 
-AS_LOADED: Adapter = lazy_instance(AsLoaded)  # the default of the command line, made when it is used
+DEFAULT_ADAPTER: Adapter = lazy_instance(AsLoaded)  # the default of the command line, made when it is used
 
 
-class Stage(Slim, ABC):
+class Stage(PartialCheckpointModule, ABC):
     """A stage of training a policy.
 
     Attributes:
@@ -79,15 +79,15 @@ class Stage(Slim, ABC):
         policy: The model that is trained; there from `configure_model` on.
     """
 
-    answers: tuple[str, ...]
-    metrics: tuple[str, ...]
-    derived: Mapping[str, Derived] = MappingProxyType({})
+    answer_sides: tuple[str, ...]
+    metric_names: tuple[str, ...]
+    derived_metrics: Mapping[str, DerivedMetric] = MappingProxyType({})
     policy: PreTrainedModel
 
     def __init__(
         self,
         policy: str = "quickstart",
-        adapter: Adapter = AS_LOADED,
+        adapter: Adapter = DEFAULT_ADAPTER,
         sharing: bool = True,
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -117,42 +117,44 @@ class Stage(Slim, ABC):
         """
         super().__init__()
         self.adapter = adapter
-        self.loader = Loader(trust_remote_code, pickled_weights)
+        self.loader = ModelLoader(trust_remote_code, pickled_weights)
         self.policy_path, self.sharing, self.preflight = policy, sharing, preflight
-        self.gradient_checkpointing, self.compiled = gradient_checkpointing, compile
-        self.optimizer, self.lr_scheduler = checked(optimizer), lr_scheduler
-        self.train_means, self.val_means, self.test_means = (Means(self.metrics, self.derived) for _ in range(3))
-        self.watch = Watch()
+        self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile
+        self.optimizer, self.lr_scheduler = validate_optimizer(optimizer), lr_scheduler
+        self.train_means, self.val_means, self.test_means = (
+            MetricMeans(self.metric_names, self.derived_metrics) for _ in range(3)
+        )
+        self.finite_monitor = FiniteMonitor()
         self.grad_norm = torch.zeros(())
 
     @property
     @abstractmethod
-    def story(self) -> str:
+    def card_summary(self) -> str:
         """How the policy is trained, as a predicate: "fine-tuned on ..."."""
 
     @abstractmethod
-    def losses(self, batch: Batch, means: Means) -> Tensor:
+    def losses(self, batch: Batch, means: MetricMeans) -> Tensor:
         """The loss of every example of a micro-batch; everything else about it goes into the means."""
 
     @abstractmethod
-    def total(self, step: Step) -> int:
+    def loss_denominator(self, step: Step) -> int:
         """By what the sum of the losses of a whole optimizer step is divided."""
 
     @abstractmethod
-    def models(self) -> dict[str, PreTrainedModel]:
+    def models_by_role(self) -> dict[str, PreTrainedModel]:
         """Every model there is, by its role."""
 
     def configure_model(self) -> None:
         """Read the policy, once."""
         if "policy" not in self._modules:
-            self.policy = self.adapter.read(self.loader, self.policy_path)
+            self.policy = self.adapter.load_policy(self.loader, self.policy_path)
             self.prepare_models()
-            for role, model in self.models().items():  # all of them, or their kernels would differ
-                adapt_layers(model, self.compiled, self.gradient_checkpointing and role == "policy")
+            for role, model in self.models_by_role().items():  # all of them, or their kernels would differ
+                prepare_layers(model, self.compile_layers, self.gradient_checkpointing and role == "policy")
 
     def prepare_models(self) -> None:
         """Let every model share prompts where that is exact."""
-        for role, model in self.models().items():
+        for role, model in self.models_by_role().items():
             reason = share_if_exact(model) if self.sharing else "--model.sharing is false"
             if reason:
                 rank_zero_info(f"The {role} runs every answer as a sequence of its own: {reason}.")
@@ -180,7 +182,7 @@ class Stage(Slim, ABC):
         Devices average their gradients and Lightning divides by the accumulated batches: both are multiplied away.
         The backward pass of every micro-batch but the last is run here, so that one graph is alive at a time.
         """
-        scale = self.trainer.world_size / self.total(step)
+        scale = self.trainer.world_size / self.loss_denominator(step)
         *others, last = step.micro_batches
         for batch in others:
             self.trainer.strategy.backward(self._watched(batch).sum() * scale, None)
@@ -188,7 +190,7 @@ class Stage(Slim, ABC):
 
     def _watched(self, batch: Batch) -> Tensor:
         losses = self.losses(batch, self.train_means)
-        self.watch.add(batch.ids, losses)
+        self.finite_monitor.add_losses(batch.ids, losses)
         return losses
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -204,15 +206,15 @@ class Stage(Slim, ABC):
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         scaled = self.trainer.scaler is not None  # float16: the scaler skips a step whose gradient overflows
         norm = torch.zeros_like(self.grad_norm) if scaled else self.grad_norm
-        broken = self.watch.close(self.trainer.global_step + 1, norm)
+        broken = self.finite_monitor.close_step(self.trainer.global_step + 1, norm)
         if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaled:  # torch's mark of a fused one
             optimizer.found_inf = broken  # type: ignore[attr-defined]
         else:
-            self.watch.check()
+            self.finite_monitor.raise_if_nonfinite()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save nothing that comes after a step that was skipped, and the place among the data after the last step."""
-        self.watch.check()
+        self.finite_monitor.raise_if_nonfinite()
         self._count_steps(checkpoint["loops"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -220,7 +222,7 @@ class Stage(Slim, ABC):
         self._count_steps(checkpoint["loops"])
 
     def _count_steps(self, loops: dict[str, Any]) -> None:
-        loops["fit_loop"] = after_last_step(loops["fit_loop"], self.trainer.accumulate_grad_batches)
+        loops["fit_loop"] = loop_state_after_step(loops["fit_loop"], self.trainer.accumulate_grad_batches)
 
     def on_train_epoch_start(self) -> None:
         """Begin an epoch that a checkpoint has not begun as any other: it is no restart within one."""
@@ -262,7 +264,7 @@ class Stage(Slim, ABC):
 
     def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
         """Log the means since the last logged step."""
-        if is_logged(self.trainer, batch_idx):
+        if is_logged_step(self.trainer, batch_idx):
             self._report_training()
 
     def on_train_epoch_end(self) -> None:
@@ -273,14 +275,14 @@ class Stage(Slim, ABC):
             self._report_training()
 
     def _report_training(self) -> None:
-        self.watch.check()
+        self.finite_monitor.raise_if_nonfinite()
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.report("train", self.train_means, {"learning_rate": rate, "grad_norm": self.grad_norm.item()})
+        self.log_means("train", self.train_means, {"learning_rate": rate, "grad_norm": self.grad_norm.item()})
 
-    def report(self, stage: str, means: Means, more: Mapping[str, float] = MappingProxyType({})) -> None:
+    def log_means(self, stage: str, means: MetricMeans, extra: Mapping[str, float] = MappingProxyType({})) -> None:
         """Log means under the names of a stage, at the number of optimizer steps taken, and start them anew."""
         measured = {name: value.item() for name, value in means.compute().items()}
-        values = {f"{stage}/{name}": value for name, value in {**measured, **more}.items()}
+        values = {f"{stage}/{name}": value for name, value in {**measured, **extra}.items()}
         means.reset()
         self.log_dict(values, logger=False, sync_dist=True)
         for logger in self.loggers if not self.trainer.sanity_checking else ():
@@ -293,7 +295,7 @@ class Stage(Slim, ABC):
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the whole validation split."""
-        self.report("val", self.val_means)
+        self.log_means("val", self.val_means)
 
     def test_step(self, step: Step, batch_idx: int) -> None:
         """Evaluate examples; no graph is kept."""
@@ -302,16 +304,16 @@ class Stage(Slim, ABC):
 
     def on_test_epoch_end(self) -> None:
         """Log the means over the whole test split."""
-        self.report("test", self.test_means)
+        self.log_means("test", self.test_means)
 
 
-def is_logged(trainer: L.Trainer, batch_idx: int) -> bool:
+def is_logged_step(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether an optimizer step that is to be logged has just ended with this batch."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets but does not declare it
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step % every == 0
 
 
-def check(trainer: L.Trainer) -> None:
+def check_trainer_support(trainer: L.Trainer) -> None:
     """Refuse number formats that weights are kept in, and strategies that cut the model.
 
     Raises:

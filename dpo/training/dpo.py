@@ -12,23 +12,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo import losses
-from dpo.data.prompts import Questions
+from dpo.data.prompts import PromptBatch
 from dpo.data.sampler import Step
 from dpo.losses import PairLogps, PreferenceLoss
 from dpo.models.batch import Batch
-from dpo.models.reference import Comparison, Copy, Model, Nothing, Reference
+from dpo.models.reference import Copy, Model, Nothing, Reference, ReferenceModel
 from dpo.models.scoring import TokenScores, score
 from dpo.training import metrics
 from dpo.training.base import Stage
-from dpo.training.metrics import Means, sums_and_counts
-from dpo.training.predict import predicted
+from dpo.training.metrics import MetricMeans, sums_and_counts
+from dpo.training.predict import predict_rows
 
-DPO_LOSS: PreferenceLoss = lazy_instance(losses.DPO)  # the default of the command line, made when it is used
+DEFAULT_LOSS: PreferenceLoss = lazy_instance(losses.DPO)  # the default of the command line, made when it is used
 
-IN_ONE_PIECE = "Use --data.max_tokens null, one device and --trainer.accumulate_grad_batches 1."
+WHOLE_BATCH_HINT = "Use --data.max_tokens null, one device and --trainer.accumulate_grad_batches 1."
 
 
-def choose(reference: Reference | str | None, loss: PreferenceLoss) -> Reference:
+def resolve_reference(reference: Reference | str | None, loss: PreferenceLoss) -> Reference:
     """The reference that a loss is to have.
 
     Raises:
@@ -47,12 +47,12 @@ def choose(reference: Reference | str | None, loss: PreferenceLoss) -> Reference
 class DPO(Stage):
     """Direct Preference Optimization of a causal language model (Rafailov et al. 2023, arXiv 2305.18290)."""
 
-    answers = ("chosen", "rejected")
-    metrics: tuple[str, ...] = metrics.NAMES
-    reference: Comparison
+    answer_sides = ("chosen", "rejected")
+    metric_names: tuple[str, ...] = metrics.METRIC_NAMES
+    reference: ReferenceModel
 
     def __init__(
-        self, reference: Reference | str | None = None, loss: PreferenceLoss = DPO_LOSS, **options: Any
+        self, reference: Reference | str | None = None, loss: PreferenceLoss = DEFAULT_LOSS, **options: Any
     ) -> None:
         """Choose what the policy learns from, beside the options of every stage.
 
@@ -66,55 +66,55 @@ class DPO(Stage):
             ValueError: The loss needs a reference and there is to be none, or the other way round.
         """
         if not loss.uses_reference:
-            self.metrics = tuple(name for name in metrics.NAMES if name != "displaced")
+            self.metric_names = tuple(name for name in metrics.METRIC_NAMES if name != "displaced")
         super().__init__(**options)
-        self.reference_choice, self.loss = choose(reference, loss), loss
+        self.reference_choice, self.loss = resolve_reference(reference, loss), loss
 
     @property
-    def story(self) -> str:
+    def card_summary(self) -> str:
         """For the model card."""
-        return f"trained on preferences with the loss `{self.loss}` against a reference ({self.reference.origin})"
+        return f"trained on preferences with the loss `{self.loss}` against a reference ({self.reference.description})"
 
     def configure_model(self) -> None:
         """Read and make the models, once; before every stage, let the reference see what it will be asked."""
         super().configure_model()
-        self.reference.prepare(self)
+        self.reference.prepare_for_stage(self)
 
     def prepare_models(self) -> None:
         """Make the reference of the policy as it is before it has learned anything."""
-        self.reference = self.reference_choice.build(self.policy, self.loader)
+        self.reference = self.reference_choice.build_reference(self.policy, self.loader)
         weights = f", SHA-256 of its weights {self.reference.sha256[:16]}" if self.reference.sha256 else ""
-        rank_zero_info(f"Reference: {self.reference.origin}{weights}.")
+        rank_zero_info(f"Reference: {self.reference.description}{weights}.")
         super().prepare_models()
 
-    def models(self) -> dict[str, PreTrainedModel]:
+    def models_by_role(self) -> dict[str, PreTrainedModel]:
         """The policy and its reference."""
-        return {"policy": self.policy, **self.reference.models}
+        return {"policy": self.policy, **self.reference.owned_models}
 
     def score_pairs(self, batch: Batch) -> tuple[TokenScores, PairLogps]:
         """Score both answers of every pair under policy and reference."""
         policy = score(self.policy, batch)
-        on_policy = policy.logps.detach() + policy.collision
+        on_policy = policy.logps.detach() + policy.collision_entropy
         return policy, PairLogps(policy.logps, self.reference(batch), on_policy, batch.lengths, batch.margins)
 
-    def judge(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def score_answers(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability under policy and reference, nats, and reward of every answer, as if beside itself."""
         _, alone = self.score_pairs(batch)
         ours, theirs, draws = (
             torch.cat([part for part in values.split(batch.lengths) for _ in range(2)])
-            for values in (alone.policy_tokens.detach(), alone.reference_tokens, alone.on_policy)
+            for values in (alone.policy_token_logps.detach(), alone.reference_token_logps, alone.on_policy_log_weights)
         )
         logps = PairLogps(ours, theirs, draws, tuple(n for n in batch.lengths for _ in range(2)))
         return logps.policy[:, 0], logps.reference[:, 0], self.loss.rewards(logps)[:, 0]
 
-    def losses(self, batch: Batch, means: Means) -> Tensor:
+    def losses(self, batch: Batch, means: MetricMeans) -> Tensor:
         """The loss of every pair of a micro-batch; everything else about it goes into the means."""
         policy, logps = self.score_pairs(batch)
         losses = batch.weights * self.loss(logps)
-        means.update(*sums_and_counts(batch, policy, logps, losses, self.loss.rewards(logps), self.metrics))
+        means.update(*sums_and_counts(batch, policy, logps, losses, self.loss.rewards(logps), self.metric_names))
         return losses
 
-    def on_before_batch_transfer(self, batch: Step | Questions, dataloader_idx: int) -> Step | Questions:
+    def on_before_batch_transfer(self, batch: Step | PromptBatch, dataloader_idx: int) -> Step | PromptBatch:
         """Refuse pairs that say more, or less, than the loss can use.
 
         Raises:
@@ -130,7 +130,7 @@ class DPO(Stage):
                     else f"{self.loss} takes margins, and the data give none: name their column with "
                     "--data.columns.margin (--data PreferencePairs)."
                 )
-            if self.loss.whole_batch and (micro.weights != 1).any():
+            if self.loss.needs_whole_batch and (micro.weights != 1).any():
                 raise ValueError(
                     f"{self.loss} sorts all pairs together and takes no weights of single pairs: choose another "
                     "--model.loss, or --data.columns.weight= (nothing)."
@@ -144,10 +144,10 @@ class DPO(Stage):
             ValueError: It was cut: by `max_tokens`, over devices, or into accumulated batches.
         """
         here = len(batch.micro_batches[0])
-        if self.loss.whole_batch and here < batch.pairs:
+        if self.loss.needs_whole_batch and here < batch.num_examples:
             raise ValueError(
-                f"{self.loss} sorts all pairs of an optimizer step together: expected {batch.pairs} in one piece, "
-                f"got a piece of {here}. {IN_ONE_PIECE}"
+                f"{self.loss} sorts all pairs of an optimizer step together: expected {batch.num_examples} in one piece, "
+                f"got a piece of {here}. {WHOLE_BATCH_HINT}"
             )
 
     def on_validation_batch_start(self, batch: Step, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -158,28 +158,28 @@ class DPO(Stage):
         """As in training."""
         self.on_train_batch_start(batch, batch_idx)
 
-    def total(self, step: Step) -> int:
+    def loss_denominator(self, step: Step) -> int:
         """The pairs of the optimizer step."""
-        return step.pairs
+        return step.num_examples
 
-    def tell(self, batch: Batch) -> list[dict[str, Any]]:
+    def prediction_rows(self, batch: Batch) -> list[dict[str, Any]]:
         """Log-probabilities and implicit rewards of pairs."""
         _, logps = self.score_pairs(batch)
         rewards, sums = self.loss.rewards(logps).tolist(), logps.policy.tolist()
         return [{"id": i, "logps": s, "rewards": r} for i, s, r in zip(batch.ids, sums, rewards, strict=True)]
 
-    def predict_step(self, step: Step | Questions, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, step: Step | PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Of questions: answers. Of pairs: log-probabilities and implicit rewards."""
-        return predicted(step, self, self.models(), self.judge, self.tell)
+        return predict_rows(step, self, self.models_by_role(), self.score_answers, self.prediction_rows)
 
-    def changing(self) -> set[str]:
+    def checkpointed_names(self) -> set[str]:
         """Beside what trains, a reference that moves."""
-        return super().changing() | {f"reference.{name}" for name in self.reference.changing()}
+        return super().checkpointed_names() | {f"reference.{name}" for name in self.reference.checkpointed_names()}
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Step; a reference that moves follows."""
         super().optimizer_step(*arguments, **options)
-        self.reference.follow(self.policy, self.trainer.global_step + 1)
+        self.reference.update_from(self.policy, self.trainer.global_step + 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember which reference these weights were trained against."""

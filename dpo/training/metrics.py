@@ -13,12 +13,12 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from dpo.losses import PairLogps
-from dpo.losses.base import sum_answers
+from dpo.losses.base import sum_per_answer
 from dpo.models.batch import Batch
 from dpo.models.scoring import TokenScores
 
-Derived = tuple[str, Callable[[Tensor], Tensor]]
-NAMES = (
+DerivedMetric = tuple[str, Callable[[Tensor], Tensor]]
+METRIC_NAMES = (
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -43,7 +43,7 @@ def sums_and_counts(
     logps: PairLogps,
     losses: Tensor,
     rewards: Tensor,
-    names: tuple[str, ...] = NAMES,
+    names: tuple[str, ...] = METRIC_NAMES,
 ) -> tuple[Float[Tensor, " names"], Float[Tensor, " names"]]:
     """The sum and the count of every named metric over one batch.
 
@@ -54,8 +54,8 @@ def sums_and_counts(
     answer's token was the most probable one), nll/chosen (nats).
     """
     logits, hits, entropy = (
-        sum_answers(values, batch.lengths).unflatten(0, (-1, 2)).double().sum(0)
-        for values in (policy.logits, policy.hits, policy.entropy)
+        sum_per_answer(values, batch.lengths).unflatten(0, (-1, 2)).double().sum(0)
+        for values in (policy.mean_logits, policy.top1_hits, policy.entropy)
     )
     chosen, rejected = logps.policy.detach().double().sum(0)
     reward_chosen, reward_rejected = rewards.double().sum(0)
@@ -82,17 +82,19 @@ def sums_and_counts(
     return torch.stack(sums), torch.stack(counts)
 
 
-class Means(Metric):
+class MetricMeans(Metric):
     """Named means, as one vector of sums and one of counts that add up over batches and devices."""
 
     full_state_update = False
     sums: Tensor
     counts: Tensor
 
-    def __init__(self, names: tuple[str, ...] = NAMES, derived: Mapping[str, Derived] = MappingProxyType({})) -> None:
+    def __init__(
+        self, names: tuple[str, ...] = METRIC_NAMES, derived_metrics: Mapping[str, DerivedMetric] = MappingProxyType({})
+    ) -> None:
         """Start from nothing; `derived` makes further values of the means: name -> (name of a mean, function)."""
         super().__init__()
-        self.names, self.derived = names, derived
+        self.names, self.derived_metrics = names, derived_metrics
         self.add_state("sums", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -104,4 +106,4 @@ class Means(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Name -> mean."""
         means = dict(zip(self.names, (self.sums / self.counts).unbind(), strict=True))
-        return means | {name: function(means[source]) for name, (source, function) in self.derived.items()}
+        return means | {name: function(means[source]) for name, (source, function) in self.derived_metrics.items()}

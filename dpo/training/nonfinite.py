@@ -10,55 +10,59 @@ import torch
 from torch import Tensor
 
 
-class NonFinite(RuntimeError):
+class NonFiniteError(RuntimeError):
     """A loss or a gradient is not a finite number."""
 
 
 @dataclass(frozen=True)
-class Taken:
+class StepRecord:
     """What went into the gradient of one optimizer step: its norm, and ids and losses of every micro-batch."""
 
     step: int
     grad_norm: Tensor
-    parts: list[tuple[tuple[str, ...], Tensor]]
+    micro_batch_losses: list[tuple[tuple[str, ...], Tensor]]
 
 
-class Watch:
+class FiniteMonitor:
     """What has gone into gradients since the last check. Only `check` waits for the device."""
 
     def __init__(self) -> None:
-        self.parts: list[tuple[tuple[str, ...], Tensor]] = []
-        self.taken: list[Taken] = []
-        self.broken = torch.zeros(())
+        self.micro_batch_losses: list[tuple[tuple[str, ...], Tensor]] = []
+        self.step_records: list[StepRecord] = []
+        self.nonfinite_flag = torch.zeros(())
 
-    def add(self, ids: tuple[str, ...], losses: Tensor) -> None:
+    def add_losses(self, ids: tuple[str, ...], losses: Tensor) -> None:
         """Remember the losses of these pairs."""
-        self.parts.append((ids, losses.detach()))
+        self.micro_batch_losses.append((ids, losses.detach()))
 
-    def close(self, step: int, grad_norm: Tensor) -> Tensor:
+    def close_step(self, step: int, grad_norm: Tensor) -> Tensor:
         """End a step. 1, on the device, if anything of it is not finite, or of any step before it; else 0."""
-        self.taken.append(Taken(step, grad_norm, self.parts))
+        self.step_records.append(StepRecord(step, grad_norm, self.micro_batch_losses))
         finite = grad_norm.isfinite()
-        for _, losses in self.parts:
+        for _, losses in self.micro_batch_losses:
             finite = finite & losses.isfinite().all()
-        self.parts = []
-        self.broken = torch.maximum(self.broken.to(finite.device), (~finite).float())
-        return self.broken
+        self.micro_batch_losses = []
+        self.nonfinite_flag = torch.maximum(self.nonfinite_flag.to(finite.device), (~finite).float())
+        return self.nonfinite_flag
 
-    def check(self) -> None:
+    def raise_if_nonfinite(self) -> None:
         """Forget the steps that have ended, if all of them are finite.
 
         Raises:
             NonFinite: One is not; with the ids of the first.
         """
-        if self.broken:
-            raise NonFinite(next(message for message in map(_message, self.taken) if message))
-        self.taken.clear()
+        if self.nonfinite_flag:
+            raise NonFiniteError(next(message for message in map(_message, self.step_records) if message))
+        self.step_records.clear()
 
 
-def _message(taken: Taken) -> str:
+def _message(taken: StepRecord) -> str:
     """What is wrong with a step; empty if nothing is."""
-    every = [(row, bool(good)) for ids, losses in taken.parts for row, good in zip(ids, losses.isfinite(), strict=True)]
+    every = [
+        (row, bool(good))
+        for ids, losses in taken.micro_batch_losses
+        for row, good in zip(ids, losses.isfinite(), strict=True)
+    ]
     bad = [row for row, good in every if not good]
     if not bad and taken.grad_norm.isfinite():
         return ""

@@ -7,11 +7,11 @@ they are right after the last optimizer step, they name one place among the data
 
 from typing import Any
 
-PREFIX = "epoch_loop."
-OPTIMIZER = f"{PREFIX}automatic_optimization.optim_progress"
+EPOCH_LOOP_PREFIX = "epoch_loop."
+OPTIMIZER_PROGRESS_KEY = f"{EPOCH_LOOP_PREFIX}automatic_optimization.optim_progress"
 
 
-def after_last_step(loop: dict[str, Any], accumulate: int) -> dict[str, Any]:
+def loop_state_after_step(loop_state: dict[str, Any], accumulate: int) -> dict[str, Any]:
     """The state of a fit loop right after its last optimizer step.
 
     Args:
@@ -22,7 +22,11 @@ def after_last_step(loop: dict[str, Any], accumulate: int) -> dict[str, Any]:
         The state with other counters. Batches of an unfinished accumulation window count as not read; an epoch counts
         as ended with its last step.
     """
-    epochs, batches, steps = loop["epoch_progress"]["total"], loop[f"{PREFIX}batch_progress"], loop[OPTIMIZER]
+    epochs, batches, steps = (
+        loop_state["epoch_progress"]["total"],
+        loop_state[f"{EPOCH_LOOP_PREFIX}batch_progress"],
+        loop_state[OPTIMIZER_PROGRESS_KEY],
+    )
     ended, taken = epochs["processed"], steps["optimizer"]["step"]["total"]["completed"]
     read = batches["total"]["ready"]
     position = 0
@@ -47,12 +51,12 @@ def after_last_step(loop: dict[str, Any], accumulate: int) -> dict[str, Any]:
     plain = {name: {"ready": count["ready"], "completed": count["ready"]} for name, count in counted.items()}
     none = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
     return {
-        **loop,
-        f"{PREFIX}val_loop.batch_progress": {"total": none, "current": none, "is_last_batch": False},
+        **loop_state,
+        f"{EPOCH_LOOP_PREFIX}val_loop.batch_progress": {"total": none, "current": none, "is_last_batch": False},
         "epoch_progress": {"total": epoch, "current": epoch},
-        f"{PREFIX}batch_progress": {**batch, "is_last_batch": False},
-        f"{PREFIX}scheduler_progress": plain,
-        f"{PREFIX}state_dict": {"_batches_that_stepped": taken - pending},
-        OPTIMIZER: {"optimizer": {"step": plain, "zero_grad": counted}},
-        "state_dict": {**loop["state_dict"], "combined_loader": [{"position": position}]},
+        f"{EPOCH_LOOP_PREFIX}batch_progress": {**batch, "is_last_batch": False},
+        f"{EPOCH_LOOP_PREFIX}scheduler_progress": plain,
+        f"{EPOCH_LOOP_PREFIX}state_dict": {"_batches_that_stepped": taken - pending},
+        OPTIMIZER_PROGRESS_KEY: {"optimizer": {"step": plain, "zero_grad": counted}},
+        "state_dict": {**loop_state["state_dict"], "combined_loader": [{"position": position}]},
     }

@@ -27,21 +27,33 @@ from torch.utils.data import ConcatDataset
 from transformers import PreTrainedModel
 
 from dpo.data.datamodule import PairData, cache_folder
-from dpo.data.logps_cache import Arrays, Key, allocate, identify, load, mapped, seal
-from dpo.data.sampler import Pairs, packs
-from dpo.files import complete
+from dpo.data.logps_cache import (
+    CacheKey,
+    ColumnArrays,
+    allocate_cache_file,
+    hash_row_id,
+    load_cache_file,
+    map_cache_file,
+    write_checksum,
+)
+from dpo.data.sampler import ExampleDataset, pack_rows_by_tokens
+from dpo.files import write_atomically
 from dpo.models.batch import Batch, Example, collate
-from dpo.models.loading import Loader
-from dpo.models.reference import ROUNDED, Comparison, Copy, Frozen, Reference, rounding
+from dpo.models.loading import ModelLoader
+from dpo.models.reference import DISTANCE_ROUNDING, Copy, FrozenReference, Reference, ReferenceModel, logp_tolerance
 from dpo.models.scoring import score
 
-SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}  # of each stage that reads the cache
-SAMPLED = 8  # rows that are scored again whenever a file is read
-MAX_TOKENS = 16384  # of a forward pass, where the data sets no bound
+SPLITS_BY_STAGE = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+}  # of each stage that reads the cache
+RECHECKED_ROWS = 8  # rows that are scored again whenever a file is read
+DEFAULT_MAX_TOKENS = 16384  # of a forward pass, where the data sets no bound
 
 
 @dataclass(frozen=True)
-class Rows:
+class StageRows:
     """The rows of a stage.
 
     Attributes:
@@ -53,13 +65,13 @@ class Rows:
     """
 
     examples: ConcatDataset[Example]
-    costs: NDArray[np.int64]
-    ids: NDArray[np.int64]
-    lengths: NDArray[np.int32]
-    tokens: str
+    token_counts: NDArray[np.int64]
+    id_hashes: NDArray[np.int64]
+    answer_lengths: NDArray[np.int32]
+    tokens_sha256: str
 
 
-def survey(parts: Sequence[Pairs]) -> Rows:
+def index_stage_rows(parts: Sequence[ExampleDataset]) -> StageRows:
     """Look at every row once.
 
     Raises:
@@ -71,66 +83,70 @@ def survey(parts: Sequence[Pairs]) -> Rows:
     total = 0
     for row in track(range(len(examples)), "Hashing rows", transient=True):
         example = examples[row]
-        ids[row] = identify(example.id)
+        ids[row] = hash_row_id(example.id)
         lengths[row] = [len(answer) for answer in example.answers]
         text = json.dumps([example.id, list(example.prompt), *map(list, example.answers)])
         total += int.from_bytes(hashlib.sha256(text.encode()).digest())
     if len(np.unique(ids)) < len(ids):
         raise ValueError("--model.reference Cached finds rows by their ids: expected different ones, got one twice.")
-    costs = np.concatenate([np.asarray(part.costs) for part in parts])
-    return Rows(examples, costs, ids, lengths, f"{total % 2**256:064x}")
+    costs = np.concatenate([np.asarray(part.token_counts) for part in parts])
+    return StageRows(examples, costs, ids, lengths, f"{total % 2**256:064x}")
 
 
 @torch.no_grad()
-def compute(model: PreTrainedModel, rows: Rows, file: Path, key: Key, max_tokens: int, trainer: L.Trainer) -> None:
+def score_rows_into_file(
+    model: PreTrainedModel, rows: StageRows, file: Path, key: CacheKey, max_tokens: int, trainer: L.Trainer
+) -> None:
     """Score every row and write the file; every process scores its part of the rows into it.
 
     Raises:
         ValueError: A log-probability is not finite.
     """
-    order = np.argsort(rows.ids)
-    totals = rows.lengths.sum(-1, dtype=np.int64)
+    order = np.argsort(rows.id_hashes)
+    totals = rows.answer_lengths.sum(-1, dtype=np.int64)
     if trainer.is_global_zero:
-        allocate(file, key, rows.ids[order], rows.lengths[order])
+        allocate_cache_file(file, key, rows.id_hashes[order], rows.answer_lengths[order])
     trainer.strategy.barrier("allocated")
-    columns = mapped(file, "r+")
+    columns = map_cache_file(file, "r+")
     starts = np.empty_like(totals)
     starts[order] = columns["starts"]
     with Progress(transient=True, disable=not trainer.is_global_zero) as bar:
-        task = bar.add_task("Reference log-probabilities", total=int(rows.costs.sum()))
-        for pack in islice(packs(rows.costs, max_tokens), trainer.global_rank, None, trainer.world_size):
+        task = bar.add_task("Reference log-probabilities", total=int(rows.token_counts.sum()))
+        for pack in islice(
+            pack_rows_by_tokens(rows.token_counts, max_tokens), trainer.global_rank, None, trainer.world_size
+        ):
             batch = collate([rows.examples[row] for row in pack]).to(model.device)
             logps = score(model, batch).logps.float().cpu()
             if not logps.isfinite().all():
                 raise ValueError(f"log-probabilities of the reference are not finite: look at {', '.join(batch.ids)}.")
             for row, part in zip(pack, logps.split(totals[pack].tolist()), strict=True):
                 columns["values"][starts[row] : starts[row] + totals[row]] = part.numpy()
-            bar.advance(task, float(rows.costs[pack].sum()) * trainer.world_size)
+            bar.advance(task, float(rows.token_counts[pack].sum()) * trainer.world_size)
     trainer.strategy.barrier("computed")
     if trainer.is_global_zero:
-        seal(file)
+        write_checksum(file)
 
 
-class Stored(Comparison):
+class CachedReference(ReferenceModel):
     """A reference of which only its log-probabilities are left."""
 
-    columns: Arrays
+    columns: ColumnArrays
 
-    def __init__(self, made: Frozen, folder: str | None) -> None:
+    def __init__(self, source: FrozenReference, folder: str | None) -> None:
         """Take a reference, whose model leaves memory in `prepare`."""
         super().__init__()
-        self.made: Frozen | None = made
+        self.source: FrozenReference | None = source
         self.folder = Path(folder).expanduser() if folder else None
-        self.origin, self.sha256 = f"{made.origin}, cached", made.sha256
-        self.distance = max(made.distance, ROUNDED)  # its values come out of other batches
+        self.description, self.sha256 = f"{source.description}, cached", source.sha256
+        self.initial_distance = max(source.initial_distance, DISTANCE_ROUNDING)  # its values come out of other batches
 
     @property
-    def models(self) -> dict[str, PreTrainedModel]:
+    def owned_models(self) -> dict[str, PreTrainedModel]:
         """None from `prepare` on."""
-        return self.made.models if self.made else {}
+        return self.source.owned_models if self.source else {}
 
     @torch.no_grad()
-    def prepare(self, module: L.LightningModule) -> None:
+    def prepare_for_stage(self, module: L.LightningModule) -> None:
         """Find or compute the values of all rows of the stage, compare some with the model, and let the model go.
 
         Raises:
@@ -138,32 +154,34 @@ class Stored(Comparison):
         """
         trainer, data = module.trainer, module.trainer.datamodule  # type: ignore[attr-defined]
         stage = trainer.state.fn.value  # type: ignore[union-attr]  # a stage is running
-        if self.made is None or stage not in SPLITS_OF:
+        if self.source is None or stage not in SPLITS_BY_STAGE:
             return
         assert isinstance(data, PairData)
-        made: Any = trainer.precision_plugin.convert_module(self.made.to(trainer.strategy.root_device))
-        rows = survey([data.pairs[split] for split in SPLITS_OF[stage] if split in data.pairs])
-        key = Key(made.sha256, rows.tokens, f"{trainer.precision} {made.model.dtype}")
-        name = f"{stage}.safetensors" if self.folder else f"reference-{key.name}.safetensors"
+        made: Any = trainer.precision_plugin.convert_module(self.source.to(trainer.strategy.root_device))
+        rows = index_stage_rows(
+            [data.pairs_by_split[split] for split in SPLITS_BY_STAGE[stage] if split in data.pairs_by_split]
+        )
+        key = CacheKey(made.sha256, rows.tokens_sha256, f"{trainer.precision} {made.model.dtype}")
+        name = f"{stage}.safetensors" if self.folder else f"reference-{key.short_hash}.safetensors"
         file = (self.folder or cache_folder()) / name
         with trainer.precision_plugin.forward_context():
-            fill(made.model, rows, file, key, data.max_tokens or MAX_TOKENS, trainer)
-            columns = load(file, key)
-            compare(columns, made.model, rows, file)
-        self.columns, self.made = columns, None
+            ensure_cache_file(made.model, rows, file, key, data.max_tokens or DEFAULT_MAX_TOKENS, trainer)
+            columns = load_cache_file(file, key)
+            verify_cached_logps(columns, made.model, rows, file)
+        self.columns, self.source = columns, None
 
     def forward(self, batch: Batch) -> Float[Tensor, " scored"]:
         """log p of every scored token, nats: from the file, or by the model where no rows are known in advance."""
-        return self.made(batch) if self.made else look_up(self.columns, batch)
+        return self.source(batch) if self.source else lookup_logps(self.columns, batch)
 
 
-def look_up(columns: Arrays, batch: Batch) -> Float[Tensor, " scored"]:
+def lookup_logps(columns: ColumnArrays, batch: Batch) -> Float[Tensor, " scored"]:
     """The values of every scored token of a batch.
 
     Raises:
         ValueError: A row is not in the file, or its answers have other lengths there.
     """
-    wanted = np.array([identify(name) for name in batch.ids])
+    wanted = np.array([hash_row_id(name) for name in batch.ids])
     rows = np.minimum(np.searchsorted(columns["ids"], wanted), len(columns["ids"]) - 1)
     lengths = np.reshape(batch.lengths, (len(rows), -1))
     there = (columns["ids"][rows] == wanted) & (columns["lengths"][rows] == lengths).all(-1)
@@ -177,15 +195,15 @@ def look_up(columns: Arrays, batch: Batch) -> Float[Tensor, " scored"]:
     return torch.from_numpy(np.concatenate(parts)).to(batch.targets.device, non_blocking=True)
 
 
-def compare(columns: Arrays, model: PreTrainedModel, rows: Rows, file: Path) -> None:
+def verify_cached_logps(columns: ColumnArrays, model: PreTrainedModel, rows: StageRows, file: Path) -> None:
     """Score some rows again.
 
     Raises:
         ValueError: The model computes other values than those in the file.
     """
-    sample = dict.fromkeys(np.linspace(0, len(rows.ids) - 1, SAMPLED).astype(int).tolist())
+    sample = dict.fromkeys(np.linspace(0, len(rows.id_hashes) - 1, RECHECKED_ROWS).astype(int).tolist())
     batch = collate([rows.examples[row] for row in sample]).to(model.device)
-    found, limit = (score(model, batch).logps - look_up(columns, batch)).abs().max().item(), rounding(model)
+    found, limit = (score(model, batch).logps - lookup_logps(columns, batch)).abs().max().item(), logp_tolerance(model)
     if not found <= limit:
         raise ValueError(
             f"the cached log-probabilities in {file} are not used, the reference computes others here: expected a "
@@ -194,16 +212,18 @@ def compare(columns: Arrays, model: PreTrainedModel, rows: Rows, file: Path) -> 
         )
 
 
-def fill(model: PreTrainedModel, rows: Rows, file: Path, key: Key, max_tokens: int, trainer: L.Trainer) -> None:
+def ensure_cache_file(
+    model: PreTrainedModel, rows: StageRows, file: Path, key: CacheKey, max_tokens: int, trainer: L.Trainer
+) -> None:
     """Make the file if it is not there; of several runs at a time one makes it and the others wait."""
     file.parent.mkdir(parents=True, exist_ok=True)
     first = trainer.is_global_zero
     with WeakFileLock(f"{file}.lock") if first else nullcontext():
         if trainer.strategy.broadcast(file.exists()):
             return
-        rank_zero_info(f"Reference: log-probabilities of {len(rows.ids):,} rows go into {file}.")
-        with complete(file) if first else nullcontext(file) as aside:
-            compute(model, rows, trainer.strategy.broadcast(aside), key, max_tokens, trainer)
+        rank_zero_info(f"Reference: log-probabilities of {len(rows.id_hashes):,} rows go into {file}.")
+        with write_atomically(file) if first else nullcontext(file) as aside:
+            score_rows_into_file(model, rows, trainer.strategy.broadcast(aside), key, max_tokens, trainer)
     trainer.strategy.barrier("cached")
 
 
@@ -220,13 +240,13 @@ class Cached(Reference):
     of: Reference = field(default_factory=Copy)
     folder: str | None = None
 
-    def build(self, policy: PreTrainedModel, loader: Loader) -> Stored:
+    def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> CachedReference:
         """Make the reference.
 
         Raises:
             ValueError: It is none that stays as it is.
         """
-        made = self.of.build(policy, loader)
-        if not isinstance(made, Frozen):
+        made = self.of.build_reference(policy, loader)
+        if not isinstance(made, FrozenReference):
             raise ValueError(f"--model.reference Cached: expected a reference that stays as it is, got {self.of}.")
-        return Stored(made, self.folder)
+        return CachedReference(made, self.folder)

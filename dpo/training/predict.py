@@ -13,50 +13,56 @@ import lightning as L
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo.data.columns import Columns, text
+from dpo.data.columns import Columns, hh_prompt_text
 from dpo.data.dialogue import Refusal
-from dpo.data.prompts import Questions
+from dpo.data.prompts import PromptBatch
 from dpo.data.sampler import Step
-from dpo.data.tokenization import Encoder
+from dpo.data.tokenization import PairEncoder
 from dpo.models.batch import Batch, Example, collate
-from dpo.models.generation import write
+from dpo.models.generation import generate_answers
 
-Row = dict[str, Any]
+PredictionRow = dict[str, Any]
 Scorer = Callable[[str, list[str]], Sequence[float]]
 """A prompt (the dialogue as text of hh-rlhf, up to where the answer begins) and answers -> how good each is."""
-Judge = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
+ScoreAnswers = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
 """Answers -> log-probability under policy and reference, nats (NaN without a reference), and reward of each."""
-Tell = Callable[[Batch], list[Row]]
+PredictionRows = Callable[[Batch], list[PredictionRow]]
 """Examples -> a row for each."""
 
 
-def predicted(
-    step: Step | Questions, module: L.LightningModule, models: Mapping[str, PreTrainedModel], judge: Judge, tell: Tell
-) -> list[Row]:
+def predict_rows(
+    step: Step | PromptBatch,
+    module: L.LightningModule,
+    models: Mapping[str, PreTrainedModel],
+    score_answers: ScoreAnswers,
+    prediction_rows: PredictionRows,
+) -> list[PredictionRow]:
     """What `predict` writes. Of questions: answers. Of a step of examples: what is told of each."""
-    if isinstance(step, Questions):
-        return answered(step, module.trainer.datamodule.encoder, models, judge)  # type: ignore[attr-defined]
-    return [row for batch in step.micro_batches for row in tell(batch)]
+    if isinstance(step, PromptBatch):
+        return answer_prompts(step, module.trainer.datamodule.encoder, models, score_answers)  # type: ignore[attr-defined]
+    return [row for batch in step.micro_batches for row in prediction_rows(batch)]
 
 
-def answered(questions: Questions, encoder: Encoder, models: Mapping[str, PreTrainedModel], judge: Judge) -> list[Row]:
+def answer_prompts(
+    batch: PromptBatch, encoder: PairEncoder, models: Mapping[str, PreTrainedModel], score_answers: ScoreAnswers
+) -> list[PredictionRow]:
     """One row for every question; the models draw differently, or they would say the same while they are the same."""
-    prompts = [question.tokens for question in questions.asked]
+    prompts = [question.tokens for question in batch.prompts]
     written = {
-        role: write(model, encoder, prompts, questions.sampling, questions.seed + (number << 40))
+        role: generate_answers(model, encoder, prompts, batch.sampling, batch.seed + (number << 40))
         for number, (role, model) in enumerate(models.items())
     }
     device = models["policy"].device
     rows = []
-    for number, question in enumerate(questions.asked):
+    for number, question in enumerate(batch.prompts):
         answers = [(role, answer) for role, all_of_it in written.items() for answer in all_of_it[number]]
         example = Example(question.id, question.tokens, tuple(answer.tokens for _, answer in answers))
-        values = zip(*(_plain(column) for column in judge(collate([example]).to(device))), strict=True)
+        values = zip(*(_plain(column) for column in score_answers(collate([example]).to(device))), strict=True)
         told = [
             {
                 "from": role,
                 "text": answer.text,
-                "complete": answer.complete,
+                "complete": answer.is_complete,
                 "tokens": len(answer.tokens),
                 "logps": {"policy": policy, "reference": reference},
                 "reward": reward,
@@ -73,7 +79,7 @@ def _plain(values: Tensor) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values.tolist()]
 
 
-def load(name: str) -> Scorer:
+def load_scorer(name: str) -> Scorer:
     """The function behind ``module:function``.
 
     Raises:
@@ -91,7 +97,7 @@ def load(name: str) -> Scorer:
     return found  # type: ignore[no-any-return]
 
 
-def mark(row: Row, scorer: Scorer) -> Row:
+def label_best_and_worst(row: PredictionRow, scorer: Scorer) -> PredictionRow:
     """The row with the best complete answer as the chosen one and the worst as the rejected one.
 
     An answer that was cut at the longest length is never marked: to learn from it is to learn to stop midway. Nothing
@@ -105,9 +111,9 @@ def mark(row: Row, scorer: Scorer) -> Row:
     able = [answer for answer in row["answers"] if answer["complete"] and answer["text"]]
     if not able:
         return row
-    history = Columns().history(row)
+    history = Columns().parse_history(row)
     assert not isinstance(history, Refusal)
-    scores = [float(score) for score in scorer(text(history), [answer["text"] for answer in able])]
+    scores = [float(score) for score in scorer(hh_prompt_text(history), [answer["text"] for answer in able])]
     if len(scores) != len(able) or not all(map(math.isfinite, scores)):
         raise ValueError(f"--scorer: expected {len(able)} finite numbers, one for each answer, got {scores}.")
     given = {id(answer): score for answer, score in zip(able, scores, strict=True)}

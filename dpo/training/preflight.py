@@ -14,18 +14,25 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dpo.data.datamodule import PairData
-from dpo.losses import NoConstant
-from dpo.models.attention import NAME
+from dpo.losses import UnknownInitialLoss
+from dpo.models.attention import PREFIX_SHARED_NAME
 from dpo.models.batch import Batch, Example, collate
-from dpo.models.prompt_sharing import difference, plain, scoring_error, tried, unshare, vocabulary
-from dpo.models.reference import computed_in, rounding
-from dpo.models.scoring import backbone
+from dpo.models.prompt_sharing import (
+    disable_prefix_sharing,
+    score_or_raise,
+    scoring_error,
+    sharing_error,
+    standard_attention,
+    vocabulary_size,
+)
+from dpo.models.reference import compute_dtype, logp_tolerance
+from dpo.models.scoring import outermost_backbone
 from dpo.training.base import Stage
-from dpo.training.dpo import DPO, IN_ONE_PIECE
+from dpo.training.dpo import DPO, WHOLE_BATCH_HINT
 
-PAIRS, STEPS = 4, 100  # that are looked at
+CHECKED_PAIRS, CHECKED_STEPS = 4, 100  # that are looked at
 # What rounding does to hidden states, in parts of the largest.
-SAME_STATES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+HIDDEN_STATE_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 class PreflightError(RuntimeError):
@@ -49,8 +56,8 @@ class Preflight(L.Callback):
         assert isinstance(pl_module, Stage)
         if not pl_module.preflight:
             return
-        pairs = self.data.kept("train")
-        examples = [pairs[row] for row in range(min(PAIRS, len(pairs)))]
+        pairs = self.data.require_pairs("train")
+        examples = [pairs[row] for row in range(min(CHECKED_PAIRS, len(pairs)))]
         batch = collate(examples).to(pl_module.device)
         passed = [*_answers(examples, self.data.encoder.end_ids), *_context(pl_module, self.data.max_length)]
         passed += [*_vocabulary(pl_module, self.data), *_finite(pl_module), *_frozen(pl_module, trainer.optimizers[0])]
@@ -63,9 +70,9 @@ class Preflight(L.Callback):
 
     def _largest_row(self) -> Batch:
         """The micro-batch of most tokens in the first steps: some errors begin far along a row."""
-        loader, pairs = self.data.train_dataloader(), self.data.pairs["train"]
-        rows = chain.from_iterable(micro_batches for micro_batches, _ in islice(loader.sampler, STEPS))
-        return collate([pairs[row] for row in max(rows, key=lambda rows: sum(pairs.costs[row] for row in rows))])
+        loader, pairs = self.data.train_dataloader(), self.data.pairs_by_split["train"]
+        rows = chain.from_iterable(micro_batches for micro_batches, _ in islice(loader.sampler, CHECKED_STEPS))
+        return collate([pairs[row] for row in max(rows, key=lambda rows: sum(pairs.token_counts[row] for row in rows))])
 
 
 def _require(holds: bool, *, what: str, expected: object, got: object, do: str) -> None:
@@ -101,9 +108,9 @@ def _context(module: Stage, max_length: int) -> Iterator[str]:
 
 
 def _vocabulary(module: Stage, data: PairData) -> Iterator[str]:
-    rows, tokens = vocabulary(module.policy), len(data.tokenizer)
+    rows, tokens = vocabulary_size(module.policy), len(data.tokenizer)
     # Read all pairs only where they may not fit: some tokenizers have tokens that no text becomes.
-    largest = max(pairs.largest for pairs in data.pairs.values()) if tokens > rows else 0
+    largest = max(pairs.max_token_id for pairs in data.pairs_by_split.values()) if tokens > rows else 0
     _require(
         largest < rows,
         what="the vocabulary",
@@ -115,7 +122,7 @@ def _vocabulary(module: Stage, data: PairData) -> Iterator[str]:
 
 
 def _finite(module: Stage) -> Iterator[str]:
-    models = module.models().items()
+    models = module.models_by_role().items()
     broken = [f"{role} {name}" for role, m in models for name, p in m.named_parameters() if not p.isfinite().all()]
     _require(
         not broken,
@@ -129,7 +136,7 @@ def _finite(module: Stage) -> Iterator[str]:
 
 def _frozen(module: Stage, optimizer: torch.optim.Optimizer) -> Iterator[str]:
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    others = [model for role, model in module.models().items() if role != "policy"]
+    others = [model for role, model in module.models_by_role().items() if role != "policy"]
     inside = [name for model in others for name, p in model.named_parameters() if p.requires_grad or id(p) in trained]
     _require(
         not inside,
@@ -147,7 +154,7 @@ def _frozen(module: Stage, optimizer: torch.optim.Optimizer) -> Iterator[str]:
 
 
 def _repeatable(module: Stage, batch: Batch) -> Iterator[str]:
-    first, second = (tried(module.policy, batch).logps for _ in range(2))
+    first, second = (score_or_raise(module.policy, batch).logps for _ in range(2))
     same = torch.equal(first, second)
     _require(
         same,
@@ -160,7 +167,7 @@ def _repeatable(module: Stage, batch: Batch) -> Iterator[str]:
 
 
 def _scored(module: Stage, batch: Batch) -> Iterator[str]:
-    found, limit = scoring_error(module.policy, batch.sequences()[0]), rounding(module.policy)
+    found, limit = scoring_error(module.policy, batch.answer_sequences()[0]), logp_tolerance(module.policy)
     _require(
         found <= limit,
         what="log-probabilities by the scorer and by the model's own forward pass",
@@ -172,10 +179,10 @@ def _scored(module: Stage, batch: Batch) -> Iterator[str]:
 
 
 def _causal(module: Stage, batch: Batch) -> Iterator[str]:
-    row, limit = batch.sequences()[0][None], SAME_STATES[computed_in(module.policy)]
-    with plain(module.policy):
+    row, limit = batch.answer_sequences()[0][None], HIDDEN_STATE_TOLERANCES[compute_dtype(module.policy)]
+    with standard_attention(module.policy):
         states, before = (
-            backbone(module.policy)(input_ids=tokens, use_cache=False).last_hidden_state
+            outermost_backbone(module.policy)(input_ids=tokens, use_cache=False).last_hidden_state
             for tokens in (row, row[:, :-1])
         )
     found = _largest(states[:, :-1], before) / states.abs().max().item()
@@ -190,26 +197,26 @@ def _causal(module: Stage, batch: Batch) -> Iterator[str]:
 
 
 def _shared(module: Stage, batch: Batch) -> Iterator[str]:
-    if module.policy.config._attn_implementation != NAME:
+    if module.policy.config._attn_implementation != PREFIX_SHARED_NAME:
         return
-    found = difference(module.policy, batch)
-    if found <= SAME_STATES[computed_in(module.policy)]:
+    found = sharing_error(module.policy, batch)
+    if found <= HIDDEN_STATE_TOLERANCES[compute_dtype(module.policy)]:
         yield f"shared prompts equal separate sequences (to {found:.0e})"
         return
-    for model in module.models().values():
-        unshare(model)
+    for model in module.models_by_role().values():
+        disable_prefix_sharing(model)
     yield f"prompts are NOT shared, as hidden states would differ by {found:.1e}: every answer is a sequence of its own"
 
 
 def _preferences(module: DPO, batch: Batch, trainer: L.Trainer, max_tokens: int | None) -> Iterator[str]:
-    if module.loss.whole_batch:
+    if module.loss.needs_whole_batch:
         parts = trainer.world_size * trainer.accumulate_grad_batches
         _require(
             max_tokens is None and parts == 1,
             what=f"{module.loss}, which sorts all pairs of an optimizer step together",
             expected="every step in one piece",
             got=f"--data.max_tokens {max_tokens}, {parts} devices times accumulated batches",
-            do=IN_ONE_PIECE,
+            do=WHOLE_BATCH_HINT,
         )
         yield "every step is one piece"
     if not trainer.ckpt_path:
@@ -218,19 +225,22 @@ def _preferences(module: DPO, batch: Batch, trainer: L.Trainer, max_tokens: int 
 
 def _start(module: DPO, batch: Batch) -> Iterator[str]:
     _, logps = module.score_pairs(batch)
-    expected = module.loss.at_start
+    expected = module.loss.initial_loss
     if module.loss.uses_reference:
-        apart, limit = _largest(logps.policy_tokens, logps.reference_tokens), module.reference.distance
+        apart, limit = (
+            _largest(logps.policy_token_logps, logps.reference_token_logps),
+            module.reference.initial_distance,
+        )
         _require(
-            apart <= limit * rounding(module.policy),
+            apart <= limit * logp_tolerance(module.policy),
             what="log-probabilities under the policy and under the reference that it equals",
-            expected=f"a difference of at most {limit * rounding(module.policy):g} nats a token",
+            expected=f"a difference of at most {limit * logp_tolerance(module.policy):g} nats a token",
             got=apart,
             do="The reference is not the policy.",
         )
         yield f"policy and reference are {apart:.1g} nats a token apart"
-        logps = replace(logps, reference_tokens=logps.policy_tokens)
-    if isinstance(expected, NoConstant):
+        logps = replace(logps, reference_token_logps=logps.policy_token_logps)
+    if isinstance(expected, UnknownInitialLoss):
         yield f"the loss at step 0 is not checked ({expected.reason})"
         return
     losses = module.loss(logps)

@@ -33,7 +33,7 @@ class Warmup(LambdaLR):
         super().__init__(optimizer, factor)
 
 
-def checked(optimizer: OptimizerCallable) -> OptimizerCallable:
+def validate_optimizer(optimizer: OptimizerCallable) -> OptimizerCallable:
     """The same, tried on one parameter: what is wrong with its options is known before anything is read.
 
     Raises:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dpo.callbacks.checkpoints import LastAndBest
-from dpo.files import jsonl
-from dpo.runs.checkpoint_io import AtomicIO
+from dpo.files import append_jsonl
+from dpo.runs.checkpoint_io import AtomicCheckpointIO
 from dpo.runs.folder import Run
 from tests.support.runs import Lab, checkpoint, metrics, policy, weights
 
@@ -34,7 +34,7 @@ def test_the_reference_is_not_inside(lab: Lab, whole: Run) -> None:
     assert {name.split(".")[0] for name in saved["state_dict"]} == {"policy"}
     policy_bytes = (policy() / "model.safetensors").stat().st_size
     # the policy and AdamW's two moments of it; a reference would make four
-    assert 3 * policy_bytes < (whole.checkpoints / "last.ckpt").stat().st_size < 3.6 * policy_bytes
+    assert 3 * policy_bytes < (whole.checkpoint_folder / "last.ckpt").stat().st_size < 3.6 * policy_bytes
 
 
 def test_best_is_the_lowest_validation_loss(whole: Run) -> None:
@@ -86,11 +86,11 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path: Path, capsys: pytes
     lab = Lab(tmp_path)
     run = lab.fit("adam", RATE, "--data.val_fraction=0", "--trainer.max_steps=1")
     words = ["--optimizer=torch.optim.RMSprop", "--name=adam", "--data.val_fraction=0", "--ckpt_path=last"]
-    before, record = (run.checkpoints / "last.ckpt").read_bytes(), run.config.read_bytes()
+    before, record = (run.checkpoint_folder / "last.ckpt").read_bytes(), run.config_path.read_bytes()
     assert lab.main("fit", *words) == 1
-    assert run.config.read_bytes() == record
+    assert run.config_path.read_bytes() == record
     assert "holds the state of AdamW: expected --optimizer AdamW, got RMSprop" in capsys.readouterr().err
-    assert (run.checkpoints / "last.ckpt").read_bytes() == before
+    assert (run.checkpoint_folder / "last.ckpt").read_bytes() == before
 
 
 def resumed(lab: Lab, expected: Run, stop: int, *words: str) -> None:
@@ -117,8 +117,8 @@ def timeless(run: Run, stage: str) -> list[dict[str, float]]:
 
 def words_on(way: str, run: Run) -> list[str]:
     """Three ways to go on with a run without naming it."""
-    named = {"path": [f"--ckpt_path={run.checkpoints / 'last.ckpt'}"], "newest": ["--ckpt_path=last"]}
-    return named.get(way, [f"--config={run.config}", "--ckpt_path=last"])
+    named = {"path": [f"--ckpt_path={run.checkpoint_folder / 'last.ckpt'}"], "newest": ["--ckpt_path=last"]}
+    return named.get(way, [f"--config={run.config_path}", "--ckpt_path=last"])
 
 
 @pytest.mark.parametrize("way", ["path", "newest", "configuration"])
@@ -130,26 +130,28 @@ def test_a_checkpoint_or_a_configuration_names_the_run_to_go_on_with(lab: Lab, w
 
 def test_a_configuration_alone_is_enough_to_go_on(lab: Lab) -> None:
     run = lab.fit("alone", "--trainer.max_steps=1", "--data.val_fraction=0")
-    assert lab.only("fit", f"--config={run.config}", "--ckpt_path=last", "--trainer.max_steps=2") == 0
+    assert lab.only("fit", f"--config={run.config_path}", "--ckpt_path=last", "--trainer.max_steps=2") == 0
     assert [row["step"] for row in metrics(run)] == [1, 2]
     again = ["--name=afresh", "--trainer.max_steps=1"]  # another run from its configuration begins at its beginning
-    assert lab.only("fit", f"--config={run.config}", *again) == 0
+    assert lab.only("fit", f"--config={run.config_path}", *again) == 0
     assert [row["step"] for row in metrics(Run(lab.folder / "afresh"))] == [1]
 
 
 def test_another_name_goes_on_from_a_checkpoint_and_leaves_its_run_alone(lab: Lab, whole: Run) -> None:
-    before = whole.metrics.read_text()
-    branch = lab.fit("branch", *EPOCHS, f"--ckpt_path={whole.checkpoints / 'last.ckpt'}", "--trainer.max_epochs=3")
+    before = whole.metrics_path.read_text()
+    branch = lab.fit(
+        "branch", *EPOCHS, f"--ckpt_path={whole.checkpoint_folder / 'last.ckpt'}", "--trainer.max_epochs=3"
+    )
     assert [row["step"] for row in metrics(branch)] == [11, 12, 13, 14, 15]
-    assert whole.metrics.read_text() == before
+    assert whole.metrics_path.read_text() == before
 
 
 def test_samples_of_steps_that_are_taken_again_are_there_once(lab: Lab) -> None:
     """As in metrics.csv: what was sampled behind the checkpoint is gone when training goes on."""
     run = lab.fit("again", *EPOCHS, "--trainer.max_steps=4")
     assert sampled(run) == [2, 2, 4, 4]  # two prompts, at every validation
-    rows = [json.loads(line) for line in run.samples.read_text(encoding="utf-8").splitlines()]
-    jsonl(run.samples, [{**row, "step": row["step"] + 5} for row in rows])
+    rows = [json.loads(line) for line in run.samples_path.read_text(encoding="utf-8").splitlines()]
+    append_jsonl(run.samples_path, [{**row, "step": row["step"] + 5} for row in rows])
     assert sampled(run) == [2, 2, 4, 4, 7, 7, 9, 9]
     lab.fit("again", *EPOCHS, "--ckpt_path=last", "--trainer.max_steps=7")
     assert sampled(run) == [2, 2, 4, 4, 7, 7]
@@ -166,7 +168,7 @@ def test_samples_of_a_validation_that_is_repeated_are_there_once(lab: Lab, monke
 
 
 def sampled(run: Run) -> list[int]:
-    return [json.loads(line)["step"] for line in run.samples.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["step"] for line in run.samples_path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_best_goes_on_from_the_best(lab: Lab) -> None:
@@ -196,7 +198,7 @@ def test_last_of_a_run_without_checkpoints_is_refused(lab: Lab, capsys: pytest.C
 
 
 def copied(whole: Run, tmp_path: Path) -> Path:
-    for file in whole.checkpoints.glob("last*"):
+    for file in whole.checkpoint_folder.glob("last*"):
         shutil.copy(file, tmp_path)
     return tmp_path / "last.ckpt"
 
@@ -224,7 +226,7 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "x": Payload()}, "bad.ckpt")
     with pytest.raises(ValueError, match=r"bad\.ckpt is not a checkpoint of tensors and plain values"):
-        AtomicIO().load_checkpoint("bad.ckpt")
+        AtomicCheckpointIO().load_checkpoint("bad.ckpt")
     assert not Path("executed").exists()
 
 
@@ -232,7 +234,7 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.ckpt").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.ckpt is not a checkpoint"):
-        AtomicIO().load_checkpoint(tmp_path / "x.ckpt")
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")
 
 
 def test_options_are_not_taken_from_a_checkpoint(lab: Lab, whole: Run, tmp_path: Path) -> None:
@@ -243,7 +245,11 @@ def test_options_are_not_taken_from_a_checkpoint(lab: Lab, whole: Run, tmp_path:
 
 
 def test_another_reference_is_refused(lab: Lab, whole: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--name=other", f"--ckpt_path={whole.checkpoints / 'last.ckpt'}", f"--model.reference={policy(seed=1)}"]
+    words = [
+        "--name=other",
+        f"--ckpt_path={whole.checkpoint_folder / 'last.ckpt'}",
+        f"--model.reference={policy(seed=1)}",
+    ]
     assert lab.main("fit", *EPOCHS, *words) == 1
     message = capsys.readouterr().err
     assert f"trained against a reference with SHA-256 {checkpoint(whole)['reference_sha256'][:16]}" in message
@@ -267,7 +273,7 @@ def test_another_reference_is_refused(lab: Lab, whole: Run, capsys: pytest.Captu
 def test_other_terms_are_refused_and_the_record_stays(
     lab: Lab, whole: Run, capsys: pytest.CaptureFixture[str], word: str, expected: str
 ) -> None:
-    files = [whole.config, whole.metrics, whole.audit, whole.checkpoints / "last.ckpt"]
+    files = [whole.config_path, whole.metrics_path, whole.audit_path, whole.checkpoint_folder / "last.ckpt"]
     before = [file.read_bytes() for file in files]
     assert lab.main("fit", "--name=whole", *EPOCHS, "--ckpt_path=last", "--trainer.max_epochs=3", word) == 1
     message = capsys.readouterr().err
@@ -287,7 +293,7 @@ def test_a_checkpoint_of_another_model_is_refused(
 
 
 def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, io = tmp_path / "x.ckpt", AtomicIO()
+    path, io = tmp_path / "x.ckpt", AtomicCheckpointIO()
     io.save_checkpoint({"step": 1}, path)
 
     def full(state: object, file: Path) -> None:
@@ -310,7 +316,7 @@ def test_a_full_disk_is_said_and_which_checkpoint_is_whole(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", lambda state, file: save(state, device))
         assert lab.main("fit", *words, "--trainer.max_steps=2", "--ckpt_path=last") == 1
-    last = run.checkpoints / "last.ckpt"
+    last = run.checkpoint_folder / "last.ckpt"
     *_, first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"NotWritten: the checkpoint {last} could not be written. Is the disk full? ")
     assert "MiB of it are free." in first
@@ -322,7 +328,7 @@ def test_a_full_disk_is_said_and_which_checkpoint_is_whole(
 def test_a_kill_between_checkpoint_and_hash_leaves_a_checkpoint_that_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, io = tmp_path / "x.ckpt", AtomicIO()
+    path, io = tmp_path / "x.ckpt", AtomicCheckpointIO()
     io.save_checkpoint({"step": 1}, path)
 
     def killed(*_: object) -> None:
@@ -335,13 +341,13 @@ def test_a_kill_between_checkpoint_and_hash_leaves_a_checkpoint_that_loads(
 
 
 def test_a_checkpoint_goes_with_its_hash(tmp_path: Path) -> None:
-    io = AtomicIO()
+    io = AtomicCheckpointIO()
     io.save_checkpoint({"step": 1}, tmp_path / "x.ckpt")
     io.remove_checkpoint(tmp_path / "x.ckpt")
     assert not list(tmp_path.iterdir())
 
 
 def test_results_of_a_resumed_run_are_those_of_the_whole(lab: Lab, whole: Run) -> None:
-    results = json.loads(whole.results.read_text())
+    results = json.loads(whole.results_path.read_text())
     assert math.isfinite(results["val/loss"])
     assert results["val/loss"] == pytest.approx([row for row in metrics(whole) if "val/loss" in row][-1]["val/loss"])

@@ -49,7 +49,7 @@ def test_a_stop_ends_in_order(lab: Lab, capsys: pytest.CaptureFixture[str], numb
     assert [row["step"] for row in metrics(run)] == [1, 2], "the step is finished, no other is begun"
     assert checkpoint(run)["global_step"] == 2
     assert (run.folder / "results.md").exists()
-    assert (run.export / "model.safetensors").exists()
+    assert (run.export_folder / "model.safetensors").exists()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert lab.main("fit", name, *WORDS, "--ckpt_path=last") == 0
     assert [row["step"] for row in metrics(run)] == [*range(1, 13)]
@@ -62,7 +62,7 @@ def test_a_stop_does_not_wait_for_a_validation(lab: Lab) -> None:
     assert ["val/loss" in row for row in metrics(run)] == [True, True, False]
     assert checkpoint(run)["global_step"] == 3
     assert len((run.folder / "results.csv").read_text().splitlines()) == 1 + 2
-    results = json.loads(run.results.read_text())
+    results = json.loads(run.results_path.read_text())
     assert results["val/loss"] == pytest.approx(metrics(run)[1]["val/loss"])
     assert lab.main("fit", *words[:2], "--ckpt_path=last") == 0
     assert ["val/loss" in row for row in metrics(run)] == [True, True, False, True, True]
@@ -79,7 +79,7 @@ def test_a_second_stop_ends_at_once(lab: Lab) -> None:
     assert lab.main("fit", "--name=twice", *WORDS, *pressed(signal.SIGINT, times=2)) == 130
     run = Run(lab.folder / "twice")
     assert [row["step"] for row in metrics(run)] == [1]
-    assert not run.export.exists()
+    assert not run.export_folder.exists()
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -89,7 +89,7 @@ def test_the_process_ends_with_the_code_of_the_signal(lab: Lab, number: int, cod
     process = lab.start("fit", f"--name={run.folder.name}", "--trainer.max_epochs=1000", "--data.val_fraction=0")
     try:
         deadline = time.monotonic() + 120
-        while not run.metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+        while not run.metrics_path.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(process.pid, number)
         printed, _ = process.communicate(timeout=120)
@@ -98,7 +98,7 @@ def test_the_process_ends_with_the_code_of_the_signal(lab: Lab, number: int, cod
     assert process.returncode == code, printed
     assert "Traceback" not in printed
     assert checkpoint(run)["global_step"] == metrics(run)[-1]["step"]
-    assert (run.export / "model.safetensors").exists()
+    assert (run.export_folder / "model.safetensors").exists()
 
 
 def test_rates_are_logged_and_plausible(lab: Lab) -> None:

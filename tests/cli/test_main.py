@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from dpo.cli import main as cli
-from dpo.cli.parser import QUICKSTART
+from dpo.cli.parser import QUICKSTART_CONFIG
 from dpo.runs.folder import Run
 from tests.support.runs import ROOT, Lab, checkpoint, metrics, pairs, policy
 
@@ -85,7 +85,7 @@ def test_a_printed_configuration_runs(lab: Lab, tmp_path: Path, capsys: pytest.C
 
 
 def loss_of(run: Run) -> dict:
-    return yaml.safe_load(run.config.read_text())["model"]["init_args"]["loss"]
+    return yaml.safe_load(run.config_path.read_text())["model"]["init_args"]["loss"]
 
 
 def test_classes_have_short_names(lab: Lab) -> None:
@@ -94,7 +94,7 @@ def test_classes_have_short_names(lab: Lab) -> None:
     assert loss_of(run)["class_path"].endswith(".DPO")
     chosen = loss_of(run)["init_args"]
     assert (chosen["beta"], chosen["label_smoothing"]) == (0.2, 0.1)
-    assert yaml.safe_load(run.config.read_text())["optimizer"]["class_path"] == "torch.optim.SGD"
+    assert yaml.safe_load(run.config_path.read_text())["optimizer"]["class_path"] == "torch.optim.SGD"
     assert metrics(run)[0]["train/learning_rate"] == 0.01
 
 
@@ -260,19 +260,19 @@ def test_without_a_logger_there_is_still_metrics_csv(lab: Lab) -> None:
 
 
 def results(run: Run, stage: str) -> dict[str, float]:
-    return {k: v for k, v in json.loads(run.results.read_text()).items() if k.startswith(f"{stage}/")}
+    return {k: v for k, v in json.loads(run.results_path.read_text()).items() if k.startswith(f"{stage}/")}
 
 
 def test_validate_measures_a_checkpoint_again(lab: Lab, run: Run) -> None:
-    before, table = results(run, "val"), run.metrics.read_bytes()
-    run.results.unlink()
+    before, table = results(run, "val"), run.metrics_path.read_bytes()
+    run.results_path.unlink()
     assert lab.main("validate", "--name=one", "--ckpt_path=last") == 0
     assert results(run, "val") == pytest.approx(before, rel=1e-6)
-    assert run.metrics.read_bytes() == table, "what was logged while training stays"
+    assert run.metrics_path.read_bytes() == table, "what was logged while training stays"
 
 
 def test_test_measures_the_test_pairs(lab: Lab, run: Run) -> None:
-    assert lab.main("test", f"--ckpt_path={run.checkpoints / 'best.ckpt'}") == 0
+    assert lab.main("test", f"--ckpt_path={run.checkpoint_folder / 'best.ckpt'}") == 0
     measured = results(run, "test")
     assert measured["test/length/chosen"] > 0
     assert measured["test/loss"] != pytest.approx(0.693147, abs=1e-6), "these are the trained weights"
@@ -281,7 +281,7 @@ def test_test_measures_the_test_pairs(lab: Lab, run: Run) -> None:
 def test_predict_writes_every_pair(lab: Lab, run: Run) -> None:
     for _ in range(2):  # the second time replaces the first
         assert lab.main("predict", "--name=one", "--ckpt_path=last") == 0
-    rows = [json.loads(line) for line in run.predictions.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.predictions_path.read_text().splitlines()]
     assert sorted(row["id"] for row in rows) == sorted(f"pairs/test:{line}" for line in range(1, 7))
     assert lab.main("test", "--name=one", "--ckpt_path=last") == 0
     measured = results(run, "test")
@@ -300,12 +300,12 @@ def test_a_trained_run_keeps_values_of_its_own_checkpoints_only(
     lab: Lab, run: Run, verb: str, tmp_path, capsys
 ) -> None:
     """Those of the policy before training, or of another run's, would stand in its table and model card."""
-    before = run.results.read_bytes()
-    foreign = shutil.copy(run.checkpoints / "last.ckpt", tmp_path)
+    before = run.results_path.read_bytes()
+    foreign = shutil.copy(run.checkpoint_folder / "last.ckpt", tmp_path)
     for words in ([], [f"--ckpt_path={foreign}"]):
         assert lab.main(verb, "--name=one", *words) == 1
         assert "--ckpt_path: expected last, best or another checkpoint" in capsys.readouterr().err
-    assert run.results.read_bytes() == before
+    assert run.results_path.read_bytes() == before
 
 
 def test_measuring_is_not_training(lab: Lab, run: Run) -> None:
@@ -320,11 +320,11 @@ def test_measuring_is_not_training(lab: Lab, run: Run) -> None:
 def test_fit_alone_is_the_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
     monkeypatch.setattr("sys.argv", ["train.py"])
-    monkeypatch.setattr(cli, "CLI", lambda *_, **__: seen.update(words=list(cli.sys.argv)) or exit(0))
+    monkeypatch.setattr(cli, "TrainingCLI", lambda *_, **__: seen.update(words=list(cli.sys.argv)) or exit(0))
     for words in (["fit"], ["fit", "--name", "x"], ["fit", "--trainer.max_steps=1"]):
         with pytest.raises(SystemExit):
             cli.main(words)
-        assert seen["words"] == ["train.py", "fit", "--config", str(QUICKSTART), *words[1:]]
+        assert seen["words"] == ["train.py", "fit", "--config", str(QUICKSTART_CONFIG), *words[1:]]
     named = [["--config=x.yaml"], ["--data.path", "x"], ["--data.init_args.path=x"], ["--model.policy=x"]]
     named += [["--model.init_args.policy", "x"], ["--conf", "x.yaml"], ["-c", "x.yaml"]]
     for words in (*(["fit", *more] for more in named), ["test"]):

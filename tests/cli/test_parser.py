@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 
 from dpo import losses
 from dpo.cli.main import SHORT_NAMES
-from dpo.cli.parser import MOVED, Parser, _leaves, relatives
+from dpo.cli.parser import MOVED, HintingParser, _leaves, sibling_classes
 from dpo.data.datamodule import TextData
 from dpo.losses import PreferenceLoss
 from dpo.models.lora import Adapter
@@ -27,7 +27,7 @@ SMOOTHED = "'label_smoothing' is taken by AOT, AOTUnpaired, CPO, DPO, EXO, Robus
 
 def parse(words: list[str]) -> PreferenceLoss:
     """The loss of a command line, or SystemExit."""
-    parser = Parser(exit_on_error=True)
+    parser = HintingParser(exit_on_error=True)
     parser.add_subclass_arguments(Stage, "model")
     parser.set_defaults({"model": {"class_path": f"{DPO.__module__}.DPO"}})
     return parser.instantiate_classes(parser.parse_args(words)).model.loss
@@ -155,7 +155,7 @@ def test_an_option_nested_in_one_that_is_not_accepted_is_refused_with_those_who_
 
 
 def test_a_part_of_an_option_is_refused_with_those_who_take_it(capsys) -> None:
-    parser = Parser(exit_on_error=True)
+    parser = HintingParser(exit_on_error=True)
     parser.add_subclass_arguments(TextData, "data")
     with pytest.raises(SystemExit):
         parser.parse_args(["--data=dpo.data.preferences.HHRLHF", "--data.columns.prompt=question"])
@@ -165,7 +165,7 @@ def test_a_part_of_an_option_is_refused_with_those_who_take_it(capsys) -> None:
 def test_another_stage_says_what_it_leaves_out(caplog) -> None:
     """Its defaults are nobody's choice, and not worth a word."""
     caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
-    parser = Parser(exit_on_error=True)
+    parser = HintingParser(exit_on_error=True)
     parser.add_subclass_arguments(Stage, "model")
     parser.set_defaults({"model": {"class_path": f"{DPO.__module__}.DPO"}})
     parser.parse_args(["--model=dpo.training.sft.SFT"])
@@ -181,18 +181,18 @@ def test_an_option_of_nobody_has_no_takers(capsys) -> None:
 
 
 def test_relatives_are_the_final_classes_of_one_kind() -> None:
-    assert {cls.__name__ for cls in relatives("dpo.losses.divergences.Alpha")} == {
+    assert {cls.__name__ for cls in sibling_classes("dpo.losses.divergences.Alpha")} == {
         "ReverseKL",
         "ForwardKL",
         "JensenShannon",
         "Alpha",
     }
-    assert list(relatives("torch.optim.SGD")) == list(relatives("nowhere.Nothing")) == []
+    assert list(sibling_classes("torch.optim.SGD")) == list(sibling_classes("nowhere.Nothing")) == []
 
 
 def moved(words: list[str], config: str, folder: Path) -> Namespace:
     """What the parser makes of a configuration."""
-    parser = Parser(exit_on_error=False)
+    parser = HintingParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(Stage, "model")
     parser.add_subclass_arguments(TextData, "data")

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from dpo.data.audit import KEPT, Audit, Lengths
+from dpo.data.audit import KEPT_VERDICT, Audit, LengthSummary
 from dpo.data.dialogue import Refusal
 from dpo.data.formats import Fault
 
@@ -15,7 +15,7 @@ def kept(subset: str, prompt: int, chosen: int, rejected: int, **columns: int | 
     row = {"turns_dropped": 0, "prompt_cut": False, "chosen_cut": False, "rejected_cut": False}
     ids = {"prompt": [1] * prompt, "chosen": [1] * chosen, "rejected": [1] * rejected}
     characters = {"chosen_chars": chosen, "rejected_chars": rejected}
-    return {"subset": subset, "verdict": KEPT} | ids | characters | row | columns
+    return {"subset": subset, "verdict": KEPT_VERDICT} | ids | characters | row | columns
 
 
 def unused(subset: str, reason: Refusal | Fault) -> dict[str, object]:
@@ -32,15 +32,15 @@ ROWS = [
     unused("a", Fault.BROKEN_JSON),
     unused("b", Refusal.HISTORIES_DIFFER),
 ]
-AUDIT = Audit.of("train", pa.Table.from_pylist(ROWS))
+AUDIT = Audit.from_table("train", pa.Table.from_pylist(ROWS))
 
 
 def test_counts() -> None:
-    a = AUDIT.counts["a"]
+    a = AUDIT.counts_by_subset["a"]
     assert (a.read, a.kept) == (7, 4)
     assert {name: number for name, number in a.refused.items() if number} == {"empty_answer": 2}
     assert {name: number for name, number in a.bad.items() if number} == {"broken_json": 1}
-    assert a.tokens["prompt"] == Lengths(
+    assert a.tokens["prompt"] == LengthSummary(
         mean=(10 + 20 + 60 + 30) / 4,
         median=(20 + 30) / 2,
         p95=30 + (60 - 30) * (0.95 * 3 - 2),  # between the third and the fourth of four
@@ -51,9 +51,9 @@ def test_counts() -> None:
 
 
 def test_total_is_the_sum_of_the_subsets_and_nothing_is_missing() -> None:
-    assert list(AUDIT.counts) == ["a", "b", "total"]
-    assert AUDIT.counts["total"].read == len(ROWS)
-    for count in AUDIT.counts.values():
+    assert list(AUDIT.counts_by_subset) == ["a", "b", "total"]
+    assert AUDIT.counts_by_subset["total"].read == len(ROWS)
+    for count in AUDIT.counts_by_subset.values():
         assert count.kept + sum(count.refused.values()) + sum(count.bad.values()) == count.read
         assert list(count.refused) == list(Refusal)
         assert list(count.bad) == list(Fault)
@@ -61,18 +61,18 @@ def test_total_is_the_sum_of_the_subsets_and_nothing_is_missing() -> None:
 
 def test_an_uncounted_row_is_noticed() -> None:
     with pytest.raises(AssertionError):
-        Audit.of("train", pa.Table.from_pylist([*ROWS, kept("b", 1, 1, 1) | {"verdict": "lost"}]))
+        Audit.from_table("train", pa.Table.from_pylist([*ROWS, kept("b", 1, 1, 1) | {"verdict": "lost"}]))
 
 
 def test_a_subset_without_pairs_has_zeros() -> None:
-    b = AUDIT.counts["b"]
+    b = AUDIT.counts_by_subset["b"]
     assert (b.read, b.kept, b.longer_wins) == (1, 0, 0.0)
-    assert b.tokens["chosen"] == Lengths(0.0, 0.0, 0.0, 0)
+    assert b.tokens["chosen"] == LengthSummary(0.0, 0.0, 0.0, 0)
     assert set(b.cut.values()) == {0.0}
 
 
 def test_plain_values_are_json() -> None:
-    values = AUDIT.as_dict()
+    values = AUDIT.to_dict()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert values["a"]["refused"]["empty_answer"] == 2
 
@@ -80,7 +80,7 @@ def test_plain_values_are_json() -> None:
 def rendered(audit: Audit) -> list[list[str]]:
     console = Console(width=80, file=io.StringIO())
     with console.capture() as printed:
-        console.print(audit.table())
+        console.print(audit.to_rich_table())
     return [line.split() for line in printed.get().splitlines()]
 
 
@@ -100,13 +100,13 @@ def test_table_shows_what_happened_and_only_that() -> None:
 
 
 def test_table_of_one_subset_has_no_total_and_four_fit_into_a_terminal() -> None:
-    alone = Audit.of("test", pa.Table.from_pylist(ROWS[:7]))
+    alone = Audit.from_table("test", pa.Table.from_pylist(ROWS[:7]))
     assert ["read", "7"] in rendered(alone)
     names = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
     rows = [row | {"subset": name} for name in names for row in ROWS for _ in range(1000)]
-    wide = rendered(Audit.of("train", pa.Table.from_pylist(rows)))
+    wide = rendered(Audit.from_table("train", pa.Table.from_pylist(rows)))
     assert ["read", *["8,000"] * 4, "32,000"] in wide
 
 
 def test_lengths_of_nothing() -> None:
-    assert Lengths.of(np.array([], dtype=np.int32)) == Lengths(0.0, 0.0, 0.0, 0)
+    assert LengthSummary.from_lengths(np.array([], dtype=np.int32)) == LengthSummary(0.0, 0.0, 0.0, 0)

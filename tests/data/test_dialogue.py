@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.data.dialogue import Pair, Refusal, Role, Turn, checked, pair, parse
+from dpo.data.dialogue import DialoguePair, Refusal, Role, Turn, parse_dialogue, parse_pair, validate_turns
 from tests.support.data import ODD, OF_MESSAGES
 
 OF_TOKENS = {Refusal.CONTROL_TOKEN_IN_TEXT, Refusal.IDENTICAL_AFTER_TRUNCATION}
@@ -29,12 +29,12 @@ def dialogues(draw: st.DrawFn) -> tuple[Turn, ...]:
 
 @given(dialogues())
 def test_turns_joined_and_parsed_are_the_turns(turns: tuple[Turn, ...]) -> None:
-    assert parse("".join(map(str, turns))) == turns
+    assert parse_dialogue("".join(map(str, turns))) == turns
 
 
 @given(st.lists(st.sampled_from(["\n\nHuman:", "\n\nAssistant:", "\n", " ", "Human:", "x"])).map("".join))
 def test_a_text_is_refused_or_given_back_to_the_byte(text: str) -> None:
-    turns = parse(text)
+    turns = parse_dialogue(text)
     if isinstance(turns, Refusal):
         return
     assert "".join(map(str, turns)) == text
@@ -45,20 +45,20 @@ def test_a_text_is_refused_or_given_back_to_the_byte(text: str) -> None:
 def test_prompt_and_answers_are_the_dialogues(turns: tuple[Turn, ...], other: str) -> None:
     chosen = "".join(map(str, turns))
     rejected = "".join(map(str, turns[:-1])) + str(Turn(Role.ASSISTANT, other))
-    found = pair(chosen, rejected)
+    found = parse_pair(chosen, rejected)
     if isinstance(found, Refusal):
         assert found in {Refusal.EMPTY_ANSWER, Refusal.IDENTICAL_ANSWERS}
         return
-    assert found.prompt + found.chosen == chosen
-    assert found.prompt + found.rejected == rejected
-    assert found.prompt.endswith("\n\nAssistant:")
+    assert found.prompt_text + found.chosen == chosen
+    assert found.prompt_text + found.rejected == rejected
+    assert found.prompt_text.endswith("\n\nAssistant:")
 
 
 @pytest.mark.parametrize("row", ODD, ids=lambda row: row["expect"])
 def test_each_reason(row: dict[str, str]) -> None:
-    found = pair(row["chosen"], row["rejected"])
+    found = parse_pair(row["chosen"], row["rejected"])
     if row["expect"] in {"kept", *OF_TOKENS}:
-        assert isinstance(found, Pair)
+        assert isinstance(found, DialoguePair)
     else:
         assert found == row["expect"]
 
@@ -70,27 +70,27 @@ def test_the_odd_rows_have_every_reason_once() -> None:
 
 def test_the_first_reason_counts_and_the_chosen_side_is_asked_first() -> None:
     human_twice, no_human = "\n\nHuman: a\n\nHuman: b", "\n\nAssistant: a"
-    assert pair(human_twice, no_human) == Refusal.NOT_ALTERNATING  # it ends with a human turn, too
-    assert pair(no_human, human_twice) == Refusal.NO_HUMAN_START
-    assert pair("\n\nHuman: a\n\nAssistant: ", "\n\nHuman: b\n\nAssistant: ") == Refusal.HISTORIES_DIFFER
-    assert pair("\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant:") == Refusal.EMPTY_ANSWER
+    assert parse_pair(human_twice, no_human) == Refusal.NOT_ALTERNATING  # it ends with a human turn, too
+    assert parse_pair(no_human, human_twice) == Refusal.NO_HUMAN_START
+    assert parse_pair("\n\nHuman: a\n\nAssistant: ", "\n\nHuman: b\n\nAssistant: ") == Refusal.HISTORIES_DIFFER
+    assert parse_pair("\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant:") == Refusal.EMPTY_ANSWER
 
 
 def test_opening_and_shortened() -> None:
     turns = "\n\nHuman: one \n\nAssistant: two\n\nHuman: three\n\nAssistant:"
-    found = pair(turns + " four", turns + " five")
-    assert isinstance(found, Pair)
-    assert found.opening == "one"
-    assert found.shortened().prompt == "\n\nHuman: three\n\nAssistant:"
-    assert (found.shortened().chosen, found.shortened().rejected) == (" four", " five")
+    found = parse_pair(turns + " four", turns + " five")
+    assert isinstance(found, DialoguePair)
+    assert found.opening_text == "one"
+    assert found.without_oldest_exchange().prompt_text == "\n\nHuman: three\n\nAssistant:"
+    assert (found.without_oldest_exchange().chosen, found.without_oldest_exchange().rejected) == (" four", " five")
 
 
 def test_a_system_message_stays_when_exchanges_go() -> None:
     system, *turns = (Turn(role, f" {i}") for i, role in enumerate([Role.SYSTEM, *SPEAKERS, Role.HUMAN]))
-    found = Pair((system, *turns), " yes", " no")
-    assert (found.system, found.opening, found.exchanges) == ((system,), "1", 1)
-    assert found.shortened().history == (system, turns[-1])
-    assert found.shortened().exchanges == 0
+    found = DialoguePair((system, *turns), " yes", " no")
+    assert (found.system_turns, found.opening_text, found.exchange_count) == ((system,), "1", 1)
+    assert found.without_oldest_exchange().history == (system, turns[-1])
+    assert found.without_oldest_exchange().exchange_count == 0
 
 
 @pytest.mark.parametrize(
@@ -105,17 +105,20 @@ def test_a_system_message_stays_when_exchanges_go() -> None:
 )
 def test_a_system_message_stands_at_the_beginning_alone(roles: str, reason: Refusal) -> None:
     words = {role.value[0]: role for role in Role}
-    assert checked(tuple(Turn(words[letter], " a") for letter in roles)) == reason
+    assert validate_turns(tuple(Turn(words[letter], " a") for letter in roles)) == reason
     turns = tuple(Turn(words[letter], " a") for letter in "SHA")
-    assert checked(turns) == turns
+    assert validate_turns(turns) == turns
 
 
 def test_real_rows_are_given_back_to_the_byte(hh_rlhf: Path) -> None:
     kept = 0
     for file in sorted(hh_rlhf.glob("*/*.jsonl.gz")):
         for row in map(json.loads, gzip.decompress(file.read_bytes()).split(b"\n")[:-1]):
-            found = pair(row["chosen"], row["rejected"])
-            if isinstance(found, Pair):
-                assert (found.prompt + found.chosen, found.prompt + found.rejected) == (row["chosen"], row["rejected"])
+            found = parse_pair(row["chosen"], row["rejected"])
+            if isinstance(found, DialoguePair):
+                assert (found.prompt_text + found.chosen, found.prompt_text + found.rejected) == (
+                    row["chosen"],
+                    row["rejected"],
+                )
                 kept += 1
     assert kept > 0

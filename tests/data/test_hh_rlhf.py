@@ -9,13 +9,13 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 
 from dpo.data import store
-from dpo.data.columns import Row
-from dpo.data.dialogue import Pair, Refusal, pair
+from dpo.data.columns import PairRow
+from dpo.data.dialogue import DialoguePair, Refusal, parse_pair
 from dpo.data.formats import Fault
 from dpo.data.preferences import HHRLHF
 from dpo.data.sampler import Step
-from dpo.data.sources import BadRow, find, read
-from dpo.data.tokenization import Encoded, Encoder
+from dpo.data.sources import BadRow, find_hh_files, read_pair_rows
+from dpo.data.tokenization import EncodedPair, PairEncoder
 from dpo.models.batch import Example
 from tests.support.data import ODD, ODD_FILE, OF_MESSAGES, byte_level
 from tests.support.data import cache as cache
@@ -61,7 +61,7 @@ def ready(tokenizer: str, folder: Path | str, **options: object) -> HHRLHF:
 
 
 def examples(data: HHRLHF, name: str) -> list[Example]:
-    return [data.pairs[name][i] for i in range(len(data.pairs[name]))]
+    return [data.pairs_by_split[name][i] for i in range(len(data.pairs_by_split[name]))]
 
 
 def ids(data: HHRLHF, name: str) -> list[str]:
@@ -96,8 +96,8 @@ def test_every_fault_has_a_line() -> None:
 def test_a_bad_row_is_named(tmp_path: Path, bad: bytes, fault: Fault) -> None:
     file = write(tmp_path, "a", "train", [GOOD, GOOD, bad])
     with file.open("rb") as raw:
-        *good, last = read(raw, file)
-    assert all(isinstance(row, Row) for row in good)
+        *good, last = read_pair_rows(raw, file)
+    assert all(isinstance(row, PairRow) for row in good)
     assert isinstance(last, BadRow)
     assert (last.line, last.fault) == (3, fault)
 
@@ -118,7 +118,7 @@ def test_bad_rows_can_be_skipped_and_are_counted(tokenizer: str, tmp_path: Path)
     *others, cut = BAD
     write(tmp_path, "a", "train", [line("b"), *others, line("c"), cut])
     data = ready(tokenizer, tmp_path, on_bad_row="skip", val_fraction=0.0)
-    counts = data.audits["train"].counts["a"]
+    counts = data.audits_by_split["train"].counts_by_subset["a"]
     expected = {fault: list(BAD.values()).count(fault) for fault in Fault}
     assert (counts.read, counts.kept, counts.bad) == (2 + len(BAD), 2, expected)
     assert ids(data, "train") == ["a/train:1", f"a/train:{2 + len(others)}"]
@@ -157,14 +157,14 @@ def test_plain_and_compressed_files_are_the_same(tokenizer: str, tmp_path: Path)
 
 
 def test_subsets_are_those_named_in_their_order(folder: Path) -> None:
-    assert [(s.subset, s.split) for s in find(folder, None)] == [
+    assert [(s.subset, s.split) for s in find_hh_files(folder, None)] == [
         ("one", "train"), ("one", "test"), ("two", "train"), ("two", "test"),
     ]  # fmt: skip
-    assert [s.subset for s in find(folder, ["two", "one"])] == ["two", "two", "one", "one"]
+    assert [s.subset for s in find_hh_files(folder, ["two", "one"])] == ["two", "two", "one", "one"]
     with pytest.raises(ValueError, match="found one, two, not three"):
-        find(folder, ["two", "three"])
+        find_hh_files(folder, ["two", "three"])
     with pytest.raises(ValueError, match="found none"):
-        find(folder / "one", None)
+        find_hh_files(folder / "one", None)
 
 
 def test_what_is_no_folder_is_looked_for_on_the_hub(tokenizer: str) -> None:
@@ -187,7 +187,7 @@ def test_of_the_hub_only_the_named_subsets_are_fetched(
     data = ready(tokenizer, "some/data", subsets=["two"])
     patterns = ("two/train.jsonl*", "two/test.jsonl*")
     assert asked == [(False, *patterns), (True, *patterns)]  # fetched once, then found
-    assert list(data.audits["train"].counts) == ["two", "total"]
+    assert list(data.audits_by_split["train"].counts_by_subset) == ["two", "total"]
     with pytest.raises(ValueError, match="found one, two, not three"):
         ready(tokenizer, "some/data", subsets=["three"])
 
@@ -198,7 +198,7 @@ def test_of_the_hub_only_the_named_subsets_are_fetched(
 def test_odd_rows_are_counted_under_their_reason(tokenizer: str, tmp_path: Path) -> None:
     write(tmp_path, "odd", "train", [ODD_FILE.read_bytes()])
     data = ready(tokenizer, tmp_path, max_length=64, val_fraction=0.0)
-    counts = data.audits["train"].counts["odd"]
+    counts = data.audits_by_split["train"].counts_by_subset["odd"]
     assert (counts.read, counts.kept) == (len(ODD), len(KEPT))
     assert counts.refused == {reason: int(reason not in OF_MESSAGES) for reason in Refusal}
     numbers = [n for n, row in enumerate(ODD, 1) if row["expect"] == "kept"]
@@ -208,12 +208,14 @@ def test_odd_rows_are_counted_under_their_reason(tokenizer: str, tmp_path: Path)
 def test_examples_are_what_the_encoder_gives(tokenizer: str, tmp_path: Path) -> None:
     write(tmp_path, "odd", "train", [ODD_FILE.read_bytes()])
     data = ready(tokenizer, tmp_path, max_length=64, val_fraction=0.0)
-    encoder = Encoder(byte_level(), 64)
-    for row, example, cost in zip(KEPT, examples(data, "train"), data.pairs["train"].costs, strict=True):
-        parsed = pair(row["chosen"], row["rejected"])
-        assert isinstance(parsed, Pair)
+    encoder = PairEncoder(byte_level(), 64)
+    for row, example, cost in zip(
+        KEPT, examples(data, "train"), data.pairs_by_split["train"].token_counts, strict=True
+    ):
+        parsed = parse_pair(row["chosen"], row["rejected"])
+        assert isinstance(parsed, DialoguePair)
         expected = encoder.encode(parsed)
-        assert isinstance(expected, Encoded)
+        assert isinstance(expected, EncodedPair)
         assert (example.prompt, *example.answers) == (expected.prompt, expected.chosen, expected.rejected)
         assert cost == len(expected.prompt) + len(expected.chosen) + len(expected.rejected)
 
@@ -223,13 +225,13 @@ def test_the_second_time_nothing_is_tokenised_and_the_audit_is_shown_again(
 ) -> None:
     first = ready(tokenizer, folder)
     shown = capsys.readouterr().out
-    monkeypatch.setattr(store, "build", None)
+    monkeypatch.setattr(store, "build_store", None)
     second = ready(tokenizer, folder, val_fraction=0.5, batch_size=2, max_tokens=None, seed=1)
     assert capsys.readouterr().out == shown[shown.index("What was read of train") :]
-    assert second.audits == first.audits
+    assert second.audits_by_split == first.audits_by_split
     (made,) = cache.iterdir()
     stored = json.loads((made / "audit.json").read_text())
-    assert stored == {split: audit.as_dict() for split, audit in first.audits.items()}
+    assert stored == {split: audit.to_dict() for split, audit in first.audits_by_split.items()}
 
 
 @pytest.mark.parametrize(
@@ -248,14 +250,14 @@ def test_a_changed_file_is_tokenised_again(tokenizer: str, folder: Path) -> None
     before = ready(tokenizer, folder)
     write(folder, "two", "test", [line("new?")])
     after = ready(tokenizer, folder)
-    assert (len(before.pairs["test"]), len(after.pairs["test"])) == (6, 4)
+    assert (len(before.pairs_by_split["test"]), len(after.pairs_by_split["test"])) == (6, 4)
 
 
 def test_whoever_is_first_wins(tokenizer: str, folder: Path, cache: Path) -> None:
     data = ready(tokenizer, folder)
     (made,) = cache.iterdir()
     before = (made / "train.arrow").stat()
-    store.build(made, find(folder, None), data.encoder, None, False)
+    store.build_store(made, find_hh_files(folder, None), data.encoder, None, False)
     assert (made / "train.arrow").stat() == before
     assert list(cache.iterdir()) == [made]
 
@@ -268,7 +270,7 @@ def test_an_interrupted_build_leaves_nothing(
 
     data = HHRLHF(tokenizer, str(folder))
     assert data.encoder.max_length == data.max_length  # made before it is broken
-    monkeypatch.setattr(Encoder, "encode_batch", interrupt)
+    monkeypatch.setattr(PairEncoder, "encode_batch", interrupt)
     with pytest.raises(KeyboardInterrupt):
         data.prepare_data()
     assert list(cache.iterdir()) == []
@@ -288,15 +290,15 @@ def test_an_opening_is_never_in_both(tokenizer: str, folder: Path) -> None:
         train, val = ({opening(example) for example in examples(data, name)} for name in ("train", "val"))
         assert not train & val
         assert len(train | val) == 20
-        assert len(data.pairs["train"]) + len(data.pairs["val"]) == 50
+        assert len(data.pairs_by_split["train"]) + len(data.pairs_by_split["val"]) == 50
         sizes.append(ids(data, "val"))
-        assert len(data.pairs["test"]) == 6  # which is not cut
+        assert len(data.pairs_by_split["test"]) == 6  # which is not cut
     assert set(sizes[0]) < set(sizes[1])  # a larger share keeps what was held out
 
 
 def test_without_a_validation_split(tokenizer: str, folder: Path) -> None:
     data = ready(tokenizer, folder, val_fraction=0.0)
-    assert len(data.pairs["train"]) == 50
+    assert len(data.pairs_by_split["train"]) == 50
     assert data.val_dataloader() == []
     with pytest.raises(ValueError, match=r"val_fraction: expected more than 0, to validate"):
         data.setup("validate")
@@ -355,7 +357,7 @@ QUIET = {
 def test_lightning_runs_over_all_pairs(tokenizer: str, folder: Path, val_fraction: float) -> None:
     data, module = HHRLHF(tokenizer, str(folder), val_fraction=val_fraction), Count()
     Trainer(max_epochs=1, accelerator="cpu", **QUIET).fit(module, datamodule=data)
-    sizes = {name: len(pairs) for name, pairs in data.pairs.items()}
+    sizes = {name: len(pairs) for name, pairs in data.pairs_by_split.items()}
     assert module.seen["train"] == sizes["train"]
     assert (module.seen["val"] > 0) == ("val" in sizes) == (val_fraction > 0)
 
@@ -392,9 +394,9 @@ def test_generated_data_is_the_default_and_stored_once(tokenizer: str, cache: Pa
         data.prepare_data()
         data.setup("fit")
     assert len(list(cache.glob("tokens-*"))) == 1
-    assert set(first.pairs) == {"train", "val", "test"}
-    assert first.pairs["train"][0] == second.pairs["train"][0]
-    total = first.audits["train"].counts["total"]
+    assert set(first.pairs_by_split) == {"train", "val", "test"}
+    assert first.pairs_by_split["train"][0] == second.pairs_by_split["train"][0]
+    total = first.audits_by_split["train"].counts_by_subset["total"]
     assert total.kept == total.read >= 1000
 
 
@@ -428,14 +430,17 @@ def test_options_are_checked_at_once(options: dict[str, object], message: str) -
 def test_real_rows_add_up(hh_rlhf: Path, pretrained: Path) -> None:
     data = ready(str(pretrained), hh_rlhf, limit=300)
     subsets = sorted(folder.name for folder in hh_rlhf.iterdir() if folder.is_dir())
-    for split, audit in data.audits.items():
-        assert list(audit.counts) == [*subsets, "total"]
+    for split, audit in data.audits_by_split.items():
+        assert list(audit.counts_by_subset) == [*subsets, "total"]
         for subset in subsets:
             rows = len(gzip.decompress((hh_rlhf / subset / f"{split}.jsonl.gz").read_bytes()).splitlines())
-            count = audit.counts[subset]
+            count = audit.counts_by_subset[subset]
             assert count.kept + sum(count.refused.values()) == count.read == min(rows, 300)
             assert sum(count.bad.values()) == 0
-    assert len(data.pairs["train"]) + len(data.pairs["val"]) == data.audits["train"].counts["total"].kept
+    assert (
+        len(data.pairs_by_split["train"]) + len(data.pairs_by_split["val"])
+        == data.audits_by_split["train"].counts_by_subset["total"].kept
+    )
 
 
 def test_a_disk_that_is_full_is_named(

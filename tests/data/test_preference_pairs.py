@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from dpo.data import store
-from dpo.data.columns import Columns, Row
-from dpo.data.dialogue import Pair, Refusal, Role, Turn
+from dpo.data.columns import Columns, PairRow
+from dpo.data.dialogue import DialoguePair, Refusal, Role, Turn
 from dpo.data.formats import BadLineError, Fault
-from dpo.data.preferences import HHRLHF, Part, PreferencePairs, mixed
-from dpo.data.sources import HH, BadRow, listed, read
+from dpo.data.preferences import HHRLHF, Part, PreferencePairs, interleave_by_share
+from dpo.data.sources import HH_COLUMNS, BadRow, list_data_files, read_pair_rows
 from dpo.models.batch import Example, collate
 from tests.support.data import CHATML, byte_level
 from tests.support.data import cache as cache  # every test has an empty cache of its own
 from tests.support.runs import Lab, metrics
 
 USER, ANSWER = "What is 2?", "It is two."
-PAIR = Pair((Turn(Role.HUMAN, f" {USER}"),), f" {ANSWER}", " No idea.")
+PAIR = DialoguePair((Turn(Role.HUMAN, f" {USER}"),), f" {ANSWER}", " No idea.")
 HH_PROMPT = f"\n\nHuman: {USER}\n\nAssistant:"
 
 
@@ -55,25 +55,25 @@ SAME = {  # one pair in every shape
 }
 
 
-def row(fields: dict[str, Any], columns: Columns = Columns()) -> Row:  # noqa: B008
-    return columns.row(1, fields)
+def row(fields: dict[str, Any], columns: Columns = Columns()) -> PairRow:  # noqa: B008
+    return columns.parse_row(1, fields)
 
 
 @pytest.mark.parametrize("fields", SAME.values(), ids=SAME)
 def test_a_pair_in_every_shape(fields: dict[str, Any]) -> None:
-    assert row(fields) == Row(1, PAIR)
+    assert row(fields) == PairRow(1, PAIR)
 
 
 def test_hh_text_is_kept_to_the_byte() -> None:
     said = "\n\nHuman:  a \n\nAssistant: b\n\nHuman:c\n\nAssistant:"
     found = row({"chosen": said + " yes\n", "rejected": said + "no"}).pair
-    assert isinstance(found, Pair)
-    assert (found.prompt + found.chosen, found.prompt + found.rejected) == (said + " yes\n", said + "no")
+    assert isinstance(found, DialoguePair)
+    assert (found.prompt_text + found.chosen, found.prompt_text + found.rejected) == (said + " yes\n", said + "no")
 
 
 def test_system_messages_come_from_a_column_or_the_messages() -> None:
     system = {"role": "system", "content": "Be brief."}
-    expected = Pair((Turn(Role.SYSTEM, " Be brief."), *PAIR.history), PAIR.chosen, PAIR.rejected)
+    expected = DialoguePair((Turn(Role.SYSTEM, " Be brief."), *PAIR.history), PAIR.chosen, PAIR.rejected)
     shapes = [
         SAME["text"] | {"system": "Be brief."},
         SAME["ultrafeedback"] | {"system": "Be brief."},
@@ -153,7 +153,7 @@ def test_wrong_columns_show_the_found_and_the_expected_ones(
 def test_columns_of_other_names() -> None:
     columns = Columns("question", "good", "bad", weight="confidence", margin="")
     found = row({"question": USER, "good": ANSWER, "bad": "No idea.", "confidence": 0.5, "margin": "?"}, columns)
-    assert found == Row(1, PAIR, weight=0.5)
+    assert found == PairRow(1, PAIR, weight=0.5)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -195,11 +195,11 @@ def ready(tokenizer: str, path: Any, **options: Any) -> PreferencePairs:
 
 
 def examples(data: HHRLHF | PreferencePairs, name: str = "train") -> list[Example]:
-    return [data.pairs[name][i] for i in range(len(data.pairs[name]))]
+    return [data.pairs_by_split[name][i] for i in range(len(data.pairs_by_split[name]))]
 
 
 def prompts(data: PreferencePairs, name: str = "train") -> list[str]:
-    return [text["prompt"].split("?")[0].split(" ")[-1] for text in data.texts(name, 1000)]
+    return [text["prompt"].split("?")[0].split(" ")[-1] for text in data.example_texts(name, 1000)]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.parquet", "a.arrow"])
@@ -289,7 +289,7 @@ def test_refused_rows_are_in_the_audit(tokenizer: str, tmp_path: Path) -> None:
     rows = [SAME["text"] | change for change, _ in REFUSED.values()] + many(2)
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    counts = ready(tokenizer, file, val_fraction=0.0).audits["train"].counts["pairs"]
+    counts = ready(tokenizer, file, val_fraction=0.0).audits_by_split["train"].counts_by_subset["pairs"]
     expected = Counter(reason.value for _, reason in REFUSED.values())
     assert {name: n for name, n in counts.refused.items() if n} == dict(expected)
     assert (counts.read, counts.kept) == (len(rows), 2)
@@ -324,9 +324,9 @@ def test_shards_elsewhere_are_read_where_they_are(
     tokenizer: str, elsewhere: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One after the other, some hundred rows at a time; only tokens and the list of files are stored."""
-    sizes, encode = [], store.Encoder.encode_batch
+    sizes, encode = [], store.PairEncoder.encode_batch
     monkeypatch.setattr(
-        store.Encoder, "encode_batch", lambda self, pairs: sizes.append(len(pairs)) or encode(self, pairs)
+        store.PairEncoder, "encode_batch", lambda self, pairs: sizes.append(len(pairs)) or encode(self, pairs)
     )
     data = ready(tokenizer, elsewhere, val_fraction=0.0)
     assert [example.id for example in examples(data)] == [f"pairs/train:{i}" for i in range(1, 601)]
@@ -365,10 +365,10 @@ def test_a_data_set_of_the_hub_is_pinned_to_its_revision(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("dpo.data.sources.HfApi", Api)
     monkeypatch.setattr("dpo.data.sources._files", lambda address: [("train", address, "1")])
-    assert listed("org/set", tmp_path, True) == [("train", "hf://datasets/org/set@abc", "1")]
+    assert list_data_files("org/set", tmp_path, True) == [("train", "hf://datasets/org/set@abc", "1")]
     wanted = [("train", "hf://datasets/org/set@abc/data/train_prefs-*.parquet", "1")]
-    assert listed("org/set/data/train_prefs-*.parquet", tmp_path, True) == wanted
-    assert listed("org/set/data/train_prefs-*.parquet", tmp_path, False) == wanted  # noted
+    assert list_data_files("org/set/data/train_prefs-*.parquet", tmp_path, True) == wanted
+    assert list_data_files("org/set/data/train_prefs-*.parquet", tmp_path, False) == wanted  # noted
     assert asked == ["org/set", "org/set"]
 
 
@@ -384,7 +384,7 @@ def test_several_sources_have_names_and_columns_of_their_own(tokenizer: str, tmp
         "b/train:1",
         "b/train:2",
     ]
-    assert list(data.audits["train"].counts) == ["a", "b", "total"]
+    assert list(data.audits_by_split["train"].counts_by_subset) == ["a", "b", "total"]
 
 
 def test_shares_decide_how_often_a_source_is_seen(tokenizer: str, tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_shares_decide_how_often_a_source_is_seen(tokenizer: str, tmp_path: Path
 def test_mixing_leaves_out_nothing_and_keeps_to_the_shares(drawn: list[tuple[int, float]]) -> None:
     starts = np.cumsum([0, *(n for n, _ in drawn)])
     parts, shares = [np.arange(a, b) for a, b in zip(starts, starts[1:])], [share for _, share in drawn]  # noqa: B905 RUF007
-    rows = mixed(parts, shares)
+    rows = interleave_by_share(parts, shares)
     assert set(rows.tolist()) == set(range(starts[-1]))
     total = max(len(part) / share for part, share in zip(parts, shares, strict=True))
     for part, share in zip(parts, shares, strict=True):
@@ -414,7 +414,7 @@ def test_mixing_leaves_out_nothing_and_keeps_to_the_shares(drawn: list[tuple[int
 
 
 def test_mixed_rows_are_interleaved() -> None:
-    assert mixed([np.arange(4), np.array([9])], [4, 2]).tolist() == [0, 9, 1, 2, 9, 3]
+    assert interleave_by_share([np.arange(4), np.array([9])], [4, 2]).tolist() == [0, 9, 1, 2, 9, 3]
 
 
 # --- weights and margins ---------------------------------------------------------------------------------------------
@@ -525,8 +525,8 @@ data:
 def test_bad_rows_of_any_format_are_rows(tmp_path: Path) -> None:
     file = write(tmp_path / "a.json", [SAME["text"], 3, {"chosen": "a"}])
     with file.open("rb") as raw:
-        first, second, third = read(raw, file, Columns())
-    assert isinstance(first, Row) and isinstance(second, BadRow) and isinstance(third, BadRow)
+        first, second, third = read_pair_rows(raw, file, Columns())
+    assert isinstance(first, PairRow) and isinstance(second, BadRow) and isinstance(third, BadRow)
     assert (second.fault, third.fault) == (Fault.WRONG_TYPE, Fault.MISSING_FIELD)
     with file.open("rb") as raw:
-        assert len(list(read(raw, file, HH, limit=2))) == 2
+        assert len(list(read_pair_rows(raw, file, HH_COLUMNS, limit=2))) == 2

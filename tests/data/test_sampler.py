@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.data.sampler import Plan, StepLoader, StepSampler
+from dpo.data.sampler import EpochPlan, StepLoader, StepSampler
 from dpo.models.batch import Example
 
 COSTS = st.lists(st.integers(2, 60), min_size=1, max_size=60)
@@ -16,7 +16,7 @@ def rows_of(sampler: StepSampler) -> list[list[int]]:
 
 @given(COSTS, st.integers(1, 9), st.integers(20, 200), st.integers(0, 3))
 def test_packing_never_moves_a_pair_to_another_step(costs: list[int], size: int, bound: int, epoch: int) -> None:
-    packed, whole = (StepSampler(costs, Plan(size, limit, shuffle=True, seed=7)) for limit in (bound, None))
+    packed, whole = (StepSampler(costs, EpochPlan(size, limit, shuffle=True, seed=7)) for limit in (bound, None))
     for sampler in (packed, whole):
         sampler.set_epoch(epoch)
     for (micros, pairs), expected in zip(packed, rows_of(whole), strict=True):
@@ -30,9 +30,11 @@ def test_devices_and_accumulation_share_the_same_steps(
     costs: list[int], world: int, accumulate: int, more: int
 ) -> None:
     size = world * accumulate + more
-    whole = StepSampler(costs, Plan(size, None, shuffle=True))
+    whole = StepSampler(costs, EpochPlan(size, None, shuffle=True))
     parts = [
-        StepSampler(costs, Plan(size, 40, shuffle=True, rank=rank, world_size=world, accumulate=accumulate))
+        StepSampler(
+            costs, EpochPlan(size, 40, shuffle=True, rank=rank, world_size=world, accumulate_batches=accumulate)
+        )
         for rank in range(world)
     ]
     batches = [list(part) for part in parts]
@@ -45,11 +47,11 @@ def test_devices_and_accumulation_share_the_same_steps(
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
-    plan = Plan(4, shuffle=True, seed=3)
-    assert plan.order(20, 1).tolist() == Plan(8, shuffle=True, seed=3).order(20, 1).tolist()
-    assert plan.order(20, 1).tolist() != plan.order(20, 2).tolist()
-    assert plan.order(20, 1).tolist() != Plan(4, shuffle=True, seed=4).order(20, 1).tolist()
-    assert Plan(4).order(5, 1).tolist() == [0, 1, 2, 3, 4]
+    plan = EpochPlan(4, shuffle=True, seed=3)
+    assert plan.epoch_order(20, 1).tolist() == EpochPlan(8, shuffle=True, seed=3).epoch_order(20, 1).tolist()
+    assert plan.epoch_order(20, 1).tolist() != plan.epoch_order(20, 2).tolist()
+    assert plan.epoch_order(20, 1).tolist() != EpochPlan(4, shuffle=True, seed=4).epoch_order(20, 1).tolist()
+    assert EpochPlan(4).epoch_order(5, 1).tolist() == [0, 1, 2, 3, 4]
 
 
 class Pairs:
@@ -70,7 +72,7 @@ def ids(loader: StepLoader) -> list[tuple[str, ...]]:
 
 
 def test_a_loader_goes_on_behind_its_state() -> None:
-    plan = Plan(2, shuffle=True)
+    plan = EpochPlan(2, shuffle=True)
     whole, stopped, resumed = (StepLoader(Pairs(), plan) for _ in range(3))
     expected = ids(whole)
     iterator = iter(stopped)
@@ -82,11 +84,11 @@ def test_a_loader_goes_on_behind_its_state() -> None:
 
 
 def test_at_the_end_of_an_epoch_the_state_is_the_beginning_of_the_next() -> None:
-    loader = StepLoader(Pairs(), Plan(3))
+    loader = StepLoader(Pairs(), EpochPlan(3))
     assert len(ids(loader)) == len(loader) == 4
     assert loader.state_dict() == {"position": 0}
 
 
 def test_too_small_a_batch_for_the_devices_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at least devices \* accumulate_grad_batches = 2 \* 2, got 3"):
-        StepLoader(Pairs(), Plan(3, world_size=2, accumulate=2))
+        StepLoader(Pairs(), EpochPlan(3, world_size=2, accumulate_batches=2))

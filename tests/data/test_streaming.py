@@ -112,7 +112,7 @@ def test_shards_of_the_hub_are_read_where_they_are(hub: Server, tmp_path: Path) 
     process = Lab(tmp_path).start("fit", *words, "--trainer.max_steps=2", **home, **here)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    counts = json.loads(Run(tmp_path / "a").audit.read_text())["train"]
+    counts = json.loads(Run(tmp_path / "a").audit_path.read_text())["train"]
     assert counts["total"]["read"] == counts["total"]["kept"] == 2 * 30
     read = [(path, part) for _, path, part in hub.asked if "/resolve/" in path]
     shards = {f"/datasets/{SET}/resolve/{REVISION}/data/train_prefs-{n}.parquet" for n in range(2)}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo.data.dialogue import Pair, Refusal, Role, Turn, pair
-from dpo.data.tokenization import Encoded, Encoder, Format
+from dpo.data.dialogue import DialoguePair, Refusal, Role, Turn, parse_pair
+from dpo.data.tokenization import EncodedPair, PairEncoder, TextFormat
 from tests.support.data import CHATML, ODD, byte_level
 
 WHOLE = 10**6  # a maximal length that nothing reaches
@@ -29,16 +29,16 @@ TOKENIZERS = {"byte_level": byte_level(), "with_begin": with_begin()}
 tokenizers = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 
 
-def pair_of(*said: str, chosen: str = " yes", rejected: str = " no") -> Pair:
+def pair_of(*said: str, chosen: str = " yes", rejected: str = " no") -> DialoguePair:
     roles = (Role.HUMAN, Role.ASSISTANT) * len(said)
-    return Pair(tuple(map(Turn, roles, said)), chosen, rejected)
+    return DialoguePair(tuple(map(Turn, roles, said)), chosen, rejected)
 
 
 def encoded(
-    tokenizer: PreTrainedTokenizerBase, pair: Pair, max_length: int = WHOLE, format: Format = "auto"
-) -> Encoded:
-    found = Encoder(tokenizer, max_length, format).encode(pair)
-    assert isinstance(found, Encoded)
+    tokenizer: PreTrainedTokenizerBase, pair: DialoguePair, max_length: int = WHOLE, format: TextFormat = "auto"
+) -> EncodedPair:
+    found = PairEncoder(tokenizer, max_length, format).encode(pair)
+    assert isinstance(found, EncodedPair)
     return found
 
 
@@ -47,7 +47,7 @@ def test_prompt_and_answers_decode_to_the_text(tokenizer: PreTrainedTokenizerFas
     for row in ODD:
         if row["expect"] not in {"kept", "identical_after_truncation"}:
             continue
-        whole = encoded(tokenizer, pair(row["chosen"], row["rejected"]))
+        whole = encoded(tokenizer, parse_pair(row["chosen"], row["rejected"]))
         front = [] if tokenizer.bos_token is None else [tokenizer.bos_token_id]
         assert whole.prompt[: len(front)] == front
         for ids, text in ((whole.chosen, row["chosen"]), (whole.rejected, row["rejected"])):
@@ -77,15 +77,15 @@ def test_a_token_over_the_boundary_belongs_to_both_answers() -> None:
 @pytest.mark.parametrize("reason", [Refusal.CONTROL_TOKEN_IN_TEXT, Refusal.IDENTICAL_AFTER_TRUNCATION])
 def test_refusals(tokenizer: PreTrainedTokenizerFast, reason: Refusal) -> None:
     row = next(row for row in ODD if row["expect"] == reason)
-    assert Encoder(tokenizer, 32).encode(pair(row["chosen"], row["rejected"])) is reason
+    assert PairEncoder(tokenizer, 32).encode(parse_pair(row["chosen"], row["rejected"])) is reason
 
 
 def test_a_control_token_is_refused_wherever_it_stands() -> None:
-    encoder = Encoder(TOKENIZERS["byte_level"])
+    encoder = PairEncoder(TOKENIZERS["byte_level"])
     for said in ({"chosen": " <|im_end|>"}, {"rejected": " a</s>b"}):
         assert encoder.encode(pair_of(" hi", **said)) is Refusal.CONTROL_TOKEN_IN_TEXT
     assert encoder.encode(pair_of(" hi", " <|im_start|>", " go on")) is Refusal.CONTROL_TOKEN_IN_TEXT
-    assert isinstance(encoder.encode(pair_of(" </S> <|im_end>")), Encoded)
+    assert isinstance(encoder.encode(pair_of(" </S> <|im_end>")), EncodedPair)
 
 
 text = st.lists(st.sampled_from([" meat", " cats", "é🐈", ".", "\n", " and then"]), max_size=12).map("".join)
@@ -110,7 +110,7 @@ def test_truncation(
     dropped = [replace(pair, history=pair.history[n:]) for n in range(0, len(pair.history), 2)]
     before = [encoded(tokenizer, each) for each in dropped]
     # The fewest exchanges go that make it fit; the last human turn stays.
-    fits = (n for n, each in enumerate(before) if each.length <= max_length)
+    fits = (n for n, each in enumerate(before) if each.sequence_length <= max_length)
     assert short.turns_dropped == 2 * next(fits, len(before) - 1)
     whole = before[short.turns_dropped // 2]
     front = [] if tokenizer.bos_token is None else [tokenizer.bos_token_id]
@@ -128,16 +128,16 @@ def test_truncation(
         assert ids == (full[: max_length - 1] if cut else full)
         assert ids.count(tokenizer.eos_token_id) == (0 if cut else 1)
     assert len(short.prompt) >= 1
-    assert short.length <= max_length
+    assert short.sequence_length <= max_length
     # Nothing is given away.
-    assert not short.prompt_cut or short.length == max_length
+    assert not short.prompt_cut or short.sequence_length == max_length
 
 
 @tokenizers
 def test_a_batch_is_its_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
     batch = [pair_of(*[" what do cats eat"] * n, rejected=" no" * n * n) for n in (1, 9, 3, 5, 1)]
     batch.insert(2, pair_of(" </s>"))
-    encoder = Encoder(tokenizer, 48)
+    encoder = PairEncoder(tokenizer, 48)
     assert encoder.encode_batch(batch) == [encoder.encode(each) for each in batch]
     assert encoder.encode_batch([]) == []
 
@@ -145,10 +145,10 @@ def test_a_batch_is_its_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_chat_template_as_rendered() -> None:
     tokenizer = byte_level(CHATML)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    chat = Encoder(tokenizer, WHOLE, end_ids=[end])
+    chat = PairEncoder(tokenizer, WHOLE, end_ids=[end])
     found = chat.encode(pair_of(" Hi. ", " Hello!", " And?\n", chosen=" Fine.", rejected=" Bad.\n"))
-    assert isinstance(found, Encoded)
-    assert chat.chat
+    assert isinstance(found, EncodedPair)
+    assert chat.uses_chat_template
     assert tokenizer.decode(found.prompt) == (
         "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
         "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
@@ -167,7 +167,7 @@ def test_chat_begins_as_the_template_says_and_keeps_it() -> None:
     for max_length in range(8, 80):
         short = encoded(tokenizer, dialogue, max_length)
         assert short.prompt[0] == tokenizer.bos_token_id
-        assert short.length <= max_length
+        assert short.sequence_length <= max_length
     without = with_begin(CHATML)
     assert without.bos_token_id not in encoded(without, dialogue).prompt
 
@@ -181,26 +181,26 @@ def test_format_chooses_between_text_and_template() -> None:
 def test_what_cannot_work_is_said_at_once() -> None:
     tokenizer = byte_level()
     with pytest.raises(ValueError, match=r"max_length .*>= 8 tokens, got 7"):
-        Encoder(tokenizer, 7)
+        PairEncoder(tokenizer, 7)
     with pytest.raises(ValueError, match="has none: use 'hh' or 'auto'"):
-        Encoder(tokenizer, format="chat")
+        PairEncoder(tokenizer, format="chat")
     with pytest.raises(ValueError, match="set its eos_token"):
-        Encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer))
+        PairEncoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer))
     with pytest.raises(ValueError, match="Expected a fast tokenizer"):
-        Encoder(PreTrainedTokenizerBase())
+        PairEncoder(PreTrainedTokenizerBase())
     with pytest.raises(ValueError, match=r"refuses a dialogue .*no system.*use format 'hh'"):
-        Encoder(byte_level("{{ raise_exception('no system') }}"))
+        PairEncoder(byte_level("{{ raise_exception('no system') }}"))
     thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     with pytest.raises(ValueError, match=r"ends a prompt with .*<think>.*use format 'hh'"):
-        Encoder(byte_level(thinking))
+        PairEncoder(byte_level(thinking))
     one_word = Tokenizer(models.WordLevel({"?": 0, "</s>": 1}, unk_token="?"))
     with pytest.raises(ValueError, match="does not separate prompt and answers"):
-        Encoder(PreTrainedTokenizerFast(tokenizer_object=one_word, eos_token="</s>"))
+        PairEncoder(PreTrainedTokenizerFast(tokenizer_object=one_word, eos_token="</s>"))
 
 
 def test_fingerprint_sees_everything_that_changes_ids() -> None:
     def fingerprint(tokenizer: PreTrainedTokenizerFast, *options: object) -> str:
-        return Encoder(tokenizer, *options).fingerprint
+        return PairEncoder(tokenizer, *options).content_sha256
 
     same = fingerprint(byte_level()), fingerprint(byte_level(), 512, "hh")
     assert len(set(same)) == 1
@@ -227,22 +227,22 @@ def test_ids_are_those_of_trl_on_real_rows(hh_rlhf: Path, pretrained: Path) -> N
     prefix = pytest.importorskip("trl.data_utils").common_prefix_length
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
     tokenizer.model_max_length = WHOLE  # or it remarks on every longer text
-    encoder, end = Encoder(tokenizer, WHOLE), tokenizer.eos_token
+    encoder, end = PairEncoder(tokenizer, WHOLE), tokenizer.eos_token
     found = 0
     for file in sorted(hh_rlhf.glob("*/test.jsonl.gz")):
         for row in map(json.loads, gzip.decompress(file.read_bytes()).split(b"\n")[:-1]):
-            parsed = pair(row["chosen"], row["rejected"])
+            parsed = parse_pair(row["chosen"], row["rejected"])
             if isinstance(parsed, Refusal):
                 continue
-            texts = (parsed.prompt, row["chosen"] + end, row["rejected"] + end)
+            texts = (parsed.prompt_text, row["chosen"] + end, row["rejected"] + end)
             prompt, chosen, rejected = (tokenizer(text)["input_ids"] for text in texts)
             shared = min(prefix(prompt, chosen), prefix(prompt, rejected))
-            assert encoder.encode(parsed) == Encoded(prompt[:shared], chosen[shared:], rejected[shared:])
+            assert encoder.encode(parsed) == EncodedPair(prompt[:shared], chosen[shared:], rejected[shared:])
             found += 1
     assert found > 0
 
 
-SYSTEM_PAIR = Pair((Turn(Role.SYSTEM, " Be brief."), Turn(Role.HUMAN, " Hello")), " Good day.", " Bye.")
+SYSTEM_PAIR = DialoguePair((Turn(Role.SYSTEM, " Be brief."), Turn(Role.HUMAN, " Hello")), " Good day.", " Bye.")
 DEAF = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
 STRICT = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
@@ -252,22 +252,24 @@ STRICT = (
 
 def test_a_system_message_is_rendered_by_a_template_that_has_a_place_for_it() -> None:
     tokenizer = byte_level(CHATML)
-    encoded = Encoder(tokenizer).encode(SYSTEM_PAIR)
-    assert isinstance(encoded, Encoded)
+    encoded = PairEncoder(tokenizer).encode(SYSTEM_PAIR)
+    assert isinstance(encoded, EncodedPair)
     assert "Be brief." in tokenizer.decode(encoded.prompt)
-    long = Pair((*SYSTEM_PAIR.history, Turn(Role.ASSISTANT, " Oh " * 60), Turn(Role.HUMAN, " So?")), " Yes", " No")
-    short = Encoder(tokenizer, 100).encode(long)
-    assert isinstance(short, Encoded)
+    long = DialoguePair(
+        (*SYSTEM_PAIR.history, Turn(Role.ASSISTANT, " Oh " * 60), Turn(Role.HUMAN, " So?")), " Yes", " No"
+    )
+    short = PairEncoder(tokenizer, 100).encode(long)
+    assert isinstance(short, EncodedPair)
     assert short.turns_dropped == 2
     assert "Be brief." in tokenizer.decode(short.prompt)
 
 
 @pytest.mark.parametrize("template", [None, DEAF, STRICT])
 def test_a_system_message_is_refused_where_it_would_be_lost(template: str | None) -> None:
-    assert Encoder(byte_level(template)).encode(SYSTEM_PAIR) == Refusal.SYSTEM_WITHOUT_TEMPLATE
+    assert PairEncoder(byte_level(template)).encode(SYSTEM_PAIR) == Refusal.SYSTEM_WITHOUT_TEMPLATE
 
 
 def test_a_marker_inside_of_a_turn_is_refused_where_it_would_begin_another() -> None:
-    pair = Pair((Turn(Role.HUMAN, " Hello"),), " Good day.\n\nHuman: No.", " Bye.")
-    assert Encoder(byte_level()).encode(pair) == Refusal.CONTROL_TOKEN_IN_TEXT
-    assert isinstance(Encoder(byte_level(CHATML)).encode(pair), Encoded)
+    pair = DialoguePair((Turn(Role.HUMAN, " Hello"),), " Good day.\n\nHuman: No.", " Bye.")
+    assert PairEncoder(byte_level()).encode(pair) == Refusal.CONTROL_TOKEN_IN_TEXT
+    assert isinstance(PairEncoder(byte_level(CHATML)).encode(pair), EncodedPair)

@@ -38,15 +38,15 @@ from dpo.losses import (
     Hinge,
     JensenShannon,
     LengthNormalizedDPO,
-    NoConstant,
     PairLogps,
     PreferenceLoss,
     ReverseKL,
     RobustDPO,
     SimPO,
     Sum,
+    UnknownInitialLoss,
 )
-from dpo.losses.table import DIVERGENCES, EXAMPLES, paragraphs
+from dpo.losses.table import EXAMPLE_DIVERGENCES, EXAMPLE_LOSSES, docstring_paragraphs
 
 ROOT = Path(__file__).resolve().parents[2]
 # Three pairs whose log-ratios differ by h = 0, 10, 20 nats.
@@ -56,12 +56,12 @@ CHOSEN, REJECTED = (0.0, 0.1, -0.9), (0.0, -9.9, -20.9)  # their log-ratios
 BETA, E = 0.1, 0.1
 LOG2 = math.log(2)
 
-of_difference = [loss for loss in EXAMPLES if "divergence" in {each.name for each in fields(loss)}]
+of_difference = [loss for loss in EXAMPLE_LOSSES if "divergence" in {each.name for each in fields(loss)}]
 EVERY = (
-    *EXAMPLES,
-    *(replace(loss, divergence=score) for loss in of_difference for score in DIVERGENCES[1:]),
-    *(LD(loss, 0.3) for loss in EXAMPLES),
-    *(WPO(loss) for loss in EXAMPLES if not loss.whole_batch),
+    *EXAMPLE_LOSSES,
+    *(replace(loss, divergence=score) for loss in of_difference for score in EXAMPLE_DIVERGENCES[1:]),
+    *(LD(loss, 0.3) for loss in EXAMPLE_LOSSES),
+    *(WPO(loss) for loss in EXAMPLE_LOSSES if not loss.needs_whole_batch),
     *(CPO(label_smoothing=0.2), AOT(label_smoothing=0.2), IPO(divergence=Alpha(3.0))),
 )
 
@@ -201,7 +201,7 @@ def test_golden_numbers(loss: PreferenceLoss, formula: list[float], numbers: lis
 
 
 def test_every_loss_has_golden_numbers() -> None:
-    assert {type(loss) for loss, *_ in GOLDEN} == {type(loss) for loss in EXAMPLES}
+    assert {type(loss) for loss, *_ in GOLDEN} == {type(loss) for loss in EXAMPLE_LOSSES}
 
 
 def test_a_margin_moves_the_logit() -> None:
@@ -219,7 +219,7 @@ def test_a_margin_moves_the_logit() -> None:
 
 STARTS = [
     (LOG2, [DPO(), DPO(label_smoothing=0.3), RobustDPO(), LengthNormalizedDPO(), AOT(), AOTUnpaired()]),
-    (LOG2, [DPO(divergence=score) for score in DIVERGENCES] + [LD(DPO(), alpha) for alpha in (0.0, 0.4)]),
+    (LOG2, [DPO(divergence=score) for score in EXAMPLE_DIVERGENCES] + [LD(DPO(), alpha) for alpha in (0.0, 0.4)]),
     (25, [IPO()]),  # 1/(4 b^2)
     (50, [SPPO()]),  # 1/(2 b^2)
     (1, [Hinge(), APOZero(), APODown()]),
@@ -232,25 +232,25 @@ STARTS = [
 
 @pytest.mark.parametrize(("expected", "loss"), [(value, loss) for value, losses in STARTS for loss in losses], ids=repr)
 def test_the_constant_at_the_start(expected: float, loss: PreferenceLoss) -> None:
-    assert loss.at_start == pytest.approx(expected, rel=1e-9)
+    assert loss.initial_loss == pytest.approx(expected, rel=1e-9)
 
 
 @every_loss
 def test_at_start_a_loss_is_its_constant_and_rewards_are_0(loss: PreferenceLoss) -> None:
     pairs = random_pairs((3, 5, 2, 2, 4, 1))
-    same = replace(pairs, reference_tokens=pairs.policy_tokens)
+    same = replace(pairs, reference_tokens=pairs.policy_token_logps)
     if loss.uses_reference:
         assert torch.equal(loss.rewards(same), torch.zeros(3, 2))
-    if isinstance(loss.at_start, NoConstant):
-        assert loss.at_start.reason
+    if isinstance(loss.initial_loss, UnknownInitialLoss):
+        assert loss.initial_loss.reason
     else:
-        torch.testing.assert_close(loss(same), torch.full((3,), loss.at_start, dtype=torch.float64))
+        torch.testing.assert_close(loss(same), torch.full((3,), loss.initial_loss, dtype=torch.float64))
 
 
 @every_loss
 def test_only_losses_with_a_reference_look_at_it(loss: PreferenceLoss) -> None:
     pairs = random_pairs((3, 5, 2, 2, 4, 1))
-    without = replace(pairs, reference_tokens=torch.full_like(pairs.reference_tokens, math.nan))
+    without = replace(pairs, reference_tokens=torch.full_like(pairs.reference_token_logps, math.nan))
     assert bool(loss(without).isfinite().all()) == (not loss.uses_reference)
     assert bool(loss.rewards(without).isfinite().all()) == (not loss.uses_reference)
 
@@ -280,7 +280,7 @@ def test_rewards(loss: PreferenceLoss, expected: float) -> None:
 
 def gradient(loss: PreferenceLoss, given: PairLogps) -> Tensor:
     """By the log-probability of every token."""
-    policy = given.policy_tokens.clone().requires_grad_()
+    policy = given.policy_token_logps.clone().requires_grad_()
     loss(replace(given, policy_tokens=policy)).sum().backward()
     assert policy.grad is not None
     return policy.grad
@@ -343,7 +343,7 @@ def test_gradient_of_dpo_is_the_closed_form_everywhere(rows, beta: float, smooth
 @every_loss
 def test_gradcheck(loss: PreferenceLoss) -> None:
     pairs = random_pairs((3, 1, 2, 4), seed=1)
-    policy = pairs.policy_tokens.clone().requires_grad_()
+    policy = pairs.policy_token_logps.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda policy: loss(replace(pairs, policy_tokens=policy)), policy)
 
 
@@ -366,7 +366,7 @@ def test_loss_and_gradient_are_finite(loss: PreferenceLoss) -> None:
 )
 def test_only_the_difference_of_log_ratios_counts(rows, beta: float, shift: int, loss: PreferenceLoss) -> None:
     loss, before = replace(loss, beta=beta), of_rows(rows, torch.float64)
-    after = replace(before, policy_tokens=before.policy_tokens + shift)
+    after = replace(before, policy_tokens=before.policy_token_logps + shift)
     torch.testing.assert_close(loss(after), loss(before), rtol=1e-7, atol=1e-7)
 
 
@@ -382,19 +382,21 @@ def test_half_of_the_labels_flipped_is_symmetric(rows, beta: float) -> None:
         torch.testing.assert_close(loss(pair), loss(swapped))
 
 
-@pytest.mark.parametrize("loss", [loss for loss in EVERY if not loss.whole_batch], ids=repr)
+@pytest.mark.parametrize("loss", [loss for loss in EVERY if not loss.needs_whole_batch], ids=repr)
 def test_a_pair_costs_the_same_whatever_stands_beside_it(loss: PreferenceLoss) -> None:
     counts = ((3, 5), (2, 2), (4, 1), (6, 7))
     pairs = random_pairs(tuple(n for pair in counts for n in pair))
     sizes = [sum(pair) for pair in counts]
-    columns = (x.split(sizes) for x in (pairs.policy_tokens, pairs.reference_tokens, pairs.on_policy))
+    columns = (
+        x.split(sizes) for x in (pairs.policy_token_logps, pairs.reference_token_logps, pairs.on_policy_log_weights)
+    )
     alone = [loss(PairLogps(*tokens, pair)) for *tokens, pair in zip(*columns, counts, strict=True)]
     assert torch.equal(loss(pairs), torch.cat(alone))
 
 
 def test_sorted_losses_are_of_the_whole_batch() -> None:
-    assert {type(loss) for loss in EXAMPLES if loss.whole_batch} == {AOT, AOTUnpaired}
-    assert Sum((DPO(), AOT()), (1.0, 1.0)).whole_batch and LD(AOT()).whole_batch
+    assert {type(loss) for loss in EXAMPLE_LOSSES if loss.needs_whole_batch} == {AOT, AOTUnpaired}
+    assert Sum((DPO(), AOT()), (1.0, 1.0)).needs_whole_batch and LD(AOT()).needs_whole_batch
     rows = random_pairs((1,) * 8)
     policy, reference = rows.policy, rows.reference
     for loss in (AOT(), AOTUnpaired()):
@@ -408,7 +410,11 @@ def test_sorted_losses_are_of_the_whole_batch() -> None:
 def test_losses_per_token_do_not_see_length(loss: PreferenceLoss) -> None:
     once = random_pairs((1, 1, 1, 1))
     twice = PairLogps(
-        *(x.repeat_interleave(2) for x in (once.policy_tokens, once.reference_tokens, once.on_policy)), (2, 2, 2, 2)
+        *(
+            x.repeat_interleave(2)
+            for x in (once.policy_token_logps, once.reference_token_logps, once.on_policy_log_weights)
+        ),
+        (2, 2, 2, 2),
     )
     torch.testing.assert_close(loss(twice), loss(once))
 
@@ -435,7 +441,7 @@ def test_scores_are_0_at_0_and_rise(score: Divergence, slope: Callable[[float], 
     assert found.flatten().tolist() == pytest.approx([slope(x) for x in d.flatten().tolist()])
 
 
-@pytest.mark.parametrize("score", [*DIVERGENCES, Alpha(0.0), Alpha(3.0)], ids=repr)
+@pytest.mark.parametrize("score", [*EXAMPLE_DIVERGENCES, Alpha(0.0), Alpha(3.0)], ids=repr)
 def test_scores_keep_the_order_of_log_ratios_that_overflow(score: Divergence) -> None:
     values = score(torch.tensor([[-1e4, -1000.0], [-100.0, -50.0], [-10.0, 0.0], [2.0, 1e4]])).flatten()
     assert values.isfinite().all()
@@ -521,20 +527,24 @@ def test_wrong_parameters_are_refused(loss: type, settings: dict[str, float], me
 
 def test_the_table_holds_every_loss() -> None:
     named = {dpo.losses.__dict__[name] for name in dpo.losses.__all__}
-    assert {type(loss) for loss in EXAMPLES} == {x for x in named if issubclass(x, PreferenceLoss)} - {PreferenceLoss}
-    assert {type(score) for score in DIVERGENCES} == {x for x in named if issubclass(x, Divergence)} - {Divergence}
+    assert {type(loss) for loss in EXAMPLE_LOSSES} == {x for x in named if issubclass(x, PreferenceLoss)} - {
+        PreferenceLoss
+    }
+    assert {type(score) for score in EXAMPLE_DIVERGENCES} == {x for x in named if issubclass(x, Divergence)} - {
+        Divergence
+    }
 
 
-@pytest.mark.parametrize("loss", dict.fromkeys(map(type, EXAMPLES)), ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("loss", dict.fromkeys(map(type, EXAMPLE_LOSSES)), ids=lambda loss: loss.__name__)
 def test_every_loss_says_what_it_is_its_formula_and_its_source(loss: type) -> None:
-    what, formula, source = paragraphs(loss)
+    what, formula, source = docstring_paragraphs(loss)
     assert what.endswith(".") and formula and "arXiv" in source
 
 
 def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["losses"]) == 0
     text = capsys.readouterr().out
-    for found in (*(type(loss).__name__ for loss in EXAMPLES), "2.761231", "[log p - log sum_v p_v^2]"):
+    for found in (*(type(loss).__name__ for loss in EXAMPLE_LOSSES), "2.761231", "[log p - log sum_v p_v^2]"):
         assert found in text
 
 
@@ -557,4 +567,4 @@ def test_the_document_of_equations_holds(equation: str, symbol: str, file: str, 
 
 
 def test_every_loss_stands_in_the_document_of_equations() -> None:
-    assert {type(loss).__name__ for loss in EXAMPLES} <= {symbol for _, symbol, *_ in EQUATIONS}
+    assert {type(loss).__name__ for loss in EXAMPLE_LOSSES} <= {symbol for _, symbol, *_ in EQUATIONS}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.cli.parser import relatives
+from dpo.cli.parser import sibling_classes
 from tests.support.runs import ROOT, Lab
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -21,7 +21,7 @@ SMALL = [
 
 def test_every_loss_has_a_configuration() -> None:
     shown = " ".join(file.read_text() for file in LOSSES)
-    for loss in relatives("dpo.losses.DPO"):
+    for loss in sibling_classes("dpo.losses.DPO"):
         assert f"class_path: {loss.__name__}\n" in shown or f"class_path: {loss.__name__}}}" in shown, loss
 
 
@@ -66,5 +66,5 @@ def test_a_loss_without_a_reference_keeps_no_second_model(tmp_path: Path, caplog
     run = Lab(tmp_path).fit("simpo", "--model.loss=SimPO", "--trainer.max_steps=2", "--trainer.val_check_interval=2")
     assert "Reference: none, the loss needs none." in caplog.messages
     assert "the loss at step 0 is not checked (it depends on what the policy already knows)" in caplog.text
-    rows = [json.loads(line) for line in run.samples.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.samples_path.read_text().splitlines()]
     assert rows and all("reference" not in row for row in rows)

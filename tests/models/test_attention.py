@@ -15,9 +15,9 @@ from transformers.masking_utils import (
 )
 
 from dpo.models import attention
-from dpo.models.attention import NotShareable, Rule, _by_segments, _in_one_call, rule_of
+from dpo.models.attention import MaskRule, NotShareableError, _by_segments, _in_one_call, make_mask_rule
 from dpo.models.batch import Batch
-from dpo.models.prompt_sharing import plain, share
+from dpo.models.prompt_sharing import enable_prefix_sharing, standard_attention
 from dpo.models.scoring import score
 from tests.support.sharing import build, random_batch
 
@@ -53,7 +53,7 @@ def test_one_call_equals_segments_in_values_and_gradients(
 ) -> None:
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     batch = random_batch()
-    rule = Rule(sliding_window_causal_mask_function(window), window) if window else None
+    rule = MaskRule(sliding_window_causal_mask_function(window), window) if window else None
     tensors = inputs(batch, 4, groups)
     none = {"softcap": None, "sinks": None}
     by_segments = _by_segments(batch.layout, *tensors, rule, 0.3, **none)
@@ -67,20 +67,20 @@ def test_one_call_equals_segments_in_values_and_gradients(
 
 
 def test_a_window_is_told_from_chunks_and_from_everything_else() -> None:
-    assert rule_of(mask_function=causal_mask_function) is None
+    assert make_mask_rule(mask_function=causal_mask_function) is None
     for size in (1, 2, 7):
-        sliding = rule_of(mask_function=sliding_window_causal_mask_function(size), local_size=size)
+        sliding = make_mask_rule(mask_function=sliding_window_causal_mask_function(size), local_size=size)
         assert sliding is not None and sliding.window == size
         chunks = chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.long))
-        chunked = rule_of(mask_function=chunks, local_size=size)
+        chunked = make_mask_rule(mask_function=chunks, local_size=size)
         assert (chunked is not None and chunked.window is None) or size == 1  # chunks of one are windows of one
-    other = rule_of(mask_function=and_masks(causal_mask_function, lambda b, h, q, k: (q - k) % 2 == 0))
+    other = make_mask_rule(mask_function=and_masks(causal_mask_function, lambda b, h, q, k: (q - k) % 2 == 0))
     assert other is not None and other.window is None
 
 
 def test_a_mask_that_is_no_rule_of_positions_is_refused() -> None:
-    with pytest.raises(NotShareable, match="not a function of positions"):
-        rule_of(mask_function=causal_mask_function, use_vmap=True)
+    with pytest.raises(NotShareableError, match="not a function of positions"):
+        make_mask_rule(mask_function=causal_mask_function, use_vmap=True)
 
 
 @pytest.mark.skipif(
@@ -91,7 +91,7 @@ def test_the_kernel_on_the_device(options: dict[str, int]) -> None:
     family = "mistral" if options else "llama"
     model = build(family, {"hidden_size": 128, "num_attention_heads": 2, **options}).to("cuda", torch.bfloat16)
     batch = random_batch().to("cuda")
-    share(model)
+    enable_prefix_sharing(model)
     shared = score(model, batch).logps
-    with plain(model):
+    with standard_attention(model):
         torch.testing.assert_close(shared, score(model, batch).logps, rtol=0.05, atol=0.1)

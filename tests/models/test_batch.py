@@ -18,9 +18,17 @@ def examples(drawn: list[tuple[list[int], list[list[int]]]]) -> list[Example]:
 def test_a_row_by_hand() -> None:
     batch = collate([Example("a", [1, 2], ([3, 4], [5, 6, 7])), Example("b", [8], ([9], [10]))])
     assert batch.tokens.tolist() == [1, 2, 3, 5, 6, 8]  # no answer's last token: it predicts nothing
-    assert batch.layout.positions.tolist() == [0, 1, 2, 2, 3, 0]  # positions restart where the prompt ended
+    assert batch.layout.position_ids.tolist() == [0, 1, 2, 2, 3, 0]  # positions restart where the prompt ended
     assert batch.targets.tolist() == [3, 4, 5, 6, 7, 9, 10]
-    assert batch.predictors.tolist() == [1, 2, 1, 3, 4, 5, 5]  # the prompt's last token predicts both first tokens
+    assert batch.predictor_indices.tolist() == [
+        1,
+        2,
+        1,
+        3,
+        4,
+        5,
+        5,
+    ]  # the prompt's last token predicts both first tokens
     assert batch.lengths == (2, 3, 1, 1)
 
 
@@ -30,7 +38,7 @@ def test_every_target_is_predicted_by_the_token_before_it(drawn: list[tuple[list
     wanted = [
         (prompt + answer)[i - 1] for prompt, answers in drawn for answer in answers for i in _scored(prompt, answer)
     ]
-    assert batch.tokens[batch.predictors].tolist() == wanted
+    assert batch.tokens[batch.predictor_indices].tolist() == wanted
     assert batch.targets.tolist() == [token for _, answers in drawn for answer in answers for token in answer]
 
 
@@ -41,7 +49,7 @@ def _scored(prompt: list[int], answer: list[int]) -> range:
 @given(EXAMPLES)
 def test_sequences_are_prompt_and_answer_without_its_last_token(drawn: list[tuple[list[int], list[list[int]]]]) -> None:
     batch = collate(examples(drawn))
-    assert [row.tolist() for row in batch.sequences()] == [p + a[:-1] for p, answers in drawn for a in answers]
+    assert [row.tolist() for row in batch.answer_sequences()] == [p + a[:-1] for p, answers in drawn for a in answers]
 
 
 @given(EXAMPLES)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from dpo.data.tokenization import Encoder
+from dpo.data.tokenization import PairEncoder
 from dpo.models.batch import Batch, Example, collate
-from dpo.models.generation import GREEDY, write
-from dpo.models.loading import Loader, adapt_layers
-from dpo.models.prompt_sharing import share
+from dpo.models.generation import GREEDY_SAMPLING, generate_answers
+from dpo.models.loading import ModelLoader, prepare_layers
+from dpo.models.prompt_sharing import enable_prefix_sharing
 from dpo.models.scoring import score
 from tests.support.runs import policy
 from tests.support.sharing import build
@@ -30,10 +30,10 @@ def batch_of(pairs: int, seed: int) -> Batch:
 @pytest.mark.slow  # torch's compiler takes half a minute on one core
 def test_one_compilation_serves_every_batch() -> None:
     model = build("llama", {"num_hidden_layers": 2})
-    share(model)
+    enable_prefix_sharing(model)
     batches = [batch_of(3 + i, i) for i in range(6)]
     expected = [score(model, batch).logps for batch in batches]
-    adapt_layers(model, compiled=True, recomputed=False)
+    prepare_layers(model, compile_layers=True, gradient_checkpointing=False)
     torch._dynamo.reset()
     counters.clear()
     compiled = []
@@ -51,8 +51,8 @@ def test_recomputed_layers_run_the_kernels_of_those_that_are_not() -> None:
     reference, policy = (build("llama", {"num_hidden_layers": 2}) for _ in range(2))
     policy.load_state_dict(reference.state_dict())
     for model, recomputed in ((reference, False), (policy, True)):
-        share(model)
-        adapt_layers(model, compiled=True, recomputed=recomputed)
+        enable_prefix_sharing(model)
+        prepare_layers(model, compile_layers=True, gradient_checkpointing=recomputed)
     for seed in range(3):
         batch = batch_of(3 + seed, seed)
         torch.testing.assert_close(score(policy, batch).logps, score(reference, batch).logps, rtol=0, atol=0)
@@ -65,11 +65,11 @@ def test_recomputed_layers_run_the_kernels_of_those_that_are_not() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # imported by torch's own compiler
 def test_answers_are_written_without_compilation() -> None:
-    loader = Loader()
-    model, encoder = loader.model(str(policy())), Encoder(loader.tokenizer(str(policy())), 64)
-    share(model)
-    adapt_layers(model, compiled=True, recomputed=False)
+    loader = ModelLoader()
+    model, encoder = loader.load_model(str(policy())), PairEncoder(loader.load_tokenizer(str(policy())), 64)
+    enable_prefix_sharing(model)
+    prepare_layers(model, compile_layers=True, gradient_checkpointing=False)
     torch._dynamo.reset()
     counters.clear()
-    write(model, encoder, [[3, 4, 5]], replace(GREEDY, max_new_tokens=3), seed=0)
+    generate_answers(model, encoder, [[3, 4, 5]], replace(GREEDY_SAMPLING, max_new_tokens=3), seed=0)
     assert counters["stats"]["unique_graphs"] == 0

@@ -10,38 +10,40 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo import quickstart
-from dpo.models.loading import Loader, adapt_layers, end_ids, locate, weights_sha256
+from dpo.models.loading import ModelLoader, prepare_layers, read_end_ids, resolve_model_path, weights_sha256
 from tests.support.models import make_tiny_model
 from tests.support.runs import policy
 
 
 def test_a_model_is_read_in_float32_with_dropout_off(tmp_path: Path) -> None:
     make_tiny_model("gpt2").to(torch.bfloat16).train().save_pretrained(tmp_path)
-    model = Loader().model(str(tmp_path))
+    model = ModelLoader().load_model(str(tmp_path))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not any(part.training for part in model.modules())
 
 
 def test_quickstart_is_the_shipped_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert locate("quickstart") == str(quickstart.POLICY)
-    assert locate("~/model") == str(tmp_path / "model")
-    assert locate("someone/model") == "someone/model"
-    assert weights_sha256(Loader().model("quickstart")) == weights_sha256(Loader().model(str(quickstart.POLICY)))
+    assert resolve_model_path("quickstart") == str(quickstart.POLICY_FOLDER)
+    assert resolve_model_path("~/model") == str(tmp_path / "model")
+    assert resolve_model_path("someone/model") == "someone/model"
+    assert weights_sha256(ModelLoader().load_model("quickstart")) == weights_sha256(
+        ModelLoader().load_model(str(quickstart.POLICY_FOLDER))
+    )
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "someone/not-here", "./nowhere"])
 def test_what_is_not_there_is_named(path: str) -> None:
     with pytest.raises(ValueError, match=path):
-        Loader().model(path)
+        ModelLoader().load_model(path)
     with pytest.raises(ValueError, match=path):
-        Loader().tokenizer(path)
+        ModelLoader().load_tokenizer(path)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     make_tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"cannot read a tokenizer from '{tmp_path}'"):
-        Loader().tokenizer(str(tmp_path))
+        ModelLoader().load_tokenizer(str(tmp_path))
 
 
 def test_pickled_weights_are_read_only_where_that_is_said(tmp_path: Path) -> None:
@@ -50,8 +52,8 @@ def test_pickled_weights_are_read_only_where_that_is_said(tmp_path: Path) -> Non
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"--model\.pickled_weights true"):
-        Loader().model(str(tmp_path))
-    assert weights_sha256(Loader(pickled_weights=True).model(str(tmp_path))) == weights_sha256(model)
+        ModelLoader().load_model(str(tmp_path))
+    assert weights_sha256(ModelLoader(pickled_weights=True).load_model(str(tmp_path))) == weights_sha256(model)
 
 
 def test_weights_that_are_not_all_of_the_model_are_refused(tmp_path: Path) -> None:
@@ -61,7 +63,7 @@ def test_weights_that_are_not_all_of_the_model_are_refused(tmp_path: Path) -> No
     save_file({name: weight for name, weight in weights.items() if "layers.1." not in name}, file, {"format": "pt"})
     lost = [name for name in weights if "layers.1." in name]
     with pytest.raises(ValueError, match=rf"{len(lost)} are missing, which would be random \(model\.layers\.1\."):
-        Loader().model(str(tmp_path))
+        ModelLoader().load_model(str(tmp_path))
 
 
 def test_weights_lie_as_those_of_a_copy_wherever_they_are_in_the_file(tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ def test_weights_lie_as_those_of_a_copy_wherever_they_are_in_the_file(tmp_path: 
     weights = load_file(tmp_path / "model.safetensors")
     for padding in ("", "8 bytes."):
         save_file(weights, tmp_path / "model.safetensors", {"format": "pt", "padding": padding})
-        assert not any(p.data_ptr() % 64 for p in Loader().model(str(tmp_path)).parameters())
+        assert not any(p.data_ptr() % 64 for p in ModelLoader().load_model(str(tmp_path)).parameters())
 
 
 def test_weights_that_were_cut_short_are_named(tmp_path: Path) -> None:
@@ -77,7 +79,7 @@ def test_weights_that_were_cut_short_are_named(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"cannot read a causal language model from '{tmp_path}'"):
-        Loader().model(str(tmp_path))
+        ModelLoader().load_model(str(tmp_path))
 
 
 def test_weights_of_other_shapes_than_the_configuration_says_are_named(tmp_path: Path) -> None:
@@ -86,7 +88,7 @@ def test_weights_of_other_shapes_than_the_configuration_says_are_named(tmp_path:
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
     with pytest.raises(ValueError, match=f"cannot read a causal language model from '{tmp_path}'"):
-        Loader().model(str(tmp_path))
+        ModelLoader().load_model(str(tmp_path))
 
 
 CODE = """
@@ -110,9 +112,9 @@ def test_code_of_a_model_is_run_only_where_that_is_said(tmp_path: Path, monkeypa
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(CODE)
     with pytest.raises(ValueError, match=r"--model\.trust_remote_code true"):
-        Loader().model(str(folder))
+        ModelLoader().load_model(str(folder))
     assert not Path("executed").exists()
-    assert type(Loader(trust_remote_code=True).model(str(folder))).__name__ == "OwnModel"
+    assert type(ModelLoader(trust_remote_code=True).load_model(str(folder))).__name__ == "OwnModel"
     assert Path("executed").exists()
 
 
@@ -137,7 +139,7 @@ def test_the_hash_is_of_every_name_type_shape_and_byte() -> None:
 def test_the_hash_is_that_of_the_weights_and_not_of_the_file(tmp_path: Path) -> None:
     shutil.copytree(policy(), tmp_path / "copy")
     (tmp_path / "copy" / "README.md").write_text("another file")
-    first, second = (Loader().model(str(folder)) for folder in (policy(), tmp_path / "copy"))
+    first, second = (ModelLoader().load_model(str(folder)) for folder in (policy(), tmp_path / "copy"))
     assert weights_sha256(first) == weights_sha256(second)
 
 
@@ -146,10 +148,10 @@ def test_the_ids_that_end_an_answer_are_those_of_the_generation_config(tmp_path:
     model = make_tiny_model()
     model.generation_config.eos_token_id = ends
     model.save_pretrained(tmp_path)
-    assert end_ids(str(tmp_path)) == ([] if ends is None else [2] if ends == 2 else ends)
+    assert read_end_ids(str(tmp_path)) == ([] if ends is None else [2] if ends == 2 else ends)
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "config.json").rename(tmp_path / "other.json")
-    assert end_ids(str(tmp_path)) == []
+    assert read_end_ids(str(tmp_path)) == []
 
 
 def test_recomputed_layers_give_the_same_gradients() -> None:
@@ -157,7 +159,7 @@ def test_recomputed_layers_give_the_same_gradients() -> None:
     gradients = []
     for recomputed in (False, True):
         model = AutoModelForCausalLM.from_pretrained(policy())
-        adapt_layers(model, compiled=False, recomputed=recomputed)
+        prepare_layers(model, compile_layers=False, gradient_checkpointing=recomputed)
         model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
@@ -167,5 +169,5 @@ def test_recomputed_layers_give_the_same_gradients() -> None:
 def test_a_model_without_marked_layers_is_not_silently_left_as_it_is(compiled: bool, option: str) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("openai-gpt", n_embd=32, n_head=4, n_layer=2))
     with pytest.raises(ValueError, match=rf"--model\.{option}: OpenAIGPTLMHeadModel does not say what its layers are"):
-        adapt_layers(model, compiled=compiled, recomputed=not compiled)
-    adapt_layers(model, compiled=False, recomputed=False)
+        prepare_layers(model, compile_layers=compiled, gradient_checkpointing=not compiled)
+    prepare_layers(model, compile_layers=False, gradient_checkpointing=False)

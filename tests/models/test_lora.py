@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo.models import lora
 from dpo.models.batch import Batch, Example, collate
-from dpo.models.loading import Loader, adapt_layers, base_of, end_ids, weights_sha256
+from dpo.models.loading import ModelLoader, adapter_base_model, prepare_layers, read_end_ids, weights_sha256
 from dpo.models.lora import Adapter, AsLoaded, LoRA, QLoRA
 from dpo.models.prompt_sharing import share_if_exact
 from dpo.models.scoring import score
@@ -50,7 +50,7 @@ def case(
 
 def trained(adapter: Adapter, path: Path, seed: int = 0) -> PreTrainedModel:
     """A policy whose adapter is no longer without effect."""
-    model = adapter.read(Loader(), str(path))
+    model = adapter.load_policy(ModelLoader(), str(path))
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -66,18 +66,18 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def test_a_new_adapter_trains_alone_and_changes_nothing_yet(case: tuple[Path, LoRA]) -> None:
     base, adapter = case
-    plain, model = Loader().model(str(base)), adapter.read(Loader(), str(base))
+    plain, model = ModelLoader().load_model(str(base)), adapter.load_policy(ModelLoader(), str(base))
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names and all("lora_" in name for name in names)
     assert not any(part.training for part in model.modules())
-    assert lora.untrained(model) and torch.equal(logits(model), logits(plain))
-    assert not lora.untrained(trained(adapter, base))
+    assert lora.equals_base_model(model) and torch.equal(logits(model), logits(plain))
+    assert not lora.equals_base_model(trained(adapter, base))
 
 
 def test_the_model_without_its_adapter_is_the_base_and_shares_its_weights(case: tuple[Path, LoRA]) -> None:
     base, adapter = case
-    plain, model = Loader().model(str(base)), trained(adapter, base)
-    off = lora.without(model)
+    plain, model = ModelLoader().load_model(str(base)), trained(adapter, base)
+    off = lora.model_without_adapter(model)
     assert weights_sha256(off) == weights_sha256(plain), "names and bytes of the base"
     own = {p.data_ptr() for p in model.parameters()}
     assert all(p.data_ptr() in own for p in off.parameters()), "no weight is in memory twice"
@@ -88,12 +88,12 @@ def test_a_merged_model_computes_the_same_and_is_an_ordinary_one(case: tuple[Pat
     base, adapter = case
     model = trained(adapter, base)
     before = weights_sha256(model)
-    merged = lora.merged(model)
+    merged = lora.merge_adapter(model)
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
     assert weights_sha256(model) == before, "merging changes a copy"
     for name, p in merged.named_parameters():
-        assert torch.equal(lora.effective(model, name), p)
-    lora.save(merged, tmp_path / "merged")
+        assert torch.equal(lora.effective_weight(model, name), p)
+    lora.save_model_or_adapter(merged, tmp_path / "merged")
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
 
@@ -106,14 +106,14 @@ def test_merged_weights_are_base_plus_scaled_product(
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     expected = layer.base_layer.weight + 8 / 4 * (b @ a)  # W + alpha / r * B A
-    torch.testing.assert_close(lora.effective(model, "model.layers.0.self_attn.q_proj.weight"), expected)
+    torch.testing.assert_close(lora.effective_weight(model, "model.layers.0.self_attn.q_proj.weight"), expected)
 
 
 def test_an_adapter_is_saved_alone_and_read_back_to_the_bit(case: tuple[Path, LoRA], tmp_path: Path) -> None:
     base, adapter = case
     model = trained(adapter, base)
     folder = tmp_path / "adapter"
-    lora.save(model, folder)
+    lora.save_model_or_adapter(model, folder)
     assert {file.name for file in folder.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -121,10 +121,10 @@ def test_an_adapter_is_saved_alone_and_read_back_to_the_bit(case: tuple[Path, Lo
     }
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(p.numel() for p in load_file(folder / "adapter_model.safetensors").values()) == trains
-    ours = AsLoaded().read(Loader(), str(folder))
+    ours = AsLoaded().load_policy(ModelLoader(), str(folder))
     assert torch.equal(logits(ours), logits(model))
     assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == trains, "it trains on"
-    assert base_of(str(folder)) == str(base)
+    assert adapter_base_model(str(folder)) == str(base)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:fan_in_fan_out is set")
@@ -133,7 +133,7 @@ def test_an_adapter_is_read_by_anybody(case: tuple[Path, LoRA], tmp_path: Path) 
 
     base, adapter = case
     model = trained(adapter, base)
-    lora.save(model, tmp_path / "adapter")
+    lora.save_model_or_adapter(model, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     for read in (AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), theirs):
         torch.testing.assert_close(logits(read), logits(model))
@@ -152,7 +152,7 @@ def textbook(model: PreTrainedModel, batch: Batch) -> Tensor:
     """log p of every scored token out of full logits."""
     parts = []
     targets = batch.targets.split(batch.lengths)
-    for sequence, target in zip(batch.sequences(), targets, strict=True):
+    for sequence, target in zip(batch.answer_sequences(), targets, strict=True):
         logps = model(input_ids=sequence[None]).logits[0].float().log_softmax(-1)
         parts.append(logps[-len(target) :].gather(-1, target[:, None])[:, 0])
     return torch.cat(parts)
@@ -165,7 +165,7 @@ def test_gradients_are_those_of_a_plain_forward(case: tuple[Path, LoRA], recompu
     weights = torch.linspace(-1, 1, len(batch().targets))
     (textbook(plain, batch()) * weights).sum().backward()
     assert share_if_exact(model) == ""
-    adapt_layers(model, compiled=False, recomputed=recomputed)
+    prepare_layers(model, compile_layers=False, gradient_checkpointing=recomputed)
     (score(model, batch()).logps * weights).sum().backward()
     expected = dict(plain.named_parameters())
     for name, p in model.named_parameters():
@@ -193,32 +193,34 @@ def test_gradients_are_those_of_a_plain_forward(case: tuple[Path, LoRA], recompu
 @pytest.mark.skipif(torch.cuda.is_available(), reason="four bits work here")
 def test_what_cannot_be_done_is_refused(adapter: Adapter, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        adapter.read(Loader(), str(policy()))
+        adapter.load_policy(ModelLoader(), str(policy()))
 
 
 def test_nothing_is_merged_where_there_is_no_adapter() -> None:
     with pytest.raises(
         ValueError, match=r"--model\.adapter\.merge: .* is no adapter\. To add one: --model\.adapter LoRA"
     ):
-        AsLoaded(merge=True).read(Loader(), str(policy()))
+        AsLoaded(merge=True).load_policy(ModelLoader(), str(policy()))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An adapter on the random policy."""
-    lora.save(trained(LoRA(4, 8, ("q_proj",)), policy()), tmp_path / "adapter")
+    lora.save_model_or_adapter(trained(LoRA(4, 8, ("q_proj",)), policy()), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
 def test_no_adapter_is_added_to_an_adapter(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"is an adapter already: leave --model\.adapter out"):
-        LoRA().read(Loader(), str(folder))
+        LoRA().load_policy(ModelLoader(), str(folder))
 
 
 def test_an_adapter_without_tokenizer_has_that_of_its_base(folder: Path) -> None:
-    assert Loader().tokenizer(str(folder)).get_vocab() == Loader().tokenizer(str(policy())).get_vocab()
+    assert (
+        ModelLoader().load_tokenizer(str(folder)).get_vocab() == ModelLoader().load_tokenizer(str(policy())).get_vocab()
+    )
     (folder / "generation_config.json").unlink()
-    assert end_ids(str(folder)) == end_ids(str(policy())) == [2]
+    assert read_end_ids(str(folder)) == read_end_ids(str(policy())) == [2]
 
 
 def test_pickled_adapters_are_not_read_unasked(folder: Path) -> None:
@@ -226,8 +228,8 @@ def test_pickled_adapters_are_not_read_unasked(folder: Path) -> None:
     torch.save(load_file(file), folder / "adapter_model.bin")
     file.unlink()
     with pytest.raises(ValueError, match=r"cannot read an adapter from .*adapter_model\.safetensors"):
-        Loader().model(str(folder))
-    assert lora.layers(Loader(pickled_weights=True).model(str(folder)))
+        ModelLoader().load_model(str(folder))
+    assert lora.adapter_layers(ModelLoader(pickled_weights=True).load_model(str(folder)))
 
 
 @pytest.mark.parametrize("change", ["renamed", "missing", "other size"])
@@ -240,7 +242,7 @@ def test_an_adapter_that_does_not_fit_is_refused(folder: Path, change: str) -> N
         weights |= {first + "x": value} if change == "renamed" else {first: value[:, :-1].contiguous()}
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="fit"):
-        Loader().model(str(folder))
+        ModelLoader().load_model(str(folder))
 
 
 @pytest.mark.parametrize("change", [{"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}])
@@ -248,7 +250,7 @@ def test_other_adapters_are_refused_by_name(folder: Path, change: dict[str, obje
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match="expected a LoRA adapter without modules_to_save"):
-        Loader().model(str(folder))
+        ModelLoader().load_model(str(folder))
 
 
 # Whole runs.
@@ -272,35 +274,37 @@ def test_checkpoints_hold_the_adapter_and_its_moments_alone(run: Run) -> None:
         p.numel() for p in saved["state_dict"].values()
     )
     full = sum(file.stat().st_size for file in policy().glob("*.safetensors"))
-    assert (run.checkpoints / "last.ckpt").stat().st_size < min(full / 2, 300_000)
+    assert (run.checkpoint_folder / "last.ckpt").stat().st_size < min(full / 2, 300_000)
 
 
 def test_the_export_is_the_adapter_and_gives_what_was_trained(run: Run) -> None:
-    assert not (run.export / "model.safetensors").exists()
-    assert (run.export / "adapter_model.safetensors").stat().st_size < 50_000
-    assert oct((run.export / "adapter_model.safetensors").stat().st_mode)[-3:] == "644"
-    model, base = (AsLoaded().read(Loader(), str(path)) for path in (run.export, policy()))
+    assert not (run.export_folder / "model.safetensors").exists()
+    assert (run.export_folder / "adapter_model.safetensors").stat().st_size < 50_000
+    assert oct((run.export_folder / "adapter_model.safetensors").stat().st_mode)[-3:] == "644"
+    model, base = (AsLoaded().load_policy(ModelLoader(), str(path)) for path in (run.export_folder, policy()))
     weights = dict(model.named_parameters())
     for name, value in checkpoint(run)["state_dict"].items():
         assert torch.equal(weights[name.removeprefix("policy.")], value)
     assert not torch.allclose(logits(model), logits(base), atol=1e-3)
     before = dict(base.named_parameters())
-    for name, p in lora.without(model).named_parameters():
+    for name, p in lora.model_without_adapter(model).named_parameters():
         assert torch.equal(p, before[name]), "the base is as it was"
 
 
 def test_a_merged_export_is_a_full_model(lab: Lab, run: Run) -> None:
     merged = lab.fit("merged", *WORDS, *HEAD, "--model.adapter.merge=true")
-    assert not (merged.export / "adapter_config.json").exists()
-    full = AutoModelForCausalLM.from_pretrained(merged.export)
-    torch.testing.assert_close(logits(full), logits(Loader().model(str(run.export))), rtol=1e-4, atol=1e-4)
+    assert not (merged.export_folder / "adapter_config.json").exists()
+    full = AutoModelForCausalLM.from_pretrained(merged.export_folder)
+    torch.testing.assert_close(
+        logits(full), logits(ModelLoader().load_model(str(run.export_folder))), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_an_adapter_is_trained_on_against_itself_as_it_was(
     lab: Lab, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    more = lab.fit("more", *WORDS, f"--model.policy={run.export}")
+    more = lab.fit("more", *WORDS, f"--model.policy={run.export_folder}")
     said = caplog.text
     trains = sum(value.numel() for value in checkpoint(run)["state_dict"].values())
     assert f"{trains:,} parameters train" in said and "policy and reference are 0 nats a token apart" in said
@@ -313,13 +317,13 @@ def test_an_adapter_is_trained_on_against_itself_as_it_was(
 def test_resuming_is_exact(lab: Lab, run: Run) -> None:
     words = [word for word in WORDS if "max_steps" not in word]
     part = lab.fit("part", *words, *HEAD, "--trainer.max_steps=2")
-    assert lab.main("fit", *WORDS, *HEAD, f"--ckpt_path={part.checkpoints / 'last.ckpt'}") == 0
+    assert lab.main("fit", *WORDS, *HEAD, f"--ckpt_path={part.checkpoint_folder / 'last.ckpt'}") == 0
     expected, found = (checkpoint(r)["state_dict"] for r in (run, part))
     assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in expected)
 
 
 def test_a_checkpoint_of_other_weights_is_refused(lab: Lab, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    last = f"--ckpt_path={run.checkpoints / 'last.ckpt'}"
+    last = f"--ckpt_path={run.checkpoint_folder / 'last.ckpt'}"
     for words in ([], ["--model.adapter=LoRA", "--model.adapter.targets=[q_proj]"], [*HEAD, "--model.adapter.r=8"]):
         assert lab.main("fit", "--name=other", *WORDS, *words, last) == 1
         assert "this checkpoint is of another model" in capsys.readouterr().err
@@ -328,4 +332,4 @@ def test_a_checkpoint_of_other_weights_is_refused(lab: Lab, run: Run, capsys: py
 def test_supervised_training_takes_adapters_too(lab: Lab) -> None:
     run = lab.fit("supervised", "--model=SFT", f"--model.policy={policy()}", *WORDS, *HEAD, f"--data.path={pairs()}")
     assert all(".lora_" in name for name in checkpoint(run)["state_dict"])
-    assert (run.export / "adapter_config.json").exists()
+    assert (run.export_folder / "adapter_config.json").exists()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo.models.attention import NAME, NotShareable
+from dpo.models.attention import PREFIX_SHARED_NAME, NotShareableError
 from dpo.models.batch import Batch, Example, collate
-from dpo.models.loading import adapt_layers
-from dpo.models.prompt_sharing import plain, share, share_if_exact, twin
+from dpo.models.loading import prepare_layers
+from dpo.models.prompt_sharing import enable_prefix_sharing, share_if_exact, standard_attention, weight_sharing_copy
 from dpo.models.scoring import score
 from tests.support.sharing import (
     DYNAMIC,
@@ -44,7 +44,7 @@ def alone(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The log-probs by the textbook: whole sequences, whole logits."""
     parts = []
     ends = torch.tensor(batch.lengths).cumsum(0).tolist()
-    for tokens, end, scored in zip(batch.sequences(), ends, batch.lengths, strict=True):
+    for tokens, end, scored in zip(batch.answer_sequences(), ends, batch.lengths, strict=True):
         logits = model(input_ids=tokens[None], use_cache=False).logits[0, -scored:].float()
         parts.append(logits.log_softmax(-1).gather(-1, batch.targets[end - scored : end, None])[:, 0])
     return torch.cat(parts)
@@ -62,7 +62,7 @@ def test_shared_equals_alone_in_values_and_gradients(name: str) -> None:
     expected = alone(model, batch)
     wanted = gradients(expected @ weights, model)
     assert share_if_exact(model) == ""
-    assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == PREFIX_SHARED_NAME
     scores = score(model, batch)
     found = gradients(scores.logps @ weights, model)
     torch.testing.assert_close(scores.logps, expected, rtol=1e-5, atol=2e-5)
@@ -81,7 +81,7 @@ def test_what_cannot_share_runs_alone_and_says_why(name: str) -> None:
 
 def test_a_shared_model_without_a_layout_refuses() -> None:
     model = build("llama", {})
-    share(model)
+    enable_prefix_sharing(model)
     with pytest.raises(TypeError, match="layout"):
         model(input_ids=torch.tensor([[1, 2, 3]]))
 
@@ -90,10 +90,10 @@ def test_plain_gives_the_ordinary_model_back_for_a_while() -> None:
     model = build("llama", {})
     ids = torch.tensor([[1, 5, 9, 4]])
     expected = model(input_ids=ids).logits
-    share(model)
-    with plain(model):
+    enable_prefix_sharing(model)
+    with standard_attention(model):
         assert torch.equal(model(input_ids=ids).logits, expected)
-    assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == PREFIX_SHARED_NAME
 
 
 def test_dynamic_frequencies_are_those_of_the_sequence_not_of_the_longest_so_far() -> None:
@@ -108,7 +108,7 @@ def test_dynamic_frequencies_are_those_of_the_sequence_not_of_the_longest_so_far
 def test_what_a_twin_reads_leaves_the_frequencies_of_the_other() -> None:
     model = build("phi3", SEPARATE["phi3-long"])
     frequencies = model.model.rotary_emb.inv_freq
-    before, other = frequencies.clone(), twin(model)
+    before, other = frequencies.clone(), weight_sharing_copy(model)
     other(input_ids=torch.arange(50)[None] + 3)  # longer than 40: the long factors
     assert not torch.equal(other.model.rotary_emb.inv_freq, before)
     assert torch.equal(frequencies, before)
@@ -116,18 +116,18 @@ def test_what_a_twin_reads_leaves_the_frequencies_of_the_other() -> None:
 
 def test_an_attention_that_looks_ahead_is_refused() -> None:
     model = build("llama", {})
-    share(model)
+    enable_prefix_sharing(model)
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
-    with pytest.raises(NotShareable, match="not causal"):
+    with pytest.raises(NotShareableError, match="not causal"):
         score(model, random_batch())
 
 
 def test_recomputed_layers_attend_as_in_the_forward_pass() -> None:
     model, batch = build("llama", {}), random_batch()
-    share(model)
+    enable_prefix_sharing(model)
     wanted = gradients(score(model, batch).logps.sum(), model)
-    adapt_layers(model, compiled=False, recomputed=True)
+    prepare_layers(model, compile_layers=False, gradient_checkpointing=True)
     found = gradients(score(model, batch).logps.sum(), model)
     for f, w in zip(found, wanted, strict=True):
         torch.testing.assert_close(f, w)

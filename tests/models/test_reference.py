@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from dpo.models import lora
 from dpo.models.batch import Example, collate
-from dpo.models.loading import Loader, weights_sha256
+from dpo.models.loading import ModelLoader, weights_sha256
 from dpo.models.lora import LoRA
 from dpo.models.prompt_sharing import share_if_exact
-from dpo.models.reference import AdapterOff, Copy, Follower, Frozen, Model, Moving, Nothing, Reference
+from dpo.models.reference import AdapterOff, Copy, FrozenReference, Model, Moving, MovingReference, Nothing, Reference
 from dpo.models.scoring import score
 from dpo.runs.folder import Run
 from dpo.training.precomputed import Cached
@@ -34,7 +34,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 def read(adapter: LoRA | None = None, path: Path | None = None) -> PreTrainedModel:
     path = str(path or policy())
-    return adapter.read(Loader(), path) if adapter else Loader().model(path)
+    return adapter.load_policy(ModelLoader(), path) if adapter else ModelLoader().load_model(path)
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def loaded(tmp_path: Path) -> PreTrainedModel:
     """A policy that is an adapter with an effect, as it was loaded."""
     model = read(LoRA(4, 8, ("q_proj", "lm_head")))
     train(model)
-    lora.save(model, tmp_path / "adapter")
+    lora.save_model_or_adapter(model, tmp_path / "adapter")
     return read(path=tmp_path / "adapter")
 
 
@@ -60,20 +60,20 @@ def loaded(tmp_path: Path) -> PreTrainedModel:
 
 def test_a_copy_of_a_full_policy_shares_nothing_and_stays() -> None:
     model = read()
-    reference = Copy().build(model, Loader())
+    reference = Copy().build_reference(model, ModelLoader())
     before = reference(BATCH)
     assert torch.equal(before, score(model, BATCH).logps.detach()) and not before.requires_grad
     assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in reference.model.parameters()}
     train(model)
     assert torch.equal(reference(BATCH), before) and reference.sha256 == weights_sha256(reference.model)
-    assert reference.sha256 == weights_sha256(read()) and reference.origin == "frozen copy of the policy"
+    assert reference.sha256 == weights_sha256(read()) and reference.description == "frozen copy of the policy"
 
 
 def test_beside_a_new_adapter_it_is_the_base_without_a_second_model() -> None:
     model = read(LoRA(4, 8, ("q_proj", "lm_head")))
-    reference = Copy().build(model, Loader())
+    reference = Copy().build_reference(model, ModelLoader())
     assert {p.data_ptr() for p in reference.parameters()} <= {p.data_ptr() for p in model.parameters()}
-    assert reference.origin == "the policy with its adapter off, weights shared"
+    assert reference.description == "the policy with its adapter off, weights shared"
     assert reference.sha256 == weights_sha256(read()), "the same reference as that of full training"
     before = reference(BATCH)
     assert torch.equal(before, score(model, BATCH).logps.detach())
@@ -82,7 +82,7 @@ def test_beside_a_new_adapter_it_is_the_base_without_a_second_model() -> None:
 
 
 def test_beside_a_loaded_adapter_it_is_that_adapter_as_it_was(loaded: PreTrainedModel) -> None:
-    reference = Copy().build(loaded, Loader())
+    reference = Copy().build_reference(loaded, ModelLoader())
     before = reference(BATCH)
     assert torch.equal(before, score(loaded, BATCH).logps.detach())
     assert not torch.allclose(before, score(read(), BATCH).logps, atol=1e-2), "not the base"
@@ -93,14 +93,14 @@ def test_beside_a_loaded_adapter_it_is_that_adapter_as_it_was(loaded: PreTrained
 
 
 def test_the_adapter_can_be_off_even_if_it_was_trained_before(loaded: PreTrainedModel) -> None:
-    reference = AdapterOff().build(loaded, Loader())
+    reference = AdapterOff().build_reference(loaded, ModelLoader())
     assert torch.equal(reference(BATCH), score(read(), BATCH).logps.detach())
-    assert reference.distance == float("inf"), "nobody expects it to equal the policy"
+    assert reference.initial_distance == float("inf"), "nobody expects it to equal the policy"
 
 
 def test_without_an_adapter_none_can_be_off() -> None:
     with pytest.raises(ValueError, match="AdapterOff: the policy has no adapter"):
-        AdapterOff().build(read(), Loader())
+        AdapterOff().build_reference(read(), ModelLoader())
 
 
 def test_another_model_must_speak_the_same_vocabulary(
@@ -108,13 +108,13 @@ def test_another_model_must_speak_the_same_vocabulary(
 ) -> None:
     tiny_model(vocab_size=64).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a vocabulary of 64 tokens, the policy one of"):
-        Model(str(tmp_path)).build(read(), Loader())
+        Model(str(tmp_path)).build_reference(read(), ModelLoader())
 
 
 @pytest.mark.parametrize("sharing", [True, False])
 def test_interleaved_passes_do_not_disturb_each_other(loaded: PreTrainedModel, sharing: bool) -> None:
     """The graph of the policy's pass is still good after a pass of the reference, which shares its weights."""
-    reference, alone = Copy().build(loaded, Loader()), deepcopy(loaded)
+    reference, alone = Copy().build_reference(loaded, ModelLoader()), deepcopy(loaded)
     for model in (loaded, reference.model, alone):
         assert not sharing or share_if_exact(model) == ""
     score(alone, BATCH).logps.sum().backward()
@@ -135,15 +135,15 @@ def test_interleaved_passes_do_not_disturb_each_other(loaded: PreTrainedModel, s
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapter"])
 def test_a_moving_reference_is_where_the_formula_says(alpha: float, tau: int, adapted: bool) -> None:
     model = read(LoRA(4, 8, ("q_proj", "lm_head")) if adapted else None)
-    reference = Moving(alpha, tau).build(model, Loader())
-    assert reference.origin == f"moving, {alpha:g} of the policy every {tau} steps, now a copy of it"
-    expected = {name: p.clone() for name, p in lora.merged(model).named_parameters()}
+    reference = Moving(alpha, tau).build_reference(model, ModelLoader())
+    assert reference.description == f"moving, {alpha:g} of the policy every {tau} steps, now a copy of it"
+    expected = {name: p.clone() for name, p in lora.merge_adapter(model).named_parameters()}
     assert torch.equal(reference(BATCH), score(model, BATCH).logps.detach())
     for step in range(1, 7):
         train(model, seed=step)
-        reference.follow(model, step)
+        reference.update_from(model, step)
         if step % tau == 0:  # pi_ref <- alpha pi + (1 - alpha) pi_ref
-            now = dict(lora.merged(model).named_parameters())
+            now = dict(lora.merge_adapter(model).named_parameters())
             expected = {name: p.lerp(now[name], alpha) for name, p in expected.items()}
         for name, p in reference.model.named_parameters():
             assert torch.equal(p, expected[name]), (step, name)
@@ -152,9 +152,9 @@ def test_a_moving_reference_is_where_the_formula_says(alpha: float, tau: int, ad
 
 def test_after_a_hard_update_the_reference_is_the_policy() -> None:
     model = read(LoRA(4, 8, ("q_proj",)))
-    reference = Moving(alpha=1.0, tau=1).build(model, Loader())
+    reference = Moving(alpha=1.0, tau=1).build_reference(model, ModelLoader())
     train(model)
-    reference.follow(model, 1)
+    reference.update_from(model, 1)
     torch.testing.assert_close(reference(BATCH), score(model, BATCH).logps, rtol=1e-5, atol=1e-5)
 
 
@@ -163,11 +163,11 @@ def test_weights_are_mixed_and_not_the_factors_of_an_adapter() -> None:
     model = read(LoRA(4, 4, ("q_proj",)))
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     train(model, seed=1)
-    reference = Moving(alpha=0.5, tau=1).build(model, Loader())
+    reference = Moving(alpha=0.5, tau=1).build_reference(model, ModelLoader())
     first = [layer.lora_B["default"].weight.clone(), layer.lora_A["default"].weight.clone()]
     train(model, seed=2)
     second = [layer.lora_B["default"].weight, layer.lora_A["default"].weight]
-    reference.follow(model, 1)
+    reference.update_from(model, 1)
     found = reference.model.get_parameter("model.layers.0.self_attn.q_proj.weight")
     base = layer.base_layer.weight
     torch.testing.assert_close(found, base + (first[0] @ first[1] + second[0] @ second[1]) / 2)
@@ -177,9 +177,9 @@ def test_weights_are_mixed_and_not_the_factors_of_an_adapter() -> None:
 
 def test_beside_an_adapter_only_the_layers_that_it_is_on_are_copied() -> None:
     model = read(LoRA(4, 8, ("q_proj",)))
-    reference = Moving().build(model, Loader())
+    reference = Moving().build_reference(model, ModelLoader())
     layers = range(model.config.num_hidden_layers)
-    assert reference.changing() == {f"model.model.layers.{i}.self_attn.q_proj.weight" for i in layers}
+    assert reference.checkpointed_names() == {f"model.model.layers.{i}.self_attn.q_proj.weight" for i in layers}
     own = {p.data_ptr() for p in model.parameters()}
     assert sum(p.data_ptr() not in own for p in reference.parameters()) == len(layers)
 
@@ -193,7 +193,7 @@ def test_impossible_movements_are_refused(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize("of", [Moving(), Nothing(), Cached()])
 def test_only_fixed_references_are_cached(of: Reference) -> None:
     with pytest.raises(ValueError, match="Cached: expected a reference that stays as it is"):
-        Cached(of).build(read(), Loader())
+        Cached(of).build_reference(read(), ModelLoader())
 
 
 # Whole runs.
@@ -204,9 +204,9 @@ def module_of(lab: Lab, name: str, *words: str) -> Any:
     import dpo.cli.main
 
     seen = {}
-    after = dpo.cli.main.CLI.after_fit
+    after = dpo.cli.main.TrainingCLI.after_fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpo.cli.main.CLI, "after_fit", lambda cli: (seen.update(cli=cli), after(cli))[1])
+        patch.setattr(dpo.cli.main.TrainingCLI, "after_fit", lambda cli: (seen.update(cli=cli), after(cli))[1])
         lab.fit(name, *FIT, *words)
     return seen["cli"].model
 
@@ -214,7 +214,7 @@ def module_of(lab: Lab, name: str, *words: str) -> Any:
 @pytest.mark.parametrize("words", [[], ["--model.sharing=false", *LORA]], ids=["full", "adapter"])
 def test_a_fixed_reference_is_the_same_to_the_bit_after_training(lab: Lab, words: list[str]) -> None:
     module = module_of(lab, f"fixed{len(words)}", *words)
-    assert isinstance(module.reference, Frozen)
+    assert isinstance(module.reference, FrozenReference)
     found, start = module.reference.model.state_dict(), read().state_dict()
     assert found.keys() == start.keys() and all(torch.equal(found[name], start[name]) for name in start)
     assert weights_sha256(module.reference.model) == module.reference.sha256
@@ -224,15 +224,15 @@ def recorded(lab: Lab, name: str, *words: str) -> tuple[list[int], list[dict[str
     """Train with a moving reference; the steps at which it was told to follow, and the policy's weights then."""
     steps: list[int] = []
     then: list[dict[str, Tensor]] = []
-    follow = Follower.follow
+    follow = MovingReference.update_from
 
-    def recording(self: Follower, model: PreTrainedModel, step: int) -> None:
+    def recording(self: MovingReference, model: PreTrainedModel, step: int) -> None:
         steps.append(step)
-        then.append({n: lora.effective(model, n).detach().clone() for n in self.moving})
+        then.append({n: lora.effective_weight(model, n).detach().clone() for n in self.moving_names})
         follow(self, model, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Follower, "follow", recording)
+        patch.setattr(MovingReference, "update_from", recording)
         module = module_of(lab, name, "--model.reference=Moving", *words)
     return steps, then, module
 
@@ -267,7 +267,7 @@ def test_resuming_is_exact(lab: Lab, words: list[str], request: pytest.FixtureRe
     name = request.node.callspec.id
     whole = lab.fit(f"{name}-whole", *FIT, *words)
     part = lab.fit(f"{name}-part", *FIT, *words, "--trainer.max_steps=3")  # between two updates
-    last = part.checkpoints / "last.ckpt"
+    last = part.checkpoint_folder / "last.ckpt"
     assert lab.main("fit", *FIT, *words, f"--ckpt_path={last}") == 0
     expected, found = checkpoint(whole), checkpoint(part)
     assert expected["state_dict"].keys() == found["state_dict"].keys()

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo.losses.base import sum_answers
+from dpo.losses.base import sum_per_answer
 from dpo.models import scoring
 from dpo.models.batch import Example, collate
-from dpo.models.prompt_sharing import share
+from dpo.models.prompt_sharing import enable_prefix_sharing
 from dpo.models.scoring import _TokenLogps, score
 from tests.support.sharing import SHARED, SIZES, build, random_batch
 
@@ -60,7 +60,7 @@ def test_autocast_rounds_no_score() -> None:
 def test_sums_of_answers_do_not_depend_on_their_neighbours() -> None:
     batch = random_batch()
     values = torch.randn(len(batch.targets))
-    sums = sum_answers(values, batch.lengths)
+    sums = sum_per_answer(values, batch.lengths)
     starts = [sum(batch.lengths[:i]) for i in range(len(batch.lengths))]
     for i, (start, length) in enumerate(zip(starts, batch.lengths, strict=True)):
         assert sums[i] == values[start : start + length].sum()
@@ -68,16 +68,16 @@ def test_sums_of_answers_do_not_depend_on_their_neighbours() -> None:
 
 def test_four_tokens_sum_to_their_sum() -> None:
     batch = collate([Example("a", [1], ([2, 3, 4, 5], [6]))])
-    assert sum_answers(torch.tensor([-1.0, -2.0, -3.0, -4.0, -7.0]), batch.lengths).tolist() == [-1 - 2 - 3 - 4, -7]
+    assert sum_per_answer(torch.tensor([-1.0, -2.0, -3.0, -4.0, -7.0]), batch.lengths).tolist() == [-1 - 2 - 3 - 4, -7]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2"])
 def test_chunks_of_the_head_change_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build(family, SHARED[family]), random_batch()
-    share(model)
+    enable_prefix_sharing(model)
     whole = score(model, batch)
     wanted = torch.autograd.grad(whole.logps.sum(), list(model.parameters()), allow_unused=True)
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 97 * 5)  # five positions at a time
+    monkeypatch.setattr(scoring, "MAX_CHUNK_LOGITS", 97 * 5)  # five positions at a time
     cut = score(model, batch)
     found = torch.autograd.grad(cut.logps.sum(), list(model.parameters()), allow_unused=True)
     torch.testing.assert_close(cut.logps, whole.logps)
@@ -107,8 +107,8 @@ class Largest(TorchDispatchMode):
 
 def test_no_tensor_of_all_tokens_by_the_vocabulary_ever_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build("llama", {"vocab_size": 997}), random_batch()  # a size that nothing else has
-    share(model)
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 997 * 8)
+    enable_prefix_sharing(model)
+    monkeypatch.setattr(scoring, "MAX_CHUNK_LOGITS", 997 * 8)
     with Largest(997) as seen:
         score(model, batch).logps.sum().backward()
     assert 0 < seen.rows <= 8 < len(batch.targets) < len(batch.tokens)
@@ -116,7 +116,7 @@ def test_no_tensor_of_all_tokens_by_the_vocabulary_ever_exists(monkeypatch: pyte
 
 def test_adapters_on_the_head_are_part_of_it() -> None:
     model, batch = build("llama", {}), random_batch()
-    share(model)
+    enable_prefix_sharing(model)
     before = score(model, batch).logps
     head = model.lm_head
     model.lm_head = nn.Sequential(head, nn.Linear(97, 97, bias=False))  # whatever replaces the head
@@ -127,4 +127,4 @@ def test_adapters_on_the_head_are_part_of_it() -> None:
 def test_bfloat16_sums_keep_their_margins() -> None:
     # in bfloat16 a sum near -2,500 lies on a grid of 16: sums are float32 whatever the scores' type
     batch = random_batch()
-    assert sum_answers(torch.randn(len(batch.targets), dtype=torch.bfloat16), batch.lengths).dtype == torch.float32
+    assert sum_per_answer(torch.randn(len(batch.targets), dtype=torch.bfloat16), batch.lengths).dtype == torch.float32

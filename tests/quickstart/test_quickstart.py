@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo import quickstart
-from dpo.quickstart.generator import SUBSET, is_held_out, rows, write
+from dpo.quickstart.generator import SUBSET_NAME, draw_rows, is_held_out, write_dataset
 from dpo.quickstart.topics import TOPICS
-from dpo.runs.export import origin
+from dpo.runs.export import read_origin
 
 MARK = "\n\nAssistant:"
 DIALOGUE = re.compile(r"(\n\nHuman: [^\n]+\n\nAssistant: [^\n]+){1,3}")
@@ -29,17 +29,17 @@ def split(text):
 
 @pytest.fixture(scope="module")
 def pairs():
-    return list(rows(5, 4_000))
+    return list(draw_rows(5, 4_000))
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(quickstart.POLICY)
+    return AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER)
 
 
 def test_same_seed_same_rows_and_more_rows_continue_fewer(pairs):
-    assert list(rows(5, 100)) == pairs[:100]
-    assert list(rows(6, 100)) != pairs[:100]
+    assert list(draw_rows(5, 100)) == pairs[:100]
+    assert list(draw_rows(6, 100)) != pairs[:100]
 
 
 def test_every_row_has_the_data_set_format(pairs):
@@ -73,7 +73,7 @@ def test_the_longer_answer_wins_half_of_the_time(pairs, tokenizer):
 
 def test_train_and_test_share_no_opening_for_any_seeds(pairs):
     train = {opening(chosen) for chosen, _ in pairs}
-    test = {opening(chosen) for chosen, _ in rows(9, 500, held_out=True)}
+    test = {opening(chosen) for chosen, _ in draw_rows(9, 500, held_out=True)}
     assert not any(map(is_held_out, train)) and all(map(is_held_out, test))
     assert len(train) > 0.75 * len(pairs)
 
@@ -81,11 +81,11 @@ def test_train_and_test_share_no_opening_for_any_seeds(pairs):
 def test_margins_are_a_third_column_of_the_same_rows(tmp_path):
     """Of a helpful answer over a rude one 2, else 1."""
     for margins in (False, True):
-        write(tmp_path / str(margins), 3, 400, 10, margins)
+        write_dataset(tmp_path / str(margins), 3, 400, 10, margins)
     plain, more = (
         [
             json.loads(line)
-            for line in gzip.decompress((tmp_path / name / SUBSET / "train.jsonl.gz").read_bytes()).splitlines()
+            for line in gzip.decompress((tmp_path / name / SUBSET_NAME / "train.jsonl.gz").read_bytes()).splitlines()
         ]
         for name in ("False", "True")
     )
@@ -97,33 +97,33 @@ def test_margins_are_a_third_column_of_the_same_rows(tmp_path):
 
 def test_two_runs_may_write_the_same_files(tmp_path, monkeypatch):
     """Another process is in the middle of the same file: its part stays its own."""
-    write(tmp_path, 3, 20, 10)
-    wanted = (tmp_path / SUBSET / "train.jsonl.gz").read_bytes()
+    write_dataset(tmp_path, 3, 20, 10)
+    wanted = (tmp_path / SUBSET_NAME / "train.jsonl.gz").read_bytes()
     replace = os.replace
 
     def other(partial, path):
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", replace)
             patch.setattr(os, "getpid", lambda: 1)
-            write(tmp_path, 3, 20, 10)
+            write_dataset(tmp_path, 3, 20, 10)
         replace(partial, path)
 
     monkeypatch.setattr(os, "replace", other)
-    write(tmp_path, 3, 20, 10)
-    assert (tmp_path / SUBSET / "train.jsonl.gz").read_bytes() == wanted
+    write_dataset(tmp_path, 3, 20, 10)
+    assert (tmp_path / SUBSET_NAME / "train.jsonl.gz").read_bytes() == wanted
 
 
 def test_write_gives_the_rows_as_reproducible_files(tmp_path):
-    assert write(tmp_path / "a", 3, 20, 10) == tmp_path / "a"
-    write(tmp_path / "b", 3, 20, 10)
+    assert write_dataset(tmp_path / "a", 3, 20, 10) == tmp_path / "a"
+    write_dataset(tmp_path / "b", 3, 20, 10)
     for name, n, held_out in (("train", 20, False), ("test", 10, True)):
-        file = Path(SUBSET) / f"{name}.jsonl.gz"
+        file = Path(SUBSET_NAME) / f"{name}.jsonl.gz"
         raw = (tmp_path / "a" / file).read_bytes()
         assert raw == (tmp_path / "b" / file).read_bytes()
         read = [json.loads(line) for line in gzip.decompress(raw).splitlines()]
-        assert [(row["chosen"], row["rejected"]) for row in read] == list(rows(3, n, held_out))
+        assert [(row["chosen"], row["rejected"]) for row in read] == list(draw_rows(3, n, held_out))
         assert all(row.keys() == {"chosen", "rejected"} for row in read)
-    assert sorted(path.name for path in (tmp_path / "a" / SUBSET).iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "a" / SUBSET_NAME).iterdir()) == [
         "test.jsonl.gz",
         "train.jsonl.gz",
     ]
@@ -157,7 +157,7 @@ def test_prompt_alone_is_a_prefix_of_prompt_and_answer(pairs, tokenizer):
 
 
 def test_the_shipped_folder_is_small_and_readable():
-    files = list(quickstart.POLICY.iterdir())
+    files = list(quickstart.POLICY_FOLDER.iterdir())
     assert sum(file.stat().st_size for file in files) < 8e6
     names = {
         "config.json",
@@ -172,14 +172,16 @@ def test_the_shipped_folder_is_small_and_readable():
 
 def test_fresh_makes_the_shipped_tokenizer_and_shapes_from_nothing(tmp_path):
     random_state = torch.random.get_rng_state()
-    quickstart.fresh(tmp_path / "a")
+    quickstart.write_untrained_policy(tmp_path / "a")
     assert torch.equal(torch.random.get_rng_state(), random_state)
-    quickstart.fresh(tmp_path / "b")
+    quickstart.write_untrained_policy(tmp_path / "b")
     for name in ("tokenizer.json", "config.json", "generation_config.json"):
-        made, shipped = (json.loads((folder / name).read_text()) for folder in (tmp_path / "a", quickstart.POLICY))
+        made, shipped = (
+            json.loads((folder / name).read_text()) for folder in (tmp_path / "a", quickstart.POLICY_FOLDER)
+        )
         assert made | {"transformers_version": None} == shipped | {"transformers_version": None}
     untrained, again = (load_file(tmp_path / folder / "model.safetensors") for folder in "ab")
-    shipped = load_file(quickstart.POLICY / "model.safetensors")
+    shipped = load_file(quickstart.POLICY_FOLDER / "model.safetensors")
     assert untrained.keys() == again.keys() == shipped.keys()
     for name, weight in untrained.items():
         assert torch.equal(weight, again[name])
@@ -187,7 +189,7 @@ def test_fresh_makes_the_shipped_tokenizer_and_shapes_from_nothing(tmp_path):
 
 
 def test_the_policy_answers_the_sample_prompts_and_ends(tokenizer):
-    policy = AutoModelForCausalLM.from_pretrained(quickstart.POLICY).eval()
+    policy = AutoModelForCausalLM.from_pretrained(quickstart.POLICY_FOLDER).eval()
     for prompt in quickstart.SAMPLE_PROMPTS:
         assert prompt.endswith(MARK) and is_held_out(opening(prompt))
         ids = torch.tensor([tokenizer(prompt).input_ids])
@@ -197,16 +199,18 @@ def test_the_policy_answers_the_sample_prompts_and_ends(tokenizer):
 
 
 def test_the_shipped_run_names_nothing_of_the_machine_that_made_it():
-    for file in quickstart.TRAINED.rglob("*"):
+    for file in quickstart.TRAINED_RUN.rglob("*"):
         if file.suffix not in ("", ".safetensors"):
             assert not re.search(r"/(home|root|tmp|usr|work)/", file.read_text()), file
 
 
 def test_the_shipped_run_is_of_the_shipped_policy_and_prefers_what_it_learned_to(tokenizer):
     """In full logits, by transformers alone: the sign of beta * (log-ratio chosen - log-ratio rejected)."""
-    made = origin(str(quickstart.TRAINED / "export"))
-    assert made.reference == str(quickstart.POLICY) and made.run.folder == quickstart.TRAINED
-    policy, reference = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (made.policy, made.reference))
+    made = read_origin(str(quickstart.TRAINED_RUN / "export"))
+    assert made.reference_path == str(quickstart.POLICY_FOLDER) and made.run.folder == quickstart.TRAINED_RUN
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(path).eval() for path in (made.policy_path, made.reference_path)
+    )
 
     @torch.no_grad()
     def reward(prompt, answer):
@@ -216,7 +220,7 @@ def test_the_shipped_run_is_of_the_shipped_policy_and_prefers_what_it_learned_to
         ours, theirs = (each.gather(-1, ids[0, 1:, None])[start - 1 :].sum() for each in logps)
         return made.beta * (ours - theirs).item()
 
-    rows = [json.loads(line) for line in made.run.held_out.read_text().splitlines()]
+    rows = [json.loads(line) for line in made.run.held_out_path.read_text().splitlines()]
     margins = [reward(row["prompt"], row["chosen"]) - reward(row["prompt"], row["rejected"]) for row in rows]
     assert len(margins) >= 30
     assert sum(margin > 0 for margin in margins) / len(margins) >= 0.95

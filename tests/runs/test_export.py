@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo import quickstart
 from dpo.losses import DPO, IPO, LD, NLL, WPO, PairLogps, PreferenceLoss, SimPO, Sum
-from dpo.models.loading import Loader
-from dpo.runs.export import card, export, origin
+from dpo.models.loading import ModelLoader
+from dpo.runs.export import export_run, model_card, read_origin
 from dpo.runs.folder import Run
 from dpo.runs.loggers import MetricsCSV
 from tests.support.runs import Lab, policy, weights
@@ -27,15 +27,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_it_is_the_trained_policy_to_the_bit(run: Run) -> None:
-    exported = AutoModelForCausalLM.from_pretrained(run.export).state_dict()
+    exported = AutoModelForCausalLM.from_pretrained(run.export_folder).state_dict()
     trained = {name.removeprefix("policy."): value for name, value in weights(run).items()}
     assert all(torch.equal(exported[name], value) for name, value in trained.items())
-    before = AutoModelForCausalLM.from_pretrained(quickstart.POLICY).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(quickstart.POLICY_FOLDER).state_dict()
     assert not all(torch.equal(before[name], value) for name, value in trained.items())
 
 
 def test_it_generates_and_stops_at_the_end_of_sequence(run: Run) -> None:
-    model, words = AutoModelForCausalLM.from_pretrained(run.export), AutoTokenizer.from_pretrained(run.export)
+    model, words = (
+        AutoModelForCausalLM.from_pretrained(run.export_folder),
+        AutoTokenizer.from_pretrained(run.export_folder),
+    )
     for prompt in quickstart.SAMPLE_PROMPTS:
         ids = words(prompt, return_tensors="pt")
         output = model.generate(**ids, max_new_tokens=200, do_sample=False)[0, ids["input_ids"].shape[1] :]
@@ -45,17 +48,17 @@ def test_it_generates_and_stops_at_the_end_of_sequence(run: Run) -> None:
 
 
 def test_its_configuration_is_an_ordinary_one(run: Run) -> None:
-    config = json.loads((run.export / "config.json").read_text())
-    original = json.loads((quickstart.POLICY / "config.json").read_text())
+    config = json.loads((run.export_folder / "config.json").read_text())
+    original = json.loads((quickstart.POLICY_FOLDER / "config.json").read_text())
     assert config["architectures"] == original["architectures"]
-    assert "prefix_shared" not in (run.export / "config.json").read_text()
-    assert (run.export / "train_config.yaml").read_bytes() == run.config.read_bytes()
-    assert yaml.safe_load(run.config.read_text())["name"] == "one"
+    assert "prefix_shared" not in (run.export_folder / "config.json").read_text()
+    assert (run.export_folder / "train_config.yaml").read_bytes() == run.config_path.read_bytes()
+    assert yaml.safe_load(run.config_path.read_text())["name"] == "one"
 
 
 def test_its_card_says_what_was_measured(run: Run) -> None:
-    text = (run.export / "README.md").read_text()
-    for name, value in json.loads(run.results.read_text()).items():
+    text = (run.export_folder / "README.md").read_text()
+    for name, value in json.loads(run.results_path.read_text()).items():
         assert f"| {name} | {value:.4f} |" in text
     assert (run.folder / "results.md").read_text() in text
     data = ModelCard(text).data
@@ -65,30 +68,30 @@ def test_its_card_says_what_was_measured(run: Run) -> None:
 
 
 def test_its_files_can_be_read_by_everybody(run: Run) -> None:
-    assert {file.stat().st_mode & 0o777 for file in run.export.iterdir()} == {0o644}
+    assert {file.stat().st_mode & 0o777 for file in run.export_folder.iterdir()} == {0o644}
     assert not list(run.folder.glob(".*"))
 
 
 def exported(folder: Path) -> Run:
     """The least that a run has when it is exported."""
     run = Run(folder)
-    run.config.write_text("name: least\n")
-    MetricsCSV(run.metrics).log_metrics({"train/loss": 0.5}, step=1)
+    run.config_path.write_text("name: least\n")
+    MetricsCSV(run.metrics_path).log_metrics({"train/loss": 0.5}, step=1)
     return run
 
 
 def test_the_card_names_a_model_of_the_hub(tmp_path: Path) -> None:
-    text = card(exported(tmp_path), "someone/model", "someone/data", "trained on preferences")
+    text = model_card(exported(tmp_path), "someone/model", "someone/data", "trained on preferences")
     assert text.data.base_model == "someone/model"
     assert "`someone/model` trained on preferences, on data," in text.text
     assert "| none | |" in text.text, "nothing was validated"
 
 
 def test_a_kill_while_exporting_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, loader = exported(tmp_path), Loader()
-    model, words = loader.model(str(policy())), loader.tokenizer(str(policy()))
-    export(run, model, words, base=str(policy()), data="x", story="trained")
-    before = {file.name: file.read_bytes() for file in run.export.iterdir()}
+    run, loader = exported(tmp_path), ModelLoader()
+    model, words = loader.load_model(str(policy())), loader.load_tokenizer(str(policy()))
+    export_run(run, model, words, base=str(policy()), data="x", card_summary="trained")
+    before = {file.name: file.read_bytes() for file in run.export_folder.iterdir()}
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -97,8 +100,8 @@ def test_a_kill_while_exporting_leaves_the_old_folder(tmp_path: Path, monkeypatc
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()
     with pytest.raises(KeyboardInterrupt):
-        export(run, model, words, base=str(policy()), data="x", story="trained")
-    assert {file.name: file.read_bytes() for file in run.export.iterdir()} == before
+        export_run(run, model, words, base=str(policy()), data="x", card_summary="trained")
+    assert {file.name: file.read_bytes() for file in run.export_folder.iterdir()} == before
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
@@ -115,7 +118,7 @@ def chosen(name: str, **options: object) -> dict[str, object]:
 
 def test_an_export_says_what_it_was_trained_against(tmp_path: Path) -> None:
     def found(named: str | None = None, **stage: object) -> str:
-        return origin(str(described(tmp_path, **stage)), named).reference
+        return read_origin(str(described(tmp_path, **stage)), named).reference_path
 
     assert found(policy="some/base", reference=chosen("reference.Copy")) == "some/base"
     assert found("other/base", policy="some/base") == "other/base"
@@ -153,7 +156,7 @@ def test_beta_is_the_one_of_the_rewards(tmp_path: Path, loss: PreferenceLoss) ->
     logps = PairLogps(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -2.0]), torch.zeros(2), (1, 1))
     beta = loss.rewards(logps)[0, 0].item()  # of a log-ratio of 1
     assert beta == pytest.approx(0.3)
-    assert origin(str(described(tmp_path, policy="a", loss=written(loss)))).beta == pytest.approx(beta)
+    assert read_origin(str(described(tmp_path, policy="a", loss=written(loss)))).beta == pytest.approx(beta)
 
 
 @pytest.mark.parametrize(
@@ -170,14 +173,14 @@ def test_a_run_without_a_reference_says_what_stands_in_for_it(
     tmp_path: Path, loss: dict[str, object] | None, compared: bool
 ) -> None:
     folder = described(tmp_path, policy="the/start", **({"loss": loss} if loss else {}))
-    found, named = origin(str(folder)), origin(str(folder), "another/model")
-    assert (found.reference, found.compared) == ("the/start", compared)
-    assert ("trained without a reference" in found.note) is not compared
-    assert (named.reference, named.compared, named.note) == ("another/model", True, "")
+    found, named = read_origin(str(folder)), read_origin(str(folder), "another/model")
+    assert (found.reference_path, found.has_reference) == ("the/start", compared)
+    assert ("trained without a reference" in found.reference_note) is not compared
+    assert (named.reference_path, named.has_reference, named.reference_note) == ("another/model", True, "")
 
 
 def test_without_a_configuration_the_reference_must_be_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--reference"):
-        origin(str(tmp_path))
-    found = origin(str(tmp_path), "a/b")
-    assert (found.reference, found.beta, found.format, found.run.folder) == ("a/b", 0.1, "auto", tmp_path)
+        read_origin(str(tmp_path))
+    found = read_origin(str(tmp_path), "a/b")
+    assert (found.reference_path, found.beta, found.format, found.run.folder) == ("a/b", 0.1, "auto", tmp_path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo.files import complete
+from dpo.files import write_atomically
 from dpo.runs.folder import Run
 from tests.support.runs import Lab, checkpoint, metrics, policy, weights
 
@@ -43,7 +43,7 @@ def test_everything_lies_in_one_folder(run: Run, lab: Lab) -> None:
         "checkpoints",
         "export",
     }
-    assert {path.name for path in run.checkpoints.iterdir()} == {
+    assert {path.name for path in run.checkpoint_folder.iterdir()} == {
         f"{name}.ckpt{end}" for name in ("last", "best") for end in ("", ".sha256")
     }
     assert sorted(path.name for path in lab.folder.iterdir()) == ["latest", "one"]
@@ -74,11 +74,13 @@ def test_training_lowers_the_loss(run: Run) -> None:
 
 def test_results_are_the_last_validation(run: Run) -> None:
     last = [row for row in metrics(run) if "val/loss" in row][-1]
-    assert json.loads(run.results.read_text()) == pytest.approx({f"val/{n}": last[f"val/{n}"] for n in PAIR_METRICS})
+    assert json.loads(run.results_path.read_text()) == pytest.approx(
+        {f"val/{n}": last[f"val/{n}"] for n in PAIR_METRICS}
+    )
 
 
 def test_samples_show_both_models_at_every_validation(run: Run) -> None:
-    rows = [json.loads(line) for line in run.samples.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.samples_path.read_text().splitlines()]
     assert {row["step"] for row in rows} == {2, 4, 6}
     assert all(row.keys() == {"step", "id", "prompt", "policy", "reference"} for row in rows)
     assert all(row["prompt"].rstrip().endswith("Assistant:") for row in rows)
@@ -89,8 +91,8 @@ def test_the_reference_is_bit_identical_after_training(lab: Lab, monkeypatch: py
     import dpo.cli.main
 
     seen = {}
-    after_fit = dpo.cli.main.CLI.after_fit
-    monkeypatch.setattr(dpo.cli.main.CLI, "after_fit", lambda cli: (seen.update(cli=cli), after_fit(cli))[1])
+    after_fit = dpo.cli.main.TrainingCLI.after_fit
+    monkeypatch.setattr(dpo.cli.main.TrainingCLI, "after_fit", lambda cli: (seen.update(cli=cli), after_fit(cli))[1])
     lab.fit("frozen", "--trainer.max_steps=3", "--optimizer.lr=1e-2", "--data.val_fraction=0")
     module = seen["cli"].model
     before = AutoModelForCausalLM.from_pretrained(policy()).state_dict()
@@ -137,7 +139,7 @@ def test_no_way_of_cutting_a_step_changes_it(lab: Lab, whole: Run, name: str, cu
 
 
 def test_without_validation_the_table_is_made_of_training_steps(lab: Lab, whole: Run) -> None:
-    assert not list(whole.checkpoints.glob("best*"))
+    assert not list(whole.checkpoint_folder.glob("best*"))
     header, row = (whole.folder / "results.csv").read_text().splitlines()
     assert header.startswith("step,training loss,validation loss,rewards/chosen")
     assert row.startswith("1,0.6931") and row.split(",")[2] == ""
@@ -158,7 +160,7 @@ def test_a_run_is_of_one_process_at_a_time(lab: Lab, capsys: pytest.CaptureFixtu
     process = lab.start("fit", *words, "--trainer.max_epochs=1000")
     try:
         deadline = time.monotonic() + 120
-        while not (run.checkpoints / "last.ckpt.sha256").exists() and time.monotonic() < deadline:
+        while not (run.checkpoint_folder / "last.ckpt.sha256").exists() and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.05)
         for more in ([], ["--ckpt_path=last"]):
@@ -168,7 +170,7 @@ def test_a_run_is_of_one_process_at_a_time(lab: Lab, capsys: pytest.CaptureFixtu
         process.kill()
         process.communicate()
     step = checkpoint(run)["global_step"]
-    left = run.checkpoints / ".last.ckpt.1.tmp"
+    left = run.checkpoint_folder / ".last.ckpt.1.tmp"
     left.write_bytes(b"half")
     assert lab.main("fit", *words, "--ckpt_path=last", f"--trainer.max_steps={step + 1}") == 0
     assert metrics(run)[-1]["step"] == step + 1
@@ -177,10 +179,10 @@ def test_a_run_is_of_one_process_at_a_time(lab: Lab, capsys: pytest.CaptureFixtu
 
 def test_two_processes_can_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
-    with complete(file) as first:
+    with write_atomically(file) as first:
         first.write_text("first")
         monkeypatch.setattr("os.getpid", lambda: 0)  # as in another process
-        with complete(file) as second:
+        with write_atomically(file) as second:
             second.write_text("second")
         assert file.read_text() == "second"
     assert file.read_text() == "first"
@@ -193,9 +195,9 @@ def test_a_name_is_made_of_date_and_seed(lab: Lab) -> None:
 
 def test_a_file_is_complete_or_absent(tmp_path: Path) -> None:
     file = tmp_path / "file"
-    with complete(file) as temporary:
+    with write_atomically(file) as temporary:
         temporary.write_text("first")
-    with pytest.raises(KeyError), complete(file) as temporary:
+    with pytest.raises(KeyError), write_atomically(file) as temporary:
         temporary.write_text("half")
         raise KeyError
     assert file.read_text() == "first"
@@ -205,10 +207,10 @@ def test_a_file_is_complete_or_absent(tmp_path: Path) -> None:
 def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     for text in ("first", "second"):
-        with complete(folder) as temporary:
+        with write_atomically(folder) as temporary:
             temporary.mkdir()
             (temporary / "file").write_text(text)
-    with pytest.raises(KeyError), complete(folder) as temporary:
+    with pytest.raises(KeyError), write_atomically(folder) as temporary:
         temporary.mkdir()
         raise KeyError
     assert (folder / "file").read_text() == "second"

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from dpo import quickstart
 from dpo.__main__ import main
-from dpo.runs.hub import NO_TOKEN, export_files, push
+from dpo.runs.hub import NO_TOKEN_MESSAGE, export_files, push
 
 # huggingface_hub hands its objects to its HTTP client in a way that the client calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
@@ -251,7 +251,7 @@ def test_only_files_of_an_export_are_sent(hub: Hub, run: Path, capsys: pytest.Ca
 def test_whatever_transformers_saves_is_sent(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     export = tmp_path / "export"
     tiny_model("llama").save_pretrained(export, max_shard_size="50KB")
-    policy = quickstart.POLICY
+    policy = quickstart.POLICY_FOLDER
     AutoTokenizer.from_pretrained(policy).save_pretrained(export)
     (export / "README.md").write_text("# Card")
     names = {file.name for file in export_files(tmp_path)}
@@ -387,7 +387,7 @@ def test_command_line(hub: Hub, run: Path) -> None:
 
 def test_command_line_without_a_token(hub: Hub, run: Path) -> None:
     done = command("push", "--run", str(run), "--to", "user/name", HF_ENDPOINT=hub.url)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", NO_TOKEN + "\n")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", NO_TOKEN_MESSAGE + "\n")
     assert hub.requests == []
 
 

@@ -69,7 +69,7 @@ def logged(path: Path, steps: range) -> MetricsCSV:
 def test_a_resumed_run_takes_back_the_steps_it_takes_again(tmp_path: Path, more: dict[str, float]) -> None:
     path = logged(tmp_path / "metrics.csv", range(1, 6)).path
     after = MetricsCSV(path)
-    after.rewind(3)
+    after.rewind_to_step(3)
     assert [row["step"] for row in rows(path)] == ["1", "2", "3"]
     after.log_metrics({"lr": 0.1}, step=3)  # of a callback, before the first step that is taken again
     after.log_metrics({"train/loss": 40.0, **more}, step=4)
@@ -85,21 +85,21 @@ def test_a_resumed_run_takes_back_the_steps_it_takes_again(tmp_path: Path, more:
 def test_a_checkpoint_between_logged_steps_adds_no_row(tmp_path: Path, step: int) -> None:
     path = logged(tmp_path / "metrics.csv", range(1, 4)).path
     before = path.read_text()
-    MetricsCSV(path).rewind(step)
+    MetricsCSV(path).rewind_to_step(step)
     assert path.read_text() == before
 
 
 def test_rewinding_to_the_start_leaves_no_row(tmp_path: Path) -> None:
     path = logged(tmp_path / "metrics.csv", range(1, 4)).path
     log = MetricsCSV(path)
-    log.rewind(0)
+    log.rewind_to_step(0)
     assert rows(path) == []
     log.log_metrics({"train/loss": 9.0}, step=1)
     assert rows(path) == [{"step": "1", "train/loss": "9.0"}]
 
 
 def test_there_is_nothing_to_rewind_in_a_new_run(tmp_path: Path) -> None:
-    MetricsCSV(tmp_path / "metrics.csv").rewind(0)
+    MetricsCSV(tmp_path / "metrics.csv").rewind_to_step(0)
     assert not list(tmp_path.iterdir())
 
 

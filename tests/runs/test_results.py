@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo.runs import results
-from dpo.runs.export import card
+from dpo.runs.export import model_card
 from dpo.runs.folder import Run
 from dpo.runs.loggers import MetricsCSV
 
@@ -35,7 +35,7 @@ TEN += ("rewards/margins", "logps/chosen", "logps/rejected", "logits/chosen", "l
 
 
 def test_a_row_is_a_validation_and_the_last_training_loss_before(run: Run) -> None:
-    header, *rows = results.results(run.metrics)
+    header, *rows = results.results_table(run.metrics_path)
     assert header == TEN
     assert [row[:4] for row in rows] == [("3", "0.8", "0.7", "0.701"), ("4", "0.6", "0.5", "0.501")]
     place = {name: 0.5 + (i + 1) / 1000 for i, name in enumerate(PAIRS)}
@@ -43,7 +43,7 @@ def test_a_row_is_a_validation_and_the_last_training_loss_before(run: Run) -> No
 
 
 def test_it_is_written_as_csv_and_markdown(run: Run) -> None:
-    rows = results.write(run)
+    rows = results.write_results(run)
     with (run.folder / "results.csv").open(newline="") as file:
         assert [tuple(row) for row in csv.reader(file)] == rows
     lines = (run.folder / "results.md").read_text().splitlines()
@@ -57,15 +57,15 @@ def test_without_validation_the_rows_are_the_logged_steps(tmp_path: Path) -> Non
     log = MetricsCSV(tmp_path / "metrics.csv")
     for step in (10, 20):
         log.log_metrics(values("train", step / 100), step=step)
-    header, *rows = results.results(log.path)
+    header, *rows = results.results_table(log.path)
     assert header == TEN
     assert [row[:4] for row in rows] == [("10", "0.1", "", "0.101"), ("20", "0.2", "", "0.201")]
 
 
 def test_a_run_that_logged_nothing_has_an_empty_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = results.write(Run(tmp_path))
+    rows = results.write_results(Run(tmp_path))
     assert len(rows) == 1
-    results.show(rows, "Results")
+    results.print_results(rows, "Results")
     assert "Results" in capsys.readouterr().out
 
 
@@ -74,7 +74,7 @@ def test_every_number_is_shown_at_any_width(
     run: Run, width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", width)
-    results.show(results.results(run.metrics), "Results of one")
+    results.print_results(results.results_table(run.metrics_path), "Results of one")
     shown = capsys.readouterr().out
     assert "Results of one" in shown and "…" not in shown
     for number in ("0.8000", "0.7010", "0.6000", *(f"{0.5 + (i + 1) / 1000:.4f}" for i in range(len(PAIRS)))):
@@ -84,16 +84,16 @@ def test_every_number_is_shown_at_any_width(
 def test_a_policy_that_trained_on_behind_the_last_validation_is_said(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert not list(results.remarks(run.metrics))
-    log = MetricsCSV(run.metrics)
-    log.rewind(4)
+    assert not list(results.results_remarks(run.metrics_path))
+    log = MetricsCSV(run.metrics_path)
+    log.rewind_to_step(4)
     log.log_metrics(values("train", 0.4), step=5)
     said = "The last validation was at step 4, the policy is that of step 5."
-    assert list(results.remarks(run.metrics)) == [said]
-    results.show(results.write(run), "Results of one", results.remarks(run.metrics))
+    assert list(results.results_remarks(run.metrics_path)) == [said]
+    results.print_results(results.write_results(run), "Results of one", results.results_remarks(run.metrics_path))
     assert said in capsys.readouterr().out
     assert said in (run.folder / "results.md").read_text()
-    assert said in str(card(run, "base", "data", "story"))
+    assert said in str(model_card(run, "base", "data", "story"))
 
 
 @pytest.mark.parametrize("stage", ["train", "val"])
@@ -101,5 +101,5 @@ def test_ties_are_said(tmp_path: Path, stage: str) -> None:
     log = MetricsCSV(tmp_path / "metrics.csv")
     log.log_metrics(values(stage, 0.7) | {f"{stage}/rewards/{name}": 0.0 for name in ("accuracies", "margins")}, step=1)
     log.log_metrics(values(stage, 0.6) | {f"{stage}/rewards/accuracies": 0.0}, step=2)
-    (said,) = results.remarks(log.path)
+    (said,) = results.results_remarks(log.path)
     assert said == "At step 1 policy and reference are equal: every pair is a tie, and counts as 0."

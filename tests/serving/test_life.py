@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import serve
 from dpo.serving import service
-from dpo.serving.server import find, load
+from dpo.serving.server import find_origin, load_service
 from tests.support.runs import Lab, checkpoint, policy
 from tests.support.serving import Running, options, run_server, start, trained_server, wait_until
 
@@ -31,7 +31,9 @@ def running(tmp_path_factory: pytest.TempPathFactory):
 
 
 def idle(running: Running) -> bool:
-    return running.service.admitted == 0 and all(not engine.waiting for engine in running.service.engines.values())
+    return running.service.active_requests == 0 and all(
+        not engine.result_queues for engine in running.service.engines.values()
+    )
 
 
 def batched(running: Running) -> int:
@@ -124,7 +126,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(running: Running) -> None:
 
 
 def test_a_dead_engine_is_said_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "RESTART_SECONDS", 4.0)  # so that there is time to ask in between
+    monkeypatch.setattr(service, "RESTART_DELAY_SECONDS", 4.0)  # so that there is time to ask in between
     with run_server(options(demo=True, port=0, max_concurrency=4)) as running:
         engine = running.service.engines["policy"]
 
@@ -143,7 +145,7 @@ def test_a_dead_engine_is_said_and_started_again(monkeypatch: pytest.MonkeyPatch
         with httpx.stream("POST", f"{running.url}/v1/completions", json=lasting, timeout=20) as reply:
             rest = "".join(reply.iter_lines())
         assert rest.count('"choices"') > 1 and '"type": "server_error"' in rest and "[DONE]" not in rest
-        assert not engine.alive
+        assert not engine.is_alive
         codes = {running.get("/ready").status_code for _ in range(3)}
         assert codes == {503} and running.get("/health").status_code == 200
         refused = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT)
@@ -214,7 +216,7 @@ def test_help_fits_a_screen() -> None:
 def test_a_reference_that_moved_is_served_as_it_is_at_the_end(tmp_path: Path, adapter: tuple[str, ...]) -> None:
     moving = "--model.reference={class_path: Moving, init_args: {alpha: 0.5, tau: 1}}"
     run = Lab(tmp_path).fit("moving", moving, *adapter, "--trainer.max_steps=2", "--optimizer.lr=0.01")
-    served = load(options(model=str(run.export), device="cpu")).engines["reference"].model.state_dict()
+    served = load_service(options(model=str(run.export_folder), device="cpu")).engines["reference"].model.state_dict()
     weights = checkpoint(run)["state_dict"]
     expected = {name[16:]: weight for name, weight in weights.items() if name.startswith("reference.model.")}
     assert expected
@@ -222,23 +224,23 @@ def test_a_reference_that_moved_is_served_as_it_is_at_the_end(tmp_path: Path, ad
         assert torch.equal(served[name], weight)
     start = AutoModelForCausalLM.from_pretrained(policy()).state_dict()
     assert any(not torch.equal(weight, start[name]) for name, weight in expected.items())
-    (run.checkpoints / "last.ckpt").unlink()
+    (run.checkpoint_folder / "last.ckpt").unlink()
     with pytest.raises(ValueError, match=r"last\.ckpt, which has it, is gone: name a --reference"):
-        find(options(model=str(run.export)))
-    assert find(options(model=str(run.export), reference="quickstart")).moved is None
+        find_origin(options(model=str(run.export_folder)))
+    assert find_origin(options(model=str(run.export_folder), reference="quickstart")).reference_checkpoint is None
 
 
 def test_a_run_without_a_reference_says_so_when_it_is_served(tmp_path: Path, capsys) -> None:
     run = Lab(tmp_path).fit("free", "--model.loss=SimPO", "--trainer.max_steps=1")
-    with run_server(options(model=str(run.export), device="cpu", port=0)) as running:
+    with run_server(options(model=str(run.export_folder), device="cpu", port=0)) as running:
         told = running.get("/v1/run").json()
-    assert (told["policy"], told["reference"]) == (str(run.export), str(policy()))
+    assert (told["policy"], told["reference"]) == (str(run.export_folder), str(policy()))
     assert "trained without a reference" in told["note"] and f"note       {told['note']}" in capsys.readouterr().out
 
 
 def test_what_a_run_writes_is_what_the_server_reads(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     run = lab.fit("real", "--trainer.max_steps=1", "--model.loss.beta=0.3", "--data.format=hh")
-    origin = find(options(model=str(run.export)))
-    assert (origin.beta, origin.format, origin.reference) == (0.3, "hh", str(policy()))
+    origin = find_origin(options(model=str(run.export_folder)))
+    assert (origin.beta, origin.format, origin.reference_path) == (0.3, "hh", str(policy()))
     assert origin.run.folder == run.folder.resolve()

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from dpo.serving import security
-from dpo.serving.server import Server, load
+from dpo.serving.server import InferenceServer, load_service
 from tests.support.serving import Running, make_run, options, run_server, start, trained_server, wait_until
 
 CHAT = {"model": "policy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
@@ -210,7 +210,7 @@ def test_every_reply_has_the_headers(running: Running) -> None:
 
 def test_slow_clients_are_let_go(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running.server.config, "timeout_keep_alive", 1.0)
-    monkeypatch.setattr(security, "BODY_SECONDS", 1.0)
+    monkeypatch.setattr(security, "BODY_TIMEOUT_SECONDS", 1.0)
     host, port = running.url[7:].split(":")
     silent = [socket.create_connection((host, int(port)), 5) for _ in range(100)]
     for i, one in enumerate(silent):
@@ -237,7 +237,7 @@ def test_slow_clients_are_let_go(running: Running, monkeypatch: pytest.MonkeyPat
 
 
 def test_readers_that_stop_are_let_go(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(security, "SEND_SECONDS", 1.0)
+    monkeypatch.setattr(security, "SEND_TIMEOUT_SECONDS", 1.0)
     one = deaf(running.url)
     connections = running.server.server_state.connections
     wait_until(lambda: any(connection.transport.get_write_buffer_size() for connection in connections))
@@ -326,7 +326,7 @@ def test_a_key_guards_every_route(tmp_path_factory: pytest.TempPathFactory) -> N
 def test_other_machines_need_a_key(running: Running) -> None:
     for host in ("0.0.0.0", "::", "192.168.1.2"):
         with pytest.raises(ValueError, match="DPO_API_KEY"):
-            Server(running.service, host, 0, None)
+            InferenceServer(running.service, host, 0, None)
 
 
 def test_models_are_read_safely(tmp_path, running: Running) -> None:
@@ -339,14 +339,14 @@ def test_models_are_read_safely(tmp_path, running: Running) -> None:
     )
     (export / "evil.py").write_text("raise SystemExit('executed')")
     with pytest.raises(ValueError, match="cannot read a causal language model"):
-        load(options(model=str(export)))
+        load_service(options(model=str(export)))
     (export / "config.json").write_text(json.dumps(config | {"_attn_implementation": "someone/kernel"}))
     with pytest.raises(ValueError, match="cannot read a causal language model"):
-        load(options(model=str(export)))
+        load_service(options(model=str(export)))
     (export / "config.json").write_text(json.dumps(config))
     (export / "model.safetensors").rename(export / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot read a causal language model"):
-        load(options(model=str(export)))
+        load_service(options(model=str(export)))
 
 
 def mutate(draw: random.Random, body: object) -> object:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dpo.data.dialogue import Pair, pair
+from dpo.data.dialogue import DialoguePair, parse_pair
 from tests.support.browser import BETA, CHROMIUM, HELD_OUT, QUIET, RESULTS, STEPS, canned, make_run, post, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'")
@@ -217,7 +217,7 @@ def test_the_conversation_goes_on_with_the_better_answer_and_is_exported(watched
     file = tmp_path / "train.jsonl"
     download.value.save_as(file)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert all(isinstance(pair(**row), Pair) for row in rows)
+    assert all(isinstance(parse_pair(**row), DialoguePair) for row in rows)
     opening = f"\n\nHuman: {QUESTION}\n\nAssistant: "
     second = f"{opening}{first['reference']}\n\nHuman: And of France?\n\nAssistant: "
     assert [(row["chosen"], row["rejected"]) for row in rows] == [

@@ -19,7 +19,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from dpo.models.loading import locate
+from dpo.models.loading import resolve_model_path
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
@@ -54,7 +54,7 @@ BETA = 0.25
 
 def make_run(folder: Path) -> tuple[Path, Path]:
     """A run whose policy is the shipped model, trained against that model with noise on its weights: both folders."""
-    shipped, export, reference = locate("quickstart"), folder / "export", folder / "reference"
+    shipped, export, reference = resolve_model_path("quickstart"), folder / "export", folder / "reference"
     shutil.copytree(shipped, export)
     shutil.copytree(shipped, reference)
     model = AutoModelForCausalLM.from_pretrained(shipped)

@@ -28,7 +28,7 @@ Rows = tuple[tuple[str, str], ...]
 @cache
 def policy(family: str = "llama", seed: int = 0, **config: object) -> Path:
     """A folder with a tiny random model of one layer and the quickstart's tokenizer."""
-    words = AutoTokenizer.from_pretrained(quickstart.POLICY)
+    words = AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER)
     name = "-".join([family, str(seed), *(f"{key}={value}" for key, value in config.items())])
     folder = SCRATCH / "models" / name
     words.save_pretrained(folder)
@@ -115,13 +115,13 @@ class Lab:
 
 def metrics(run: Run) -> list[dict[str, float]]:
     """The rows of metrics.csv without their empty cells."""
-    with run.metrics.open(newline="") as file:
+    with run.metrics_path.open(newline="") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def checkpoint(run: Run, name: str = "last") -> dict[str, Any]:
     """A checkpoint as anything can read it."""
-    return torch.load(run.checkpoints / f"{name}.ckpt", weights_only=True)
+    return torch.load(run.checkpoint_folder / f"{name}.ckpt", weights_only=True)
 
 
 def weights(run: Run, name: str = "last") -> dict[str, torch.Tensor]:

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import serve
 from dpo import quickstart
-from dpo.serving.server import Server, load
-from dpo.serving.service import Service
+from dpo.serving.server import InferenceServer, load_service
+from dpo.serving.service import InferenceService
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """model:
@@ -38,13 +38,13 @@ data:
 def make_run(folder: Path) -> Path:
     """A run folder whose policy differs a little from the shipped one; its export."""
     export = folder / "export"
-    model = AutoModelForCausalLM.from_pretrained(quickstart.POLICY)
+    model = AutoModelForCausalLM.from_pretrained(quickstart.POLICY_FOLDER)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * parameter.std() * torch.randn_like(parameter)
     model.save_pretrained(export)
-    AutoTokenizer.from_pretrained(quickstart.POLICY).save_pretrained(export)
+    AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER).save_pretrained(export)
     (export / "train_config.yaml").write_text(CONFIG)
     (folder / "config.yaml").write_text(CONFIG)
     (folder / "results.csv").write_text("step,training loss\n1,0.7\n")
@@ -59,15 +59,15 @@ def make_run(folder: Path) -> Path:
 class Running:
     """A server that answers."""
 
-    server: Server
+    server: InferenceServer
     headers: dict[str, str]
 
     @property
     def url(self) -> str:
-        return self.server.link
+        return self.server.base_url
 
     @property
-    def service(self) -> Service:
+    def service(self) -> InferenceService:
         return self.server.service
 
     def get(self, path: str, **more: Any) -> httpx.Response:
@@ -87,7 +87,7 @@ def options(**given: Any) -> Namespace:
 @contextmanager
 def run_server(given: Namespace, key: str | None = None) -> Iterator[Running]:
     """Serve in a thread."""
-    server = Server(load(given), given.host, given.port, key)
+    server = InferenceServer(load_service(given), given.host, given.port, key)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

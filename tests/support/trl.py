@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from dpo import quickstart
 from dpo.cli.main import main
-from dpo.data.dialogue import Pair, pair
+from dpo.data.dialogue import DialoguePair, parse_pair
 from dpo.data.preferences import HHRLHF
 from tests.support.models import make_tiny_model
 
@@ -31,7 +31,7 @@ OPTIMIZERS = {"AdamW": "adamw_torch", "SGD": "sgd"}  # our name: TRL's
 
 def random_model(folder: Path, family: str, seed: int = 0) -> Path:
     """A folder with a tiny model and the quickstart's tokenizer."""
-    words = AutoTokenizer.from_pretrained(quickstart.POLICY)
+    words = AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER)
     words.save_pretrained(folder)
     model = make_tiny_model(family, vocab_size=len(words), seed=seed, max_position_embeddings=MAX_LENGTH)
     model.save_pretrained(folder)
@@ -48,7 +48,7 @@ def real_rows(folder: Path) -> Iterator[trl_side.Row]:
 def fitting(rows: Iterable[trl_side.Row], policy: Path, wanted: int) -> list[trl_side.Row]:
     """The first rows that are pairs and leave room for an end of sequence on both sides."""
     words = AutoTokenizer.from_pretrained(policy)
-    pairs = (row for row in rows if isinstance(pair(*row), Pair))
+    pairs = (row for row in rows if isinstance(parse_pair(*row), DialoguePair))
     found = list(islice((row for row in pairs if max(map(len, words(list(row)).input_ids)) < MAX_LENGTH), wanted))
     assert len(found) == wanted
     return found
@@ -129,7 +129,7 @@ def parts(data: HHRLHF, rows: list[trl_side.Row]) -> tuple[list[trl_side.Row], l
     """The rows that our side trains on, and those it validates on."""
     data.prepare_data()
     data.setup("fit")
-    ids = [example.id for example in data.pairs.get("val", ())]
+    ids = [example.id for example in data.pairs_by_split.get("val", ())]
     held_out = {int(name.rpartition(":")[2]) - 1 for name in ids}
     assert len(rows) - len(held_out) >= STEPS * BATCH
     return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]

@@ -4,11 +4,11 @@ import lightning as L
 import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from dpo.training.base import check
+from dpo.training.base import check_trainer_support
 
 
 def test_a_strategy_that_spreads_the_weights_is_refused() -> None:
-    check(L.Trainer(accelerator="cpu", logger=False, strategy="auto"))
-    check(L.Trainer(accelerator="cpu", logger=False, strategy="ddp", devices=2))
+    check_trainer_support(L.Trainer(accelerator="cpu", logger=False, strategy="auto"))
+    check_trainer_support(L.Trainer(accelerator="cpu", logger=False, strategy="ddp", devices=2))
     with pytest.raises(ValueError, match="expected auto or ddp, got ModelParallelStrategy"):
-        check(L.Trainer(accelerator="cpu", logger=False, strategy=ModelParallelStrategy(), devices=2))
+        check_trainer_support(L.Trainer(accelerator="cpu", logger=False, strategy=ModelParallelStrategy(), devices=2))

@@ -11,7 +11,7 @@ from dpo.losses import CPO
 from dpo.losses import DPO as Loss
 from dpo.models.batch import Batch, Example, collate
 from dpo.models.reference import Copy, Model, Nothing
-from dpo.training.dpo import DPO, choose
+from dpo.training.dpo import DPO, resolve_reference
 from tests.support.models import make_tiny_model
 from tests.support.runs import policy
 
@@ -108,13 +108,13 @@ def test_models_are_made_once(module: DPO) -> None:
 
 
 def test_a_loss_chooses_its_reference() -> None:
-    assert choose(None, Loss()) == Copy()
-    assert choose(None, CPO()) == Nothing()
-    assert choose("x", Loss()) == Model("x")
+    assert resolve_reference(None, Loss()) == Copy()
+    assert resolve_reference(None, CPO()) == Nothing()
+    assert resolve_reference("x", Loss()) == Model("x")
     with pytest.raises(ValueError, match="needs a reference"):
-        choose(Nothing(), Loss())
+        resolve_reference(Nothing(), Loss())
     with pytest.raises(ValueError, match="takes no reference"):
-        choose("x", CPO())
+        resolve_reference("x", CPO())
 
 
 def test_a_model_that_cannot_share_runs_every_answer_alone_and_says_so(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dpo.losses import DPO, PairLogps
 from dpo.models.batch import Batch, Example, collate
 from dpo.models.scoring import TokenScores
-from dpo.training.metrics import NAMES, Means, sums_and_counts
+from dpo.training.metrics import METRIC_NAMES, MetricMeans, sums_and_counts
 
 LOSS = DPO(beta=0.5)
 
@@ -26,12 +26,12 @@ def scores(logps: list[float], entropy: list[float], logits: list[float], hits: 
     return TokenScores(*torch.tensor([logps, entropy, logits, hits, entropy], dtype=torch.float32))
 
 
-def measure(lengths: list[tuple[int, int]], policy: TokenScores, reference: list[list[float]]) -> Means:
+def measure(lengths: list[tuple[int, int]], policy: TokenScores, reference: list[list[float]]) -> MetricMeans:
     """Means of pairs, with rewards and losses as `LOSS` has them."""
     batch = batch_of(lengths)
     per_token = [torch.full((n,), lp / n) for lp, n in zip(chain(*reference), batch.lengths, strict=True)]
-    logps = PairLogps(policy.logps, torch.cat(per_token), policy.collision, batch.lengths)
-    means = Means()
+    logps = PairLogps(policy.logps, torch.cat(per_token), policy.collision_entropy, batch.lengths)
+    means = MetricMeans()
     means.update(*sums_and_counts(batch, policy, logps, LOSS(logps), LOSS.rewards(logps)))
     return means
 
@@ -46,7 +46,7 @@ def test_every_definition() -> None:
     )
     reference = [[-5.0, -4.0], [-2.0, -3.0]]
     found = {name: value.item() for name, value in measure([(2, 1), (1, 2)], policy, reference).compute().items()}
-    assert tuple(found) == NAMES
+    assert tuple(found) == METRIC_NAMES
     # Summed log-probs: chosen -3 and -3, rejected -4 and -2. Log-ratios: chosen 2 and -1, rejected 0 and 1.
     rewards = {"chosen": 0.5 * (2 - 1) / 2, "rejected": 0.5 * (0 + 1) / 2}  # beta 0.5
     assert found == pytest.approx(

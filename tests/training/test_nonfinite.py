@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.losses import DPO, PairLogps
 from dpo.runs.folder import Run
-from dpo.training.nonfinite import NonFinite, Watch
+from dpo.training.nonfinite import FiniteMonitor, NonFiniteError
 from tests.support.runs import Lab, metrics, weights
 
 
@@ -65,7 +65,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(
     saved = weights(run)
     assert all(value.isfinite().all() for value in saved.values())
     assert all(torch.equal(LEFT[name], saved[name]) for name in saved), "the step was not taken"
-    assert not run.export.exists()
+    assert not run.export_folder.exists()
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_step(
@@ -95,7 +95,7 @@ def test_a_fused_optimizer_skips_the_step_until_the_host_asks(
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("NonFinite: step 2: the loss is not finite for the pairs pairs/train:")
     assert all(torch.equal(LEFT[name], value) for name, value in weights(good).items()), "no step after the first"
-    assert not Run(lab.folder / "fused").checkpoints.exists()
+    assert not Run(lab.folder / "fused").checkpoint_folder.exists()
 
 
 class Waits(TorchDispatchMode):
@@ -131,22 +131,22 @@ def test_the_host_waits_for_the_device_at_logged_steps_only(lab: Lab) -> None:
 
 
 def test_only_the_rows_to_blame_are_named() -> None:
-    watch = Watch()
-    watch.add(("a", "b"), torch.tensor([1.0, torch.inf]))
-    watch.add(("c",), torch.tensor([torch.nan]))
-    assert watch.close(7, torch.tensor(1.0)) == 1
-    with pytest.raises(NonFinite, match=r"step 7: the loss is not finite for the pairs b, c\. "):
-        watch.check()
+    watch = FiniteMonitor()
+    watch.add_losses(("a", "b"), torch.tensor([1.0, torch.inf]))
+    watch.add_losses(("c",), torch.tensor([torch.nan]))
+    assert watch.close_step(7, torch.tensor(1.0)) == 1
+    with pytest.raises(NonFiniteError, match=r"step 7: the loss is not finite for the pairs b, c\. "):
+        watch.raise_if_nonfinite()
 
 
 def test_a_step_that_is_finite_is_forgotten() -> None:
-    watch = Watch()
-    watch.add(("a",), torch.tensor([1.0]))
-    assert watch.close(1, torch.tensor(2.0)) == 0
-    watch.check()
-    watch.add(("b",), torch.tensor([1.0]))
-    assert watch.close(2, torch.tensor(torch.inf)) == 1
-    watch.add(("c",), torch.tensor([1.0]))
-    assert watch.close(3, torch.tensor(1.0)) == 1, "what comes after is skipped too"
-    with pytest.raises(NonFinite, match=r"step 2: the gradient is not finite for the pairs b\. "):
-        watch.check()
+    watch = FiniteMonitor()
+    watch.add_losses(("a",), torch.tensor([1.0]))
+    assert watch.close_step(1, torch.tensor(2.0)) == 0
+    watch.raise_if_nonfinite()
+    watch.add_losses(("b",), torch.tensor([1.0]))
+    assert watch.close_step(2, torch.tensor(torch.inf)) == 1
+    watch.add_losses(("c",), torch.tensor([1.0]))
+    assert watch.close_step(3, torch.tensor(1.0)) == 1, "what comes after is skipped too"
+    with pytest.raises(NonFiniteError, match=r"step 2: the gradient is not finite for the pairs b\. "):
+        watch.raise_if_nonfinite()

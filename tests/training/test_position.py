@@ -10,7 +10,7 @@ import torch
 
 from dpo.runs.folder import Run
 from dpo.training.dpo import DPO
-from dpo.training.position import after_last_step
+from dpo.training.position import loop_state_after_step
 from tests.support.runs import Lab, checkpoint, metrics, weights
 
 WORDS = ["--optimizer.lr=1e-3", "--lr_scheduler=Warmup", "--lr_scheduler.warmup_steps=4", "--data.shuffle=true"]
@@ -107,12 +107,12 @@ def lightnings(ready: int, last: bool, ended: int = 0) -> dict[str, Any]:
 def test_what_lightning_saves_becomes_the_place_after_the_last_step(
     ready: int, last: bool, position: int, ended: int
 ) -> None:
-    place = after_last_step(lightnings(ready, last), accumulate=2)
+    place = loop_state_after_step(lightnings(ready, last), accumulate=2)
     assert place["state_dict"]["combined_loader"] == [{"position": position}]
     assert place["epoch_loop.batch_progress"]["current"]["ready"] == position
     assert place["epoch_loop.batch_progress"]["total"]["ready"] == ready // 2 * 2
     assert place["epoch_progress"]["total"]["processed"] == ended
-    assert after_last_step(place, accumulate=2) == place
+    assert loop_state_after_step(place, accumulate=2) == place
 
 
 class Killed(BaseException):

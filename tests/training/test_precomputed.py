@@ -13,15 +13,23 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from dpo.data.logps_cache import Arrays, Key, allocate, identify, load, mapped, seal
-from dpo.data.sampler import packs
+from dpo.data.logps_cache import (
+    CacheKey,
+    ColumnArrays,
+    allocate_cache_file,
+    hash_row_id,
+    load_cache_file,
+    map_cache_file,
+    write_checksum,
+)
+from dpo.data.sampler import pack_rows_by_tokens
 from dpo.models.batch import Batch, Example, collate
-from dpo.models.loading import Loader, weights_sha256
+from dpo.models.loading import ModelLoader, weights_sha256
 from dpo.models.scoring import score
 from dpo.training import precomputed
 from tests.support.runs import Lab, metrics, policy
 
-KEY = Key("weights", "tokens", "32-true torch.float32")
+KEY = CacheKey("weights", "tokens", "32-true torch.float32")
 LENGTHS = np.array([[2, 3], [1, 4], [5, 1]], np.int32)
 FIT = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--optimizer.lr=1e-3"]
 CACHED = "--model.reference=Cached"
@@ -36,10 +44,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def file(tmp_path: Path) -> Path:
     """A sealed file of three rows, whose values count from 0."""
     path = tmp_path / "cache.safetensors"
-    allocate(path, KEY, np.array([-5, 0, 7]), LENGTHS)
-    columns = mapped(path, "r+")
+    allocate_cache_file(path, KEY, np.array([-5, 0, 7]), LENGTHS)
+    columns = map_cache_file(path, "r+")
     columns["values"][:] = np.arange(16)
-    seal(path)
+    write_checksum(path)
     return path
 
 
@@ -47,13 +55,13 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_what_was_written_is_read_back_memory_mapped(file: Path) -> None:
-    columns = load(file, KEY)
+    columns = load_cache_file(file, KEY)
     assert all(isinstance(column, np.memmap) for column in columns.values())
     assert columns["ids"].tolist() == [-5, 0, 7] and columns["lengths"].tolist() == LENGTHS.tolist()
     assert columns["starts"].tolist() == [0, 2 + 3, 2 + 3 + 1 + 4]
     assert columns["values"].tolist() == list(range(16))
     columns["values"][0] = 9.0
-    assert load(file, KEY)["values"][0] == 0.0, "nobody writes into it by accident"
+    assert load_cache_file(file, KEY)["values"][0] == 0.0, "nobody writes into it by accident"
 
 
 def test_anything_can_read_it(file: Path) -> None:
@@ -63,7 +71,7 @@ def test_anything_can_read_it(file: Path) -> None:
 
 
 def test_ids_are_numbers_of_64_bits_with_a_sign() -> None:
-    numbers = [identify(f"subset/train:{line}") for line in range(1000)]
+    numbers = [hash_row_id(f"subset/train:{line}") for line in range(1000)]
     assert len(set(numbers)) == 1000 and min(numbers) < 0 < max(numbers)
     assert np.array(numbers, np.int64).tolist() == numbers
 
@@ -114,7 +122,7 @@ def another(file: Path) -> None:
 def test_a_damaged_file_is_refused(file: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(file)
     with pytest.raises(ValueError, match=message) as refusal:
-        load(file, KEY)
+        load_cache_file(file, KEY)
     assert str(file) in str(refusal.value) and "Remove the file" in str(refusal.value)
 
 
@@ -130,8 +138,8 @@ def test_a_damaged_file_is_refused(file: Path, damage: Callable[[Path], None], m
 def test_a_file_of_another_key_is_refused(file: Path, field: str, message: str) -> None:
     other = replace(KEY, **{field: "other"})
     with pytest.raises(ValueError, match=message):
-        load(file, other)
-    assert other.name != KEY.name, "nor is it found by name"
+        load_cache_file(file, other)
+    assert other.short_hash != KEY.short_hash, "nor is it found by name"
 
 
 # The reference that reads it.
@@ -162,7 +170,7 @@ def test_the_hash_of_the_rows_knows_no_order_but_every_token() -> None:
     rows = examples(20)
 
     def digest(*splits: Data) -> str:
-        return precomputed.survey(splits).tokens
+        return precomputed.index_stage_rows(splits).tokens_sha256
 
     whole = digest(rows)
     assert whole == digest(Data(reversed(rows))) == digest(Data(rows[:15]), Data(rows[15:]))
@@ -181,18 +189,18 @@ def test_the_hash_of_the_rows_knows_no_order_but_every_token() -> None:
 
 def test_packs_hold_every_row_once_longest_first() -> None:
     costs = np.array([5, 90, 20, 20, 60, 1, 200])
-    found = list(packs(costs, 100))
+    found = list(pack_rows_by_tokens(costs, 100))
     assert found == [[6], [1], [4, 2, 3], [0, 5]]  # 200 alone, 90, 60 + 20 + 20, 5 + 1
     assert sorted(row for pack in found for row in pack) == list(range(7))
 
 
-def stored(model: PreTrainedModel, rows: Data, file: Path) -> Arrays:
+def stored(model: PreTrainedModel, rows: Data, file: Path) -> ColumnArrays:
     """The values of these rows."""
-    surveyed = precomputed.survey([rows])
+    surveyed = precomputed.index_stage_rows([rows])
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    precomputed.compute(model, surveyed, file, KEY, 64, trainer)
-    precomputed.compare(load(file, KEY), model, surveyed, file)
-    return load(file, KEY)
+    precomputed.score_rows_into_file(model, surveyed, file, KEY, 64, trainer)
+    precomputed.verify_cached_logps(load_cache_file(file, KEY), model, surveyed, file)
+    return load_cache_file(file, KEY)
 
 
 def test_rows_are_found_by_id_in_any_order(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
@@ -201,7 +209,7 @@ def test_rows_are_found_by_id_in_any_order(tiny_model: Callable[..., PreTrainedM
     for part in (rows[7:12], rows[::-3], rows[:1]):
         batch = collate(part)
         torch.testing.assert_close(
-            precomputed.look_up(columns, batch), score(model, batch).logps.detach(), rtol=1e-5, atol=1e-5
+            precomputed.lookup_logps(columns, batch), score(model, batch).logps.detach(), rtol=1e-5, atol=1e-5
         )
 
 
@@ -211,7 +219,7 @@ def test_other_rows_and_other_lengths_are_errors(tiny_model: Callable[..., PreTr
     longer = replace(rows[3], answers=(rows[3].answers[0], [*rows[3].answers[1], 5]))
     for wrong, name in ((replace(rows[0], id="s/test:0"), "s/test:0"), (longer, "s/train:3")):
         with pytest.raises(ValueError, match=f"the cache holds nothing for {name} with answers of these lengths"):
-            precomputed.look_up(columns, collate([rows[1], wrong]))
+            precomputed.lookup_logps(columns, collate([rows[1], wrong]))
 
 
 def test_values_that_are_not_finite_are_never_stored(
@@ -238,13 +246,13 @@ def folder(lab: Lab) -> Path:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Files that were computed, not found."""
     files: list[Path] = []
-    compute = precomputed.compute
+    compute = precomputed.score_rows_into_file
 
     def counting(model: PreTrainedModel, rows: Any, file: Path, *more: Any) -> None:
         files.append(file)
         compute(model, rows, file, *more)
 
-    monkeypatch.setattr(precomputed, "compute", counting)
+    monkeypatch.setattr(precomputed, "score_rows_into_file", counting)
     return files
 
 
@@ -276,8 +284,8 @@ def test_no_reference_model_is_left_in_memory(lab: Lab, monkeypatch: pytest.Monk
     import dpo.cli.main
 
     seen: dict[str, Any] = {}
-    after = dpo.cli.main.CLI.after_fit
-    monkeypatch.setattr(dpo.cli.main.CLI, "after_fit", lambda cli: (seen.update(cli=cli), after(cli))[1])
+    after = dpo.cli.main.TrainingCLI.after_fit
+    monkeypatch.setattr(dpo.cli.main.TrainingCLI, "after_fit", lambda cli: (seen.update(cli=cli), after(cli))[1])
     lab.fit("memory", *FIT, CACHED)
     reference = seen["cli"].model.reference
     assert list(reference.parameters()) == [] == list(reference.children()) and reference.models == {}
@@ -287,7 +295,7 @@ def test_every_stage_has_its_rows(lab: Lab, computed: list[Path]) -> None:
     run = lab.fit("stages", *FIT, CACHED)
     del computed[:]
     for verb in ("validate", "test", "predict"):
-        assert lab.main(verb, CACHED, "--name=stages", f"--ckpt_path={run.checkpoints / 'last.ckpt'}") == 0
+        assert lab.main(verb, CACHED, "--name=stages", f"--ckpt_path={run.checkpoint_folder / 'last.ckpt'}") == 0
     assert len(computed) == 2, "of one pass over anything, nothing is stored"
 
 
@@ -323,8 +331,8 @@ def test_values_that_the_reference_does_not_compute_are_refused(
     about = safe_open(folder / "fit.safetensors", "numpy").metadata()
     content = (folder / "fit.safetensors").read_bytes().replace(about["sha256"].encode(), b"0" * 64)
     file.write_bytes(content)
-    mapped(file, "r+")["values"][:] += 0.01
-    seal(file)
+    map_cache_file(file, "r+")["values"][:] += 0.01
+    write_checksum(file)
     assert lab.main("fit", "--name=refused", *FIT, CACHED, f"--model.reference.folder={tmp_path}") == 1
     assert "the reference computes others here: expected a difference of at most 0.001" in capsys.readouterr().err
 
@@ -365,4 +373,4 @@ def test_the_header_says_what_it_is_of(folder: Path) -> None:
     about = safe_open(folder / "fit.safetensors", "numpy").metadata()
     assert about.keys() == {"weights", "tokens", "precision", "version", "sha256"}
     assert about["precision"] == "32-true torch.float32"
-    assert about["weights"] == weights_sha256(Loader().model(str(policy()))) and len(about["tokens"]) == 64
+    assert about["weights"] == weights_sha256(ModelLoader().load_model(str(policy()))) and len(about["tokens"]) == 64

@@ -13,14 +13,14 @@ from dpo import quickstart
 from dpo.data.columns import Columns
 from dpo.data.dialogue import Refusal
 from dpo.data.preferences import PreferencePairs
-from dpo.data.prompts import Prompts, Question
-from dpo.data.tokenization import Encoder
+from dpo.data.prompts import EncodedPrompt, Prompts
+from dpo.data.tokenization import PairEncoder
 from dpo.models.batch import Example, collate
-from dpo.models.generation import GREEDY, Answer, Sampling, write
+from dpo.models.generation import GREEDY_SAMPLING, GeneratedAnswer, Sampling, generate_answers
 from dpo.models.prompt_sharing import share_if_exact
 from dpo.models.scoring import score
 from dpo.runs.folder import Run
-from dpo.training.predict import load, mark
+from dpo.training.predict import label_best_and_worst, load_scorer
 from tests.support.runs import Lab, metrics
 
 PROMPTS = ["Which city is the capital of Japan?", "What is the best way to make tea?", "I am sad. What can I do?"]
@@ -71,7 +71,7 @@ def sampled(lab: Lab, prompts: Path) -> Run:
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run.predictions.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in run.predictions_path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_back(path: Path) -> PreferencePairs:
@@ -123,12 +123,12 @@ def test_a_supervised_stage_scores_the_chosen_answers_of_pairs(lab: Lab) -> None
 
 def test_log_probabilities_are_the_scorers(sampled: Run) -> None:
     """Greedy answers are made again and scored here."""
-    model = AutoModelForCausalLM.from_pretrained(quickstart.POLICY).eval()
-    encoder = Encoder(AutoTokenizer.from_pretrained(quickstart.POLICY), 104)
+    model = AutoModelForCausalLM.from_pretrained(quickstart.POLICY_FOLDER).eval()
+    encoder = PairEncoder(AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER), 104)
     share_if_exact(model)
     data = Prompts("quickstart", "unused", sampling=Sampling(3, max_new_tokens=24), max_length=128)
     row = rows_of(sampled)[0]
-    history = Columns().history(row)
+    history = Columns().parse_history(row)
     assert not isinstance(history, Refusal) and data.encoder.max_length == 104
     ids = encoder.tokenizer(row["prompt"], add_special_tokens=True)["input_ids"]
     for answer in row["answers"]:
@@ -152,15 +152,15 @@ def test_the_best_and_the_worst_complete_answer_are_marked(sampled: Run) -> None
 
 
 def test_a_round_of_sampling_marking_and_training(lab: Lab, sampled: Run) -> None:
-    data = read_back(sampled.predictions)
-    counts = data.audits["train"].counts["total"]
+    data = read_back(sampled.predictions_path)
+    counts = data.audits_by_split["train"].counts_by_subset["total"]
     assert (counts.read, counts.kept) == (3, 3)
-    example, row = data.pairs["train"][0], rows_of(sampled)[0]
+    example, row = data.pairs_by_split["train"][0], rows_of(sampled)[0]
     decode = data.tokenizer.decode
     assert decode(list(example.prompt), skip_special_tokens=True).strip() == row["prompt"].strip()
     for ids, side in zip(example.answers, ("chosen", "rejected"), strict=True):
         assert decode(list(ids), skip_special_tokens=True).strip() == row[side]
-    words = [f"--data.path={sampled.predictions}", "--data.batch_size=3", "--data.val_fraction=0"]
+    words = [f"--data.path={sampled.predictions_path}", "--data.batch_size=3", "--data.val_fraction=0"]
     base = [f"--trainer.default_root_dir={lab.folder}", "--trainer.accelerator=cpu", "--trainer.max_epochs=6"]
     quick = ["--model.policy=quickstart", "--optimizer.lr=1e-4", "--trainer.enable_progress_bar=false"]
     logs = ["--trainer.log_every_n_steps=1", "--name=trained", "--data=PreferencePairs", "--data.max_length=128"]
@@ -191,7 +191,7 @@ def test_unmarked_rows_are_counted_when_they_are_read_back(lab: Lab, prompts: Pa
     )
     assert [file.name for file in (lab.folder / "ties").iterdir()] == ["answers.parquet"]
     data = read_back(lab.folder / "ties" / "answers.parquet")
-    counts = data.audits["train"].counts["total"]
+    counts = data.audits_by_split["train"].counts_by_subset["total"]
     assert (counts.read, counts.kept, counts.refused["unmarked"]) == (3, 0, 3)
 
 
@@ -229,42 +229,45 @@ def test_prompts_train_nothing(lab: Lab, prompts: Path, capsys: pytest.CaptureFi
 
 def test_a_scorer_marks_no_pairs() -> None:
     with pytest.raises(ValueError, match="expected --data Prompts, got pairs"):
-        mark({"id": "a", "logps": [0.0, 0.0], "rewards": [0.0, 0.0]}, load("tests.training.test_predict:by_length"))
+        label_best_and_worst(
+            {"id": "a", "logps": [0.0, 0.0], "rewards": [0.0, 0.0]},
+            load_scorer("tests.training.test_predict:by_length"),
+        )
 
 
 def test_an_answer_that_was_cut_is_not_marked() -> None:
     answers = [{"text": text, "complete": complete} for text, complete in (("aaaa", False), ("a", True), ("aa", True))]
     row = {"prompt": "b", "chosen": None, "rejected": None, "answers": answers}
-    marked = mark(row, by_length)
+    marked = label_best_and_worst(row, by_length)
     assert (marked["chosen"], marked["rejected"]) == ("aa", "a")
     assert [answer["score"] for answer in marked["answers"]] == [None, 1.0, 2.0]
-    assert mark({**row, "answers": answers[:1]}, by_length)["chosen"] is None
+    assert label_best_and_worst({**row, "answers": answers[:1]}, by_length)["chosen"] is None
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def speaker() -> tuple[Any, Encoder]:
-    model = AutoModelForCausalLM.from_pretrained(quickstart.POLICY).eval()
-    return model, Encoder(AutoTokenizer.from_pretrained(quickstart.POLICY), 104)
+def speaker() -> tuple[Any, PairEncoder]:
+    model = AutoModelForCausalLM.from_pretrained(quickstart.POLICY_FOLDER).eval()
+    return model, PairEncoder(AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER), 104)
 
 
-def questions(encoder: Encoder) -> list[list[int]]:
+def questions(encoder: PairEncoder) -> list[list[int]]:
     return [encoder.tokenizer(prompt)["input_ids"] for prompt in quickstart.SAMPLE_PROMPTS]
 
 
-def test_answers_do_not_depend_on_what_is_answered_beside(speaker: tuple[Any, Encoder]) -> None:
+def test_answers_do_not_depend_on_what_is_answered_beside(speaker: tuple[Any, PairEncoder]) -> None:
     """Prompts of different lengths are padded; the greedy answers are those to each alone."""
     model, encoder = speaker
     prompts = questions(encoder)
-    together = write(model, encoder, prompts, GREEDY, 0)
-    assert together == [write(model, encoder, [prompt], GREEDY, 0)[0] for prompt in prompts]
-    assert all(isinstance(answer, Answer) and answer.text for (answer,) in together)
+    together = generate_answers(model, encoder, prompts, GREEDY_SAMPLING, 0)
+    assert together == [generate_answers(model, encoder, [prompt], GREEDY_SAMPLING, 0)[0] for prompt in prompts]
+    assert all(isinstance(answer, GeneratedAnswer) and answer.text for (answer,) in together)
 
 
 def test_an_answer_ends_where_the_next_human_turn_begins(
-    speaker: tuple[Any, Encoder], monkeypatch: pytest.MonkeyPatch
+    speaker: tuple[Any, PairEncoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, encoder = speaker
     said = encoder.tokenizer(" Kyoto.\n\nHuman: And then?", add_special_tokens=False)["input_ids"]
@@ -276,25 +279,27 @@ def test_an_answer_ends_where_the_next_human_turn_begins(
         return torch.tensor([[*asked, *said, end], [*asked, said[0], end, *padding]])
 
     monkeypatch.setattr(model, "generate", generate)
-    (first, second), = write(model, encoder, [prompt], Sampling(2), 0)  # fmt: skip
-    assert (first.text, first.complete, first.tokens[-1]) == ("Kyoto.", True, end)
+    (first, second), = generate_answers(model, encoder, [prompt], Sampling(2), 0)  # fmt: skip
+    assert (first.text, first.is_complete, first.tokens[-1]) == ("Kyoto.", True, end)
     assert encoder.tokenizer.decode(first.tokens, skip_special_tokens=True).strip() == "Kyoto."
-    assert (second.tokens, second.complete) == ([said[0], end], True)
+    assert (second.tokens, second.is_complete) == ([said[0], end], True)
 
 
-def test_the_seed_decides(speaker: tuple[Any, Encoder]) -> None:
-    first, same, other = (write(*speaker, questions(speaker[1]), Sampling(2, max_new_tokens=8), n) for n in (0, 0, 1))
+def test_the_seed_decides(speaker: tuple[Any, PairEncoder]) -> None:
+    first, same, other = (
+        generate_answers(*speaker, questions(speaker[1]), Sampling(2, max_new_tokens=8), n) for n in (0, 0, 1)
+    )
     assert first == same != other
 
 
-def test_sampling_is_from_the_model_alone(speaker: tuple[Any, Encoder]) -> None:
+def test_sampling_is_from_the_model_alone(speaker: tuple[Any, PairEncoder]) -> None:
     """The generation config that comes with a model has no say: at a high temperature everything is drawn."""
     model, encoder = speaker
     prompt = questions(encoder)[:1]
     model.generation_config.top_k, model.generation_config.repetition_penalty = 1, 1.5
-    (answers,) = write(model, encoder, prompt, Sampling(8, temperature=1.5, max_new_tokens=4), 0)
+    (answers,) = generate_answers(model, encoder, prompt, Sampling(8, temperature=1.5, max_new_tokens=4), 0)
     assert len({tuple(answer.tokens) for answer in answers}) > 1
-    (narrow,) = write(model, encoder, prompt, Sampling(8, top_p=1e-6, max_new_tokens=4), 0)
+    (narrow,) = generate_answers(model, encoder, prompt, Sampling(8, top_p=1e-6, max_new_tokens=4), 0)
     assert len({tuple(answer.tokens) for answer in narrow}) == 1
 
 
@@ -306,6 +311,6 @@ def test_histories_of_pairs_are_prompts(tmp_path: Path) -> None:
     data.prepare_data()
     ((batch),) = data.predict_dataloader()
     assert [(q.id, q.prompt) for q in batch.asked] == [("prompts:1", "\n\nHuman: a\n\nAssistant:")]
-    assert isinstance(batch.asked[0], Question)
+    assert isinstance(batch.asked[0], EncodedPrompt)
     with pytest.raises(ValueError, match="line 2: wrong_type"):
         Prompts("quickstart", str(tmp_path), **options).predict_dataloader()

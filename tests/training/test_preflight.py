@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 from dpo import quickstart
 from dpo.losses import DPO, PairLogps
 from dpo.models.batch import Batch, Example
-from dpo.models.loading import Loader
-from dpo.models.reference import SAME, Frozen, Reference
+from dpo.models.loading import ModelLoader
+from dpo.models.reference import DISTANCE_NONE, FrozenReference, Reference
 from dpo.runs.folder import Run
 from dpo.training import preflight
 from dpo.training.preflight import PreflightError
@@ -23,11 +23,11 @@ from tests.support.models import make_tiny_model
 from tests.support.runs import Lab, metrics, policy, write
 
 
-class AsIs(Frozen):
+class AsIs(FrozenReference):
     """What a reference is before anybody has frozen it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model, "broken on purpose", SAME)
+        super().__init__(model, "broken on purpose", DISTANCE_NONE)
         self.model.requires_grad_(True)
 
 
@@ -35,7 +35,7 @@ class AsIs(Frozen):
 class Itself(Reference):
     """The policy's own object."""
 
-    def build(self, policy: PreTrainedModel, loader: Loader) -> AsIs:
+    def build(self, policy: PreTrainedModel, loader: ModelLoader) -> AsIs:
         return AsIs(policy)
 
 
@@ -43,35 +43,35 @@ class Itself(Reference):
 class Unfrozen(Reference):
     """A copy that still wants gradients."""
 
-    def build(self, policy: PreTrainedModel, loader: Loader) -> AsIs:
-        return AsIs(loader.model(policy.config._name_or_path))
+    def build(self, policy: PreTrainedModel, loader: ModelLoader) -> AsIs:
+        return AsIs(loader.load_model(policy.config._name_or_path))
 
 
 @dataclass(frozen=True)
 class FreezesPolicy(Reference):
     """The policy's own object, frozen."""
 
-    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
-        return Frozen(policy, "broken on purpose", SAME)
+    def build(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
+        return FrozenReference(policy, "broken on purpose", DISTANCE_NONE)
 
 
 @dataclass(frozen=True)
 class Moved(Reference):
     """A copy that is not the policy any more."""
 
-    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
-        model = loader.model(policy.config._name_or_path)
+    def build(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
+        model = loader.load_model(policy.config._name_or_path)
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(1.01)
-        return Frozen(model, "broken on purpose", SAME)
+        return FrozenReference(model, "broken on purpose", DISTANCE_NONE)
 
 
 @dataclass(frozen=True)
 class Dropout(Reference):
     """A good copy of a policy whose dropout is left on."""
 
-    def build(self, policy: PreTrainedModel, loader: Loader) -> Frozen:
-        frozen = Frozen(loader.model(policy.config._name_or_path), "a copy", SAME)
+    def build(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
+        frozen = FrozenReference(loader.load_model(policy.config._name_or_path), "a copy", DISTANCE_NONE)
         policy.train()
         return frozen
 
@@ -98,7 +98,7 @@ def refused(lab: Lab, capsys: pytest.CaptureFixture[str], *words: str) -> str:
     name = f"run{len(list(lab.folder.iterdir()))}"
     assert lab.main("fit", f"--name={name}", *ONE, *words) == 1
     run = Run(lab.folder / name)
-    assert not run.metrics.exists() and not run.checkpoints.exists()
+    assert not run.metrics_path.exists() and not run.checkpoint_folder.exists()
     return capsys.readouterr().err.splitlines()[-1]
 
 
@@ -155,7 +155,7 @@ def test_prompts_whose_sharing_changes_the_model_are_not_shared(
         compared.append(batch)
         return 0.5
 
-    monkeypatch.setattr(preflight, "difference", differ)
+    monkeypatch.setattr(preflight, "sharing_error", differ)
     shared, alone = (lab.fit(name, *ONE, *words) for name, words in (("s", []), ("a", ["--model.sharing=false"])))
     assert any("prompts are NOT shared, as hidden states would differ by 5.0e-01" in m for m in caplog.messages)
     assert metrics(shared)[0]["train/loss"] == metrics(alone)[0]["train/loss"]
@@ -204,7 +204,7 @@ def test_more_tokens_than_the_policy_has_positions(lab: Lab, capsys: pytest.Capt
 
 def saved(folder: Path, rows: int | None = None, value: float | None = None, unused: int = 0) -> str:
     """The word for a policy with so many rows of its embedding, one of this value, and tokens that no text becomes."""
-    tokens = AutoTokenizer.from_pretrained(quickstart.POLICY)
+    tokens = AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER)
     model = make_tiny_model(vocab_size=rows or len(tokens), num_hidden_layers=1)
     tokens.add_tokens([f"<unused {i}>" for i in range(unused)])
     if value is not None:
@@ -218,7 +218,7 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(
     lab: Lab, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     message = refused(lab, capsys, saved(tmp_path, rows=100))
-    tokens = len(AutoTokenizer.from_pretrained(quickstart.POLICY))
+    tokens = len(AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER))
     assert "the vocabulary: expected token ids below the 100 rows of the policy's embedding" in message
     assert f"out of a tokenizer of {tokens:,} tokens" in message
 

@@ -36,13 +36,13 @@ def test_random_policies_on_real_dialogues(
 
 
 def test_default_policy_on_generated_dialogues(tmp_path: Path) -> None:
-    rows = fitting(quickstart.rows(seed=3, n=150), quickstart.POLICY, 100)
-    compare(tmp_path, quickstart.POLICY, rows, "AdamW", 3e-4, val_fraction=0.15)
+    rows = fitting(quickstart.draw_rows(seed=3, n=150), quickstart.POLICY_FOLDER, 100)
+    compare(tmp_path, quickstart.POLICY_FOLDER, rows, "AdamW", 3e-4, val_fraction=0.15)
 
 
 def test_another_model_as_reference(tmp_path: Path) -> None:
     policy = random_model(tmp_path / "policy", "qwen2")
     reference = random_model(tmp_path / "reference", "llama", seed=1)
-    rows = fitting(quickstart.rows(seed=4, n=200), policy, STEPS * BATCH)
+    rows = fitting(quickstart.draw_rows(seed=4, n=200), policy, STEPS * BATCH)
     steps = compare(tmp_path, policy, rows, "AdamW", 1e-3, reference=reference)
     assert abs(steps[0]["rewards/margins"]) > 0.1  # from the first step on: the reference is not the policy

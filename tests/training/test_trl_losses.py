@@ -77,7 +77,7 @@ def test_twenty_steps_are_those_of_trl(
     name: str, options: dict[str, object], trls: dict[str, object], compared: Mapping[str, str], tmp_path: Path
 ) -> None:
     policy = random_model(tmp_path / "policy", "llama")
-    rows = fitting(quickstart.rows(seed=5, n=200), policy, 20 * BATCH)
+    rows = fitting(quickstart.draw_rows(seed=5, n=200), policy, 20 * BATCH)
     loss = {"model.loss": name, **{f"model.loss.{key}": value for key, value in options.items()}}
     whole = {"data.max_tokens": "null"} if name.startswith("AOT") else {}
     # Adam divides by the size of gradients: where some of them vanish, as under Jensen-Shannon, it multiplies rounding
