@@ -84,7 +84,7 @@ class TrainingCLI(LightningCLI):
             help="Name of the run: its folder is runs/<name>. Default: date and seed.",
         )
         parser.link_arguments(("model.init_args.policy", "data"), "data.init_args.tokenizer", policy_tokenizer)
-        parser.link_arguments("model", "data.init_args.answers", lambda model: model.answers, apply_on="instantiate")
+        parser.link_arguments("model", "data.init_args.answers", lambda model: model.answer_sides, apply_on="instantiate")
         parser.add_optimizer_args((torch.optim.Optimizer,), link_to="model.init_args.optimizer")
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.init_args.lr_scheduler")
         parser.set_defaults(

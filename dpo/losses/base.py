@@ -30,8 +30,8 @@ class PairLogps:
     """What a loss sees of a batch: values of every scored token, answer after answer, chosen before rejected.
 
     Attributes:
-        policy_tokens: log p(token | everything before it) under the policy, nats.
-        reference_tokens: The same under the reference; NaN where there is none.
+        policy_token_logps: log p(token | everything before it) under the policy, nats.
+        reference_token_logps: The same under the reference; NaN where there is none.
         on_policy: log p(token) - log sum_v p_v^2 under the policy, nats, without a gradient: how likely the token is
             beside one that the policy draws itself.
         counts: Scored tokens of every answer, on the host.

@@ -238,7 +238,7 @@ def test_the_constant_at_the_start(expected: float, loss: PreferenceLoss) -> Non
 @every_loss
 def test_at_start_a_loss_is_its_constant_and_rewards_are_0(loss: PreferenceLoss) -> None:
     pairs = random_pairs((3, 5, 2, 2, 4, 1))
-    same = replace(pairs, reference_tokens=pairs.policy_token_logps)
+    same = replace(pairs, reference_token_logps=pairs.policy_token_logps)
     if loss.uses_reference:
         assert torch.equal(loss.rewards(same), torch.zeros(3, 2))
     if isinstance(loss.initial_loss, UnknownInitialLoss):
@@ -250,7 +250,7 @@ def test_at_start_a_loss_is_its_constant_and_rewards_are_0(loss: PreferenceLoss)
 @every_loss
 def test_only_losses_with_a_reference_look_at_it(loss: PreferenceLoss) -> None:
     pairs = random_pairs((3, 5, 2, 2, 4, 1))
-    without = replace(pairs, reference_tokens=torch.full_like(pairs.reference_token_logps, math.nan))
+    without = replace(pairs, reference_token_logps=torch.full_like(pairs.reference_token_logps, math.nan))
     assert bool(loss(without).isfinite().all()) == (not loss.uses_reference)
     assert bool(loss.rewards(without).isfinite().all()) == (not loss.uses_reference)
 
@@ -281,7 +281,7 @@ def test_rewards(loss: PreferenceLoss, expected: float) -> None:
 def gradient(loss: PreferenceLoss, given: PairLogps) -> Tensor:
     """By the log-probability of every token."""
     policy = given.policy_token_logps.clone().requires_grad_()
-    loss(replace(given, policy_tokens=policy)).sum().backward()
+    loss(replace(given, policy_token_logps=policy)).sum().backward()
     assert policy.grad is not None
     return policy.grad
 
@@ -344,7 +344,7 @@ def test_gradient_of_dpo_is_the_closed_form_everywhere(rows, beta: float, smooth
 def test_gradcheck(loss: PreferenceLoss) -> None:
     pairs = random_pairs((3, 1, 2, 4), seed=1)
     policy = pairs.policy_token_logps.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda policy: loss(replace(pairs, policy_tokens=policy)), policy)
+    assert torch.autograd.gradcheck(lambda policy: loss(replace(pairs, policy_token_logps=policy)), policy)
 
 
 EXTREME = [0.0, -1.0, -80.0, -100.0, -1000.0, -1e4]
@@ -366,7 +366,7 @@ def test_loss_and_gradient_are_finite(loss: PreferenceLoss) -> None:
 )
 def test_only_the_difference_of_log_ratios_counts(rows, beta: float, shift: int, loss: PreferenceLoss) -> None:
     loss, before = replace(loss, beta=beta), of_rows(rows, torch.float64)
-    after = replace(before, policy_tokens=before.policy_token_logps + shift)
+    after = replace(before, policy_token_logps=before.policy_token_logps + shift)
     torch.testing.assert_close(loss(after), loss(before), rtol=1e-7, atol=1e-7)
 
 
@@ -375,8 +375,8 @@ def test_half_of_the_labels_flipped_is_symmetric(rows, beta: float) -> None:
     pair = of_rows(rows)
     swapped = replace(
         pair,
-        policy_tokens=pair.policy.flip(1).flatten(),
-        reference_tokens=pair.reference.flip(1).flatten(),
+        policy_token_logps=pair.policy.flip(1).flatten(),
+        reference_token_logps=pair.reference.flip(1).flatten(),
     )
     for loss in (DPO(beta, 0.5), EXO(beta, 0.5), CPO(beta, 0.0, 0.5)):
         torch.testing.assert_close(loss(pair), loss(swapped))
