@@ -1,8 +1,8 @@
-"""The server under load, in alternation with `generate` behind a lock and `transformers serve --continuous-batching`.
+"""Benchmark of the server under load against `generate` behind a lock and `transformers serve --continuous-batching`.
 
-`python benchmarks/serve.py [--rounds 7] [--threads 1]` makes a random 7.3M Llama (greedy answers of exactly `TOKENS`
-tokens), serves it as policy and reference, and writes benchmarks/results/serve.json and serve.md. Ratios matter, not
-the absolute figures.
+`python benchmarks/serve.py [--rounds 7] [--threads 1]` makes a random 7.3M-parameter Llama whose greedy answers have
+exactly `TOKENS` tokens, serves it as policy and reference, and writes benchmarks/results/serve.json and serve.md. The
+contestants take turns in every round; the ratios between them matter, not the absolute figures.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PROMPTS = [f"\n\nHuman: Tell me about city number {i} of the list.\n\nAssistant:
 
 
 def make_model(folder: Path) -> None:
-    """Save a random Llama whose greedy answers never end and are whole characters."""
+    """Save a random Llama whose greedy answers never end and consist of printable tokens."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "dpo" / "quickstart" / "policy")
     config = LlamaConfig(
@@ -54,7 +54,7 @@ def make_model(folder: Path) -> None:
 
 @contextmanager
 def process(command: list[str], url: str, threads: int) -> Iterator[int]:
-    """A server process (its id), until it is healthy and back."""
+    """Run a server process; gives its id once it answers."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server:
         try:
@@ -74,14 +74,14 @@ def process(command: list[str], url: str, threads: int) -> Iterator[int]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 async def stream(client: httpx.AsyncClient, url: str, model: str, prompt: str) -> float:
-    """One streamed answer; seconds to its first token."""
+    """Stream one answer, and return the seconds to its first token."""
     body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
     started, first = time.perf_counter(), 0.0
     async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
@@ -92,35 +92,35 @@ async def stream(client: httpx.AsyncClient, url: str, model: str, prompt: str) -
     return first
 
 
-async def load(url: str, models: list[str], clients: int, each: int) -> dict[str, float]:
-    """Tokens per second and mean time to first token of `clients` that ask `each` times in a row."""
+async def load(url: str, models: list[str], clients: int, requests: int) -> dict[str, float]:
+    """Return tokens per second and mean seconds to the first token, for clients that each send requests in a row."""
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
 
         async def ask(i: int) -> list[float]:
-            return [await stream(client, url, models[i % len(models)], PROMPTS[i + n]) for n in range(each)]
+            return [await stream(client, url, models[i % len(models)], PROMPTS[i + n]) for n in range(requests)]
 
         started = time.perf_counter()
         firsts = await asyncio.gather(*map(ask, range(clients)))
     seconds = time.perf_counter() - started
-    return {"tokens/s": clients * each * TOKENS / seconds, "ttft": statistics.mean(itertools.chain(*firsts))}
+    return {"tokens/s": clients * requests * TOKENS / seconds, "ttft": statistics.mean(itertools.chain(*firsts))}
 
 
 class FirstToken:
-    """A streamer that notes when the first token came."""
+    """A streamer that records when each token arrives."""
 
     def __init__(self) -> None:
         self.puts: list[float] = []
 
     def put(self, value: object) -> None:
-        """The prompt first, then each token."""
+        """Record the time; the first call is for the prompt."""
         self.puts.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing to do."""
+        """Do nothing at the end of the answer."""
 
 
 def locked(model: Any, tokenizer: Any, clients: int) -> dict[str, float]:
-    """The same for `generate` behind a lock, without HTTP."""
+    """Return the same as `load` for `generate` behind a lock, without HTTP."""
     lock, firsts, started = threading.Lock(), [], time.perf_counter()
 
     def ask(prompt: str) -> None:
@@ -139,14 +139,10 @@ def locked(model: Any, tokenizer: Any, clients: int) -> dict[str, float]:
 
 
 async def rewards(url: str) -> dict[str, float]:
-    """Seconds of a plain reply without and with its reward, and of scoring the same."""
-    body = {
-        "model": "policy",
-        "messages": [{"role": "user", "content": "Tell me."}],
-        "temperature": 0,
-        "max_tokens": TOKENS,
-    }
-    question = {"messages": body["messages"], "answers": ["word " * 20]}
+    """Return the median seconds of a reply without and with its reward, and of scoring an answer."""
+    messages = [{"role": "user", "content": "Tell me."}]
+    body = {"model": "policy", "messages": messages, "temperature": 0, "max_tokens": TOKENS}
+    question = {"messages": messages, "answers": ["word " * 20]}
     times: dict[str, list[float]] = {"without": [], "with": [], "score": []}
     async with httpx.AsyncClient(timeout=60) as client:
         for _ in range(10):
@@ -161,24 +157,24 @@ async def rewards(url: str) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-async def exactness(url: str, fresh: str) -> float:
-    """Largest difference in nats of 50 scores under load from those of a server that does nothing else."""
+async def exactness(url: str, idle: str) -> float:
+    """Return the largest difference, in nats, between 50 scores under load and those of an idle server."""
     bodies = [{"prompt": prompt, "answers": ["one two three", f"four {i}"]} for i, prompt in enumerate(PROMPTS[:50])]
 
-    async def scores(client: httpx.AsyncClient, to: str) -> list[float]:
-        replies = [(await client.post(f"{to}/v1/score", json=body)).json() for body in bodies]
+    async def scores(client: httpx.AsyncClient, server: str) -> list[float]:
+        replies = [(await client.post(f"{server}/v1/score", json=body)).json() for body in bodies]
         return [value for r in replies for answer in r["answers"] for value in answer["logprob"].values()]
 
     async with httpx.AsyncClient(timeout=300) as client:
         busy = asyncio.create_task(load(url, ["policy", "reference"], CLIENTS, 2))
         under_load = await scores(client, url)
         await busy
-        alone = await scores(client, fresh)
+        alone = await scores(client, idle)
     return max(abs(a - b) for a, b in zip(under_load, alone, strict=True))
 
 
 async def storms(url: str) -> dict[str, Any]:
-    """200 requests at once, and a chat after 50 dropped streams."""
+    """Return the status codes of 200 requests at once, and the seconds of a chat after 50 dropped streams."""
     body = {"model": "policy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 200, "temperature": 0}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=120, limits=limits) as client:
@@ -198,22 +194,17 @@ async def storms(url: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on."""
+    """Return the processor and the versions that the benchmark ran on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "fastapi", "uvicorn")}
     cpu = ", ".join(sorted(names)) or platform.processor()
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **versions,
-        "date": str(date.today()),
-    }
+    system = {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
+    return {**system, **versions, "date": str(date.today())}
 
 
 def measure(rounds: int, threads: int) -> dict[str, Any]:
-    """Everything."""
+    """Run all benchmarks, the contestants alternating in every round."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name) / "model"
@@ -235,25 +226,25 @@ def measure(rounds: int, threads: int) -> dict[str, Any]:
             "ours 32, both models": lambda: asyncio.run(load(urls[0], both, CLIENTS, 1)),
             "locked 32": lambda: locked(model, tokenizer, CLIENTS),
         }
-        asyncio.run(load(urls[0], both, 2, 1))
+        asyncio.run(load(urls[0], both, 2, 1))  # warm up
         asyncio.run(load(urls[1], [str(folder)], 2, 1))
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
-                found[name].append(run())
-                print(name, found[name][-1], flush=True)
+                results[name].append(run())
+                print(name, results[name][-1], flush=True)
         extra = {"reward": asyncio.run(rewards(urls[0])), "nats": asyncio.run(exactness(urls[0], urls[2]))}
-        return {"machine": machine() | {"threads": threads}, "runs": found, **extra, **asyncio.run(storms(urls[0]))}
+        return {"machine": machine() | {"threads": threads}, "runs": results, **extra, **asyncio.run(storms(urls[0]))}
 
 
 def table(values: dict[str, Any]) -> str:
-    """The targets beside what was measured."""
+    """Return targets and measurements as a Markdown table."""
 
     def median(name: str, what: str) -> float:
         return statistics.median(run[what] for run in values["runs"][name])
 
     def ratio(over: str, under: str, what: str = "tokens/s") -> float:
-        """Median over the rounds: what else ran on the machine meets both sides of a round."""
+        """Return the median ratio over the rounds, as other load on the machine affects both sides of a round."""
         rounds = zip(values["runs"][over], values["runs"][under], strict=True)
         return statistics.median(one[what] / other[what] for one, other in rounds)
 
@@ -265,8 +256,8 @@ def table(values: dict[str, Any]) -> str:
         ("time to first token against that", "<= 0.2x", f"{ratio('ours 32', 'locked 32', 'ttft'):.3f}x"),
         ("32 streams against `transformers serve`", ">= 1.0x", f"{ratio('ours 32', 'theirs 32'):.2f}x"),
         ("the same, spread over both models", "-", f"{ratio('ours 32, both models', 'theirs 32'):.2f}x"),
-        ("reply without / with its reward / a score", "one forward a model", replies),
-        ("scores under load against a fresh process", "<= 1e-4 nats", f"{values['nats']:.1e}"),
+        ("reply without / with its reward / a score", "one forward pass per model", replies),
+        ("scores under load against an idle server", "<= 1e-4 nats", f"{values['nats']:.1e}"),
         ("200 requests at once", "200 or 429", ", ".join(f"{n} x {code}" for code, n in codes.items())),
         ("next chat after 50 dropped streams", "<= 1 s", f"{values['after']:.2f} s"),
     ]
@@ -280,10 +271,10 @@ def table(values: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, print, store."""
+    """Run the benchmark, and print and store the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7, help="repetitions (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each server (%(default)s)")
     values = measure(**vars(parser.parse_args()))
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "serve.json").write_text(json.dumps(values, indent=1) + "\n")

@@ -1,33 +1,48 @@
-"""`python -m dpo <verb>`: the home of everything that is neither training nor serving.
+"""The command ``dpo <verb>``, also ``python -m dpo <verb>``; ``train.py`` and ``serve.py`` are shorter ways to some.
 
-A verb is a function that takes the words behind the verb. It raises ValueError or OSError for what its user
-can put right: the program ends with that message and exit code 1.
+A verb raises ValueError or OSError for what its user can put right: the program ends with the message and exit code 1.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
+# Waiting threads sleep; spinning, they would take the cores of everything else. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+TRAINING_VERBS = {  # of `dpo.cli.main`, which returns exit codes of its own
+    "fit": "Train a policy.",
+    "validate": "Measure a checkpoint on the validation pairs.",
+    "test": "Measure a checkpoint on the test pairs.",
+    "predict": "Write log-probabilities and rewards of pairs, or answers to prompts.",
+}
 VERBS = {  # verb: its function, imported only when it is asked for, and what it does
     "demo": ("dpo.cli.shipped:make_run", "Make the shipped run again, which serve.py --demo serves."),
     "losses": ("dpo.losses.table:main", "Print every loss: formula, parameters, source, values on three known pairs."),
     "push": ("dpo.runs.hub:main", "Upload a run's export to the Hugging Face hub."),
     "quickstart": ("dpo.cli.shipped:make_policy", "Make the shipped quickstart policy again from nothing."),
+    "serve": ("dpo.cli.serve:main", "Serve a trained policy beside its reference: a page and an API."),
 }
 
 
 def usage_text() -> str:
-    """One line for each verb."""
-    lines = [f"  {name:<10} {help}" for name, (_, help) in VERBS.items()]
-    return "\n".join(["usage: python -m dpo <verb> ... (each verb has --help)", "", *lines])
+    """Return the usage, one line for each verb."""
+    helps = TRAINING_VERBS | {verb: text for verb, (_, text) in VERBS.items()}
+    lines = [f"  {verb:<10} {text}" for verb, text in helps.items()]
+    return "\n".join(["usage: dpo <verb> ... (each verb has --help)", "", *lines])
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the verb that `arguments` begins with.
+    """Run the verb that the arguments begin with.
 
     Returns:
         Exit code: 0 done, 1 refused with a message, 2 not understood, 130 interrupted.
     """
+    if arguments[:1] and arguments[0] in TRAINING_VERBS:
+        code: int = import_module("dpo.cli.main").main(arguments)
+        return code
     if not arguments or arguments[0] not in VERBS:
         asked = arguments[:1] in (["-h"], ["--help"])
         print(usage_text(), file=sys.stdout if asked else sys.stderr)
@@ -43,5 +58,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run() -> int:
+    """Run the command line of this process; the entry point of the installed command."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # no run ends because a terminal lacks a character
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run())

@@ -1,7 +1,4 @@
-"""Files that are either complete or absent, and files of JSON lines.
-
-Takes paths and rows. Knows nothing of what is in them.
-"""
+"""Files that are complete or absent, and JSON Lines files with a step in every row."""
 
 import json
 import os
@@ -14,12 +11,16 @@ from typing import Any
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Write a file or folder aside; it takes its name, flushed to disk, only when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of this process, others may write the same
+    """Yield a temporary path for a file or folder that replaces `path` only if the block succeeds.
+
+    The content is flushed to disk before it is renamed. If the block fails, `path` stays as it was.
+    """
+    # The process id keeps processes apart that write the same path.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     remove(temporary)
     try:
         yield temporary
-        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+        for file in [temporary, *temporary.rglob("*")]:
             _sync(file)
         if path.is_dir():
             shutil.rmtree(path)
@@ -30,7 +31,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -46,14 +47,14 @@ def _sync(path: Path) -> None:
 
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a file, one JSON object a line."""
+    """Append rows to a JSON Lines file."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def drop_rows_from_step(path: Path, step: int) -> None:
-    """Leave out the rows of a file of such rows that are of this step or a later one: they are written again."""
+    """Remove the rows of a JSON Lines file whose ``step`` is this one or later; do nothing if there is no file."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        with write_atomically(path) as temporary:
+        # Lines of the file, not str.splitlines(): text in a row may contain other line separators, such as U+2028.
+        with write_atomically(path) as temporary, path.open(encoding="utf-8") as lines:
             temporary.write_text("".join(line for line in lines if json.loads(line)["step"] < step), encoding="utf-8")

@@ -11,6 +11,7 @@ import pytest
 
 from dpo import __main__ as verbs
 from dpo.cli.main import main
+from dpo.cli.parser import CONFIG_FOLDER
 from tests.support.runs import ROOT, pairs, policy
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -85,5 +86,36 @@ def test_every_file_that_is_linked_is_there() -> None:
 
 
 def test_every_configuration_that_is_listed_is_there() -> None:
-    for name in re.findall(r"`(\w+\.yaml)`", README):
+    for name in re.findall(r"`([\w/]+\.yaml)`", README):
         assert (ROOT / "configs" / name).exists() or name == "config.yaml", name
+
+
+TABLE = [shlex.split(command) for command in re.findall(r"`(python [^`]+)`", README)]
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in TABLE if "train.py" in c[1] and "fit" in c and "--help" not in c], ids=" ".join
+)
+def test_training_commands_in_tables_are_understood(command: list[str], tmp_path: Path, capsys) -> None:
+    words = [str(CONFIG_FOLDER / "hh_rlhf.yaml") if word.startswith("runs/") else word for word in command[2:]]
+    words = [word for word in words if word not in ("--ckpt_path", "last")]  # there is no run to go on with
+    with patch.object(sys, "argv", ["train.py"]), pytest.raises(SystemExit) as end:
+        main([*words, "--print_config"])
+    assert end.value.code == 0
+    assert "class_path: dpo.DPO" in capsys.readouterr().out or "sft.yaml" in " ".join(command)
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    small = {
+        '"Anthropic/hh-rlhf", subsets=["harmless-base"], batch_size=16': f'"{pairs()}", batch_size=4, max_length=128',
+        '"HuggingFaceTB/SmolLM2-135M"': f'"{policy()}"',
+        "max_steps=100": "max_steps=2, accelerator='cpu', logger=False",
+    }
+    for large, replacement in small.items():
+        assert large in code
+        code = code.replace(large, replacement)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "my-policy" / "adapter_config.json").is_file()

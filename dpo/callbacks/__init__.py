@@ -1,1 +1,1 @@
-"""What stands beside training in every run, one job a file."""
+"""Lightning callbacks of every run, one job a file; `defaults` says which verb gets which."""

@@ -1,7 +1,4 @@
-"""What stands beside training in every run, without being asked for: the callbacks of each verb.
-
-Takes the verb, the run and its data. `dpo.cli.main` is its only caller.
-"""
+"""The callbacks that the command line adds to every run, by verb."""
 
 from typing import Any
 
@@ -20,32 +17,41 @@ from dpo.callbacks.stopping import FinalValidation, GracefulStop
 from dpo.data.datamodule import PairData, TextData
 from dpo.runs.folder import Run
 from dpo.runs.loggers import MetricsCSV
-from dpo.training.preflight import Preflight
 
 
 def standard_callbacks(
     verb: str, config: Any, config_text: str, run: Run, data: TextData, metrics_csv: MetricsCSV, stop: GracefulStop
 ) -> list[L.Callback]:
-    """In the order in which they are called; `config` is what the command line says, `text` the whole of it.
+    """Return the callbacks of a verb in the order in which Lightning is to call them.
+
+    Args:
+        verb: fit, validate, test or predict.
+        config: The verb's parsed options.
+        config_text: The same options as YAML, with all defaults.
+        run: The run whose folder is written to.
+        data: The data of the run.
+        metrics_csv: The logger that writes metrics.csv.
+        stop: The callback that stops the run on a signal; the caller asks it for the exit code.
 
     Raises:
-        ValueError: The data are no pairs, and the verb needs them.
+        ValueError: The verb needs preference pairs and the data are something else.
     """
-    found: list[L.Callback] = [stop, FinalValidation(), LastAndBest(run)]
+    callbacks: list[L.Callback] = [stop, FinalValidation(), LastAndBest(run)]
     if verb == "predict":
-        found.append(PredictionWriter(run, config.output, config.scorer))
+        callbacks.append(PredictionWriter(run, config.output, config.scorer))
     elif not isinstance(data, PairData):
-        raise ValueError(f"{verb}: expected preference pairs, got --data {type(data).__name__}, which is for predict.")
+        raise ValueError(f"{verb}: expected preference pairs, got --data {type(data).__name__}; only predict uses it.")
     elif verb == "fit":
-        refusing = [ResumeCheck(config.seed_everything, data), OptimizerOverrides(), Preflight(data)]
-        found = [
-            *refusing,
+        callbacks = [
+            # These two may refuse to resume, so they come before those that change files.
+            ResumeCheck(config.seed_everything, data),
+            OptimizerOverrides(),
             MetricsRewind(metrics_csv),
             RunRecorder(run, data, config_text),
             ThroughputLogger(data),
             AnswerSampler(run, data),
-            *found,
+            *callbacks,
         ]
     if config.trainer.enable_progress_bar is not False:
-        found += [TrainingProgressBar(), ProgressLines()]
-    return found
+        callbacks += [TrainingProgressBar(), ProgressLines()]
+    return callbacks

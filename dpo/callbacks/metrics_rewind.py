@@ -1,7 +1,4 @@
-"""The table of metrics of a run that goes on from a checkpoint.
-
-Takes the table. Knows nothing of what it holds.
-"""
+"""The callback that truncates ``metrics.csv`` when a run resumes."""
 
 import lightning as L
 
@@ -9,12 +6,12 @@ from dpo.runs.loggers import MetricsCSV
 
 
 class MetricsRewind(L.Callback):
-    """Takes metrics.csv back to the checkpoint that training goes on from."""
+    """Removes the rows of metrics.csv behind the checkpoint, whose steps are about to be taken again."""
 
     def __init__(self, metrics_csv: MetricsCSV) -> None:
-        """Choose the file."""
+        """Rewind the file of `metrics_csv`."""
         self.metrics_csv = metrics_csv
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The steps of the checkpoint are known now, and none has been taken."""
+        """Rewind to the checkpoint's step, which Lightning has restored by now; no new step has been taken."""
         self.metrics_csv.rewind_to_step(trainer.global_step)

@@ -1,7 +1,4 @@
-"""The options of optimizer and schedule of a run that goes on from a checkpoint.
-
-Takes what Lightning's hooks give. Knows nothing of losses.
-"""
+"""The callback that gives a resumed run the optimizer options and schedule of its command line."""
 
 import warnings
 from typing import Any
@@ -12,58 +9,62 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class OptimizerOverrides(L.Callback):
-    """Goes on from a checkpoint with the optimizer's options and the schedule of the command line, not with saved ones.
+    """Resumes with the optimizer options and the schedule of the command line instead of the saved ones.
 
-    What is saved of them is what they had been. Where they are the same, a resumed run is the uninterrupted one.
+    Lightning restores the options (learning rate, weight decay, ...) along with the optimizer's state, so that changed
+    ones would be ignored. With unchanged options, a resumed run equals an uninterrupted one.
     """
 
-    saved_optimizer = ""  # optimizer of the checkpoint that training goes on from
+    saved_optimizer = ""  # class name of the optimizer in the checkpoint; empty in a run that does not resume
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember which optimizer the saved state is of."""
+        """Save the name of the optimizer that the state belongs to."""
         checkpoint["optimizer"] = type(trainer.optimizers[0]).__name__
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look it up."""
+        """Read the name of the optimizer that the state belongs to."""
         self.saved_optimizer = checkpoint["optimizer"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before the state is restored.
+        """Compare the optimizers before Lightning restores the state.
 
         Raises:
-            ValueError: It is of another optimizer.
+            ValueError: The state in the checkpoint belongs to another optimizer.
         """
         name = type(trainer.optimizers[0]).__name__
         if self.saved_optimizer not in ("", name):
             raise ValueError(
-                f"the checkpoint holds the state of {self.saved_optimizer}: expected --optimizer {self.saved_optimizer}, got {name}. "
-                "To change it, begin a run with --model.policy at the export of this one."
+                f"the checkpoint holds the state of {self.saved_optimizer}: expected --optimizer "
+                f"{self.saved_optimizer}, got {name}. "
+                "To change the optimizer, start a new run with --model.policy set to the export of this one."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make optimizer and schedule anew, go as many steps along the schedule, and take over all but the state."""
+        """Overwrite the restored options with those of a new optimizer, and advance a new schedule to this step."""
         if not self.saved_optimizer:
             return
-        (optimizer,), configs = trainer.optimizers, trainer.lr_scheduler_configs
-        made: Any = pl_module.configure_optimizers()
-        if configs:
-            schedule, made = made["lr_scheduler"]["scheduler"], made["optimizer"]
+        configured: Any = pl_module.configure_optimizers()
+        if trainer.lr_scheduler_configs:
+            schedule = configured["lr_scheduler"]["scheduler"]
+            configured = configured["optimizer"]
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # there are no steps to take
+                # The new optimizer takes no steps; only the learning rates of its schedule are of use.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 for _ in range(trainer.global_step):
                     schedule.step()
-            configs[0].scheduler.load_state_dict(schedule.state_dict())
-        for group, chosen in zip(optimizer.param_groups, made.param_groups, strict=True):
-            options = {name: value for name, value in chosen.items() if name != "params"}
-            changed = [name for name, value in options.items() if name in group and group[name] != value]
-            for name in changed:
-                rank_zero_info(f"Optimizer: {name} is {options[name]}, in the checkpoint {group[name]}.")
+            trainer.lr_scheduler_configs[0].scheduler.load_state_dict(schedule.state_dict())
+        (optimizer,) = trainer.optimizers
+        for group, new_group in zip(optimizer.param_groups, configured.param_groups, strict=True):
+            options = {name: value for name, value in new_group.items() if name != "params"}
+            for name, value in options.items():
+                if name in group and group[name] != value:
+                    rank_zero_info(f"Optimizer: {name} is {value}, in the checkpoint {group[name]}.")
             group.update(options)
-            _count_on_device(optimizer, group)
+            _move_step_counts(optimizer, group)
 
 
-def _count_on_device(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-    """A fused optimizer counts its steps on the device, where one that was not has counted on the host."""
+def _move_step_counts(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """Move step counts to the device for a fused optimizer; the checkpoint may be of one that counts on the host."""
     for parameter in group["params"] if group.get("fused") else ():
         state = optimizer.state.get(parameter, {})
         if "step" in state:

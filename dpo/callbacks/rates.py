@@ -1,7 +1,4 @@
-"""How fast a run goes on, and how long it waits for data.
-
-Takes what Lightning's hooks give; changes nothing about training.
-"""
+"""The callback that logs training speed and the time spent waiting for data."""
 
 import time
 from typing import Any
@@ -14,27 +11,32 @@ from dpo.training.base import is_logged_step
 
 
 class ThroughputLogger(L.Callback):
-    """Logs tokens per second, seconds per step and the share of time spent waiting for data, validation left out."""
+    """Logs tokens per second, seconds per optimizer step and the share of time spent waiting for data.
+
+    Each value is taken over the window since the last logged step. Validations do not count, nor does what follows one
+    until training goes on: samples and checkpoints.
+    """
 
     def __init__(self, data: PairData) -> None:
-        """Ask this data how long it kept the loop waiting."""
+        """Measure the waiting time of the training loader of `data`."""
         self.data = data
         self.paused_at: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin."""
+        """Begin the first window."""
         self.restart_window()
 
     def restart_window(self) -> None:
-        """Begin a new window."""
+        """Reset the counts and the clock."""
         self.tokens = self.batches = 0
-        self.waited_before, self.started_at = self.data.train_loader.wait_seconds, time.perf_counter()
+        self.waited_before = self.data.train_loader.wait_seconds
+        self.started_at = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """Add the batch; at logged steps log and begin anew."""
-        self.tokens += sum(len(micro.tokens) for micro in batch.micro_batches) * trainer.world_size
+        """Count the batch; at a logged step, log the window and begin the next one."""
+        self.tokens += sum(len(micro_batch.tokens) for micro_batch in batch.micro_batches) * trainer.world_size
         self.batches += 1
         if is_logged_step(trainer, batch_idx):
             seconds = time.perf_counter() - self.started_at
@@ -49,11 +51,11 @@ class ThroughputLogger(L.Callback):
             self.restart_window()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock: what follows until the next batch is validation, samples and checkpoints."""
+        """Pause the clock until the next training batch."""
         self.paused_at = time.perf_counter()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Go on."""
+        """Resume the clock after a validation."""
         if self.paused_at is not None:
             self.started_at += time.perf_counter() - self.paused_at
             self.paused_at = None

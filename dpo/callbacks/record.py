@@ -1,7 +1,4 @@
-"""What a run is made of, written down where it begins.
-
-Takes the configuration and the data; changes nothing about training.
-"""
+"""The callback that records a run's configuration and data audit when training begins."""
 
 import json
 
@@ -14,14 +11,32 @@ from dpo.runs.folder import Run
 
 
 class RunRecorder(L.Callback):
-    """Gives the resolved configuration and the audit of the data to the run and to every logger."""
+    """Writes the resolved configuration and the data audit into the run's folder and to every logger."""
 
     def __init__(self, run: Run, data: PairData, config: str) -> None:
-        """Take them from here."""
-        self.run, self.data, self.config = run, data, config
+        """Choose what is recorded and where.
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before anything is trained, and after all that may refuse to: what a run did is not overwritten by that."""
+        Args:
+            run: The run whose folder is written to.
+            data: The data whose audit is recorded.
+            config: The resolved configuration as YAML.
+        """
+        self.run = run
+        self.data = data
+        self.config = config
+        self.recorded = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record once no check can refuse the run any more, so that a refused one overwrites no older record."""
+        self._record(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record a fit that had no step left to take; Lightning skips `on_train_start` then."""
+        if not self.recorded:
+            self._record(trainer)
+
+    def _record(self, trainer: L.Trainer) -> None:
+        self.recorded = True
         audits = {split: audit.to_dict() for split, audit in self.data.audits_by_split.items()}
         if trainer.is_global_zero:
             self.run.config_path.write_text(self.config)

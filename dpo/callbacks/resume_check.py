@@ -1,8 +1,8 @@
-"""What a run that goes on from a checkpoint must have in common with the one that wrote it.
+"""The callback that refuses to resume a checkpoint with other training options than it was trained with.
 
-Takes the module, the data and the configuration; a checkpoint keeps their terms, and other ones are refused: its place
-among the pairs would be another, and config.yaml would claim for the whole run what holds for its end. What may change
-is the length of training, what is watched, how the work is cut, and the optimizer.
+With other data or another batch size, the checkpoint's position in the data would mean other pairs; with another loss
+or seed, config.yaml would describe only the last part of the run. Options may change that affect neither: the length
+of training, what is logged, how a step is split into micro-batches, and the optimizer's.
 """
 
 from typing import Any
@@ -15,39 +15,39 @@ from dpo.training.dpo import DPO
 
 
 class ResumeCheck(L.Callback):
-    """Keeps the terms of training in every checkpoint; goes on with no others."""
+    """Saves the options that must not change in every checkpoint, and compares them on resuming."""
 
     def __init__(self, seed: int, data: PairData) -> None:
-        """Take the seed of everything, and the data."""
-        self.seed, self.data = seed, data
+        """Take the global seed and the data; the other options are those of the trainer and its module."""
+        self.seed = seed
+        self.data = data
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep them."""
-        checkpoint["terms"] = self._terms(trainer, pl_module)
+        """Save the options that must not change."""
+        checkpoint["terms"] = self._fixed_options(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compare them.
+        """Compare the saved options with the current ones.
 
         Raises:
-            ValueError: Some differ.
+            ValueError: Some of them differ.
         """
-        now, before = self._terms(trainer, pl_module), checkpoint.get("terms", {})
-        changed = [
-            f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value
-        ]
+        saved = checkpoint.get("terms", {})
+        current = self._fixed_options(trainer, pl_module)
+        changed = [f"{name} {saved.get(name)} (now {new})" for name, new in current.items() if saved.get(name) != new]
         if changed:
             raise ValueError(
-                f"the checkpoint was trained with other options: expected {', '.join(changed)}. Go on with the "
-                "config.yaml of its run, or begin a new one with --model.policy at the export of that run."
+                f"the checkpoint was trained with other options: expected {', '.join(changed)}. Resume with the "
+                "config.yaml of its run, or start a new run with --model.policy set to that run's export."
             )
 
-    def _terms(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str | int]:
+    def _fixed_options(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str | int]:
         assert isinstance(module, Stage)
         return {
             "--seed_everything": self.seed,
             "--model": type(module).__name__,
             "--model.adapter": str(module.adapter),
-            **(_preferences(module) if isinstance(module, DPO) else {}),
+            **(_dpo_options(module) if isinstance(module, DPO) else {}),
             "--data.batch_size": self.data.batch_size,
             "--data.shuffle": self.data.shuffle,
             "--data.seed": self.data.seed,
@@ -56,8 +56,7 @@ class ResumeCheck(L.Callback):
         }
 
 
-def _preferences(module: DPO) -> dict[str, str | int]:
-    moving = (
-        str(module.reference_choice) if module.reference.checkpointed_names() else "fixed"
-    )  # its weights are compared too
-    return {"--model.loss": str(module.loss), "--model.reference": moving}
+def _dpo_options(module: DPO) -> dict[str, str | int]:
+    # How a fixed reference is given may change: the module compares the hash of its weights.
+    reference = str(module.reference_choice) if module.reference.checkpointed_names() else "fixed"
+    return {"--model.loss": str(module.loss), "--model.reference": reference}

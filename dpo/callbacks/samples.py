@@ -1,21 +1,16 @@
-"""What a person sees of the policy while a run goes on: sampled answers.
+"""The callback that samples answers to held-out prompts at every validation."""
 
-Takes what Lightning's hooks give; reads the models of a stage, changes nothing.
-"""
-
-from dataclasses import replace
+import math
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
-from transformers import PreTrainedModel
 
 from dpo.data.datamodule import PairData
 from dpo.files import append_jsonl, drop_rows_from_step
-from dpo.models.generation import GREEDY_SAMPLING, generate_answers
 from dpo.runs.folder import Run
 from dpo.training.base import Stage
 
@@ -23,68 +18,68 @@ SAMPLE_COLUMNS = ("prompt", "reference", "policy")
 
 
 class AnswerSampler(L.Callback):
-    """Shows how policy and reference answer the same held-out prompts, at every validation."""
+    """Shows the answers of policy and reference to the same held-out prompts, at every validation.
+
+    They are printed, appended to samples.jsonl and sent to Weights & Biases.
+    """
 
     def __init__(self, run: Run, data: PairData, prompt_count: int = 3, max_new_tokens: int = 64) -> None:
-        """Choose how much is shown.
+        """Choose how much is sampled.
 
         Args:
-            run: Where samples.jsonl is written.
-            data: Where the prompts come from.
-            prompts: Number of prompts, spread evenly over the validation split.
-            max_new_tokens: Longest answer.
+            run: The run whose samples.jsonl is written.
+            data: The data whose validation split the prompts come from.
+            prompt_count: Largest number of prompts; they are spread evenly over the validation split.
+            max_new_tokens: Longest answer, in tokens.
         """
-        self.run, self.data, self.prompt_count, self.max_new_tokens = run, data, prompt_count, max_new_tokens
+        self.run = run
+        self.data = data
+        self.prompt_count = prompt_count
+        self.max_new_tokens = max_new_tokens
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on behind the checkpoint that training goes on from."""
+        """Drop samples behind the checkpoint that training resumes from."""
         if trainer.is_global_zero:
             drop_rows_from_step(self.run.samples_path, trainer.global_step + 1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sample, show, store."""
+        """Sample answers, and print, store and log them."""
         assert isinstance(pl_module, Stage)
         if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        rows = self._sample(trainer.global_step, pl_module.models_by_role())
+        rows = self._sample(trainer.global_step, pl_module)
         print_samples(rows)
-        drop_rows_from_step(
-            self.run.samples_path, trainer.global_step
-        )  # a run that was killed behind its checkpoint validates again
+        # A run that was killed between its samples and its checkpoint repeats the validation.
+        drop_rows_from_step(self.run.samples_path, trainer.global_step)
         append_jsonl(self.run.samples_path, rows)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_text("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows])
 
-    def _sample(self, step: int, models: dict[str, PreTrainedModel]) -> list[dict[str, Any]]:
-        """The answers of every model."""
-        pairs, encoder = self.data.pairs_by_split["val"], self.data.encoder
-        asked = [pairs[index] for index in range(0, len(pairs), -(-len(pairs) // self.prompt_count))]
-        prompts, sampling = (
-            [pair.prompt for pair in asked],
-            replace(GREEDY_SAMPLING, max_new_tokens=self.max_new_tokens),
-        )
-        texts = {
-            role: [answer.text for (answer,) in generate_answers(model, encoder, prompts, sampling, seed=0)]
-            for role, model in models.items()
+    def _sample(self, step: int, stage: Stage) -> list[dict[str, Any]]:
+        pairs = self.data.pairs_by_split["val"]
+        selected = [pairs[index] for index in range(0, len(pairs), math.ceil(len(pairs) / self.prompt_count))]
+        prompts = [pair.prompt for pair in selected]
+        answers_by_role = {
+            role: stage.generate_from_tokens(prompts, role, max_new_tokens=self.max_new_tokens)
+            for role in stage.models_by_role()
         }
         return [
             {
                 "step": step,
                 "id": pair.id,
-                "prompt": encoder.tokenizer.decode(list(pair.prompt), skip_special_tokens=True),
-                **{role: answers[number] for role, answers in texts.items()},
+                "prompt": self.data.tokenizer.decode(list(pair.prompt), skip_special_tokens=True),
+                **{role: answers[number] for role, answers in answers_by_role.items()},
             }
-            for number, pair in enumerate(asked)
+            for number, pair in enumerate(selected)
         ]
 
 
 def print_samples(rows: list[dict[str, Any]]) -> None:
-    """Print prompts with the answers of every model beside each other."""
-    table = Table(title=f"Held-out prompts after {rows[0]['step']} steps", show_lines=True)
-    columns = sorted((name for name in rows[0] if name not in ("step", "id")), key=SAMPLE_COLUMNS.index)
-    for column in columns:
-        table.add_column(column, ratio=1)
+    """Print a table with a row per prompt and the answers of all models side by side."""
+    names = [name for name in SAMPLE_COLUMNS if name in rows[0]]
+    title = f"Held-out prompts after {rows[0]['step']} steps"
+    table = Table(*(Column(name, ratio=1) for name in names), title=title, show_lines=True)
     for row in rows:
-        table.add_row(*(Text(row[column].strip()) for column in columns))
+        table.add_row(*(Text(row[name].strip()) for name in names))
     Console().print(table)

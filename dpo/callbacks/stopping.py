@@ -1,7 +1,4 @@
-"""How a run is stopped in order, and that it is validated where it ends.
-
-Takes signals and what Lightning's hooks give.
-"""
+"""Callbacks for the end of a run: a graceful stop on signals, and a validation at the last step."""
 
 import signal
 from types import FrameType
@@ -12,47 +9,54 @@ from dpo.data.sampler import Step
 
 
 class GracefulStop(L.Callback):
-    """Ends a run in order on SIGINT and SIGTERM: the step is finished, then checkpoint, table and export as always."""
+    """Stops training on SIGINT or SIGTERM after the current optimizer step.
+
+    The checkpoint, the table of results and the export are written as at any other end of a run.
+    """
 
     def __init__(self) -> None:
-        """Nothing has been asked yet."""
+        """Start without a signal."""
         self.signal_number = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over both signals from Lightning, which gives them back when it tears down; the second ends at once."""
+        """Replace Lightning's handlers of both signals; Lightning restores the original ones at teardown."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._handle_signal)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number:
             raise KeyboardInterrupt
         self.signal_number = number
         print(
-            "\nStopping after this step: checkpoint, table and export follow. Once more ends at once.",
+            "\nStopping after this step; then the checkpoint, the results and the export are written. "
+            "A second signal stops at once.",
             flush=True,
         )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """At the end of an optimizer step, stop all devices when one was asked."""
-        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if whole and trainer.strategy.reduce_boolean_decision(bool(self.signal_number), all=False):
+        """At the end of an optimizer step, stop all processes if one of them got a signal."""
+        is_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if is_step_end and trainer.strategy.reduce_boolean_decision(bool(self.signal_number), all=False):
             trainer.should_stop = True
-            trainer.limit_val_batches = 0  # whoever sends a signal may not wait for a validation
+            trainer.limit_val_batches = 0  # whoever sent the signal may kill the process before a validation ends
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + the signal."""
+        """Exit code of the process: 128 + the signal's number, or 0 without a signal."""
         return 128 + self.signal_number if self.signal_number else 0
 
 
 class FinalValidation(L.Callback):
-    """Validates where a run ends by its number of steps within an epoch; ends of epochs do by themselves."""
+    """Validates at the last step of a run that `max_steps` ends within an epoch.
+
+    Lightning validates at the end of an epoch, or after a callback's stop, but not where `max_steps` is reached.
+    """
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """Let Lightning stop, which validates then, unless it validates here anyway."""
-        due = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
-        trainer.should_stop |= trainer.global_step == trainer.max_steps and not due
+        """At the last step, ask Lightning to stop, unless it validates after this batch anyway."""
+        validates_here = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
+        trainer.should_stop |= trainer.global_step == trainer.max_steps and not validates_here

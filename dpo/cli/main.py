@@ -1,9 +1,11 @@
-"""The command line: which classes there are, where a run lies, what happens around fit, validate, test and predict.
+"""The training command line: fit, validate, test and predict, each with the folder of a run.
 
-Takes the words of the command line; gives a run folder. `train.py` is its only caller.
+Lightning's command line parses the options and builds trainer, model and data. Added here are the classes that can be
+chosen by name, the name and the lock of the run, and what is written after a verb.
 """
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ import lightning as L
 import torch
 import transformers
 import wandb
-from jsonargparse.typing import restricted_string_type
+from jsonargparse.typing import extend_base_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.loggers import Logger
@@ -25,14 +27,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from dpo.callbacks.defaults import standard_callbacks
 from dpo.callbacks.predictions import PredictionWriter
 from dpo.callbacks.stopping import GracefulStop
-from dpo.cli.parser import HintingParser, add_quickstart_config, error_message, set_argv
-from dpo.data.datamodule import QUICKSTART_NAME, TextData
+from dpo.cli.parser import HintingParser, complete_arguments, error_message, set_argv
+from dpo.data.datamodule import PairData, TextData
 from dpo.data.preferences import HHRLHF, PreferencePairs
 from dpo.data.prompts import Prompts
 from dpo.files import append_jsonl
+from dpo.models.checkpoint_io import AtomicCheckpointIO, local_checkpoint
 from dpo.models.cpu import keep_freed_memory, limit_onednn_cache
 from dpo.runs import results
-from dpo.runs.checkpoint_io import AtomicCheckpointIO, local_checkpoint
 from dpo.runs.export import export_run
 from dpo.runs.folder import NAMED_CHECKPOINTS, Run, checkpoint_run_name
 from dpo.runs.loggers import MetricsCSV, wandb_logger
@@ -41,23 +43,34 @@ from dpo.training.dpo import DPO
 from dpo.training.nonfinite import NonFiniteError
 from dpo.training.precomputed import Cached
 from dpo.training.preflight import PreflightError
-from dpo.training.schedules import Warmup
+from dpo.training.schedules import ADAMW_OPTIONS, Warmup
 from dpo.training.sft import SFT
 
-IGNORED_WARNINGS = {  # what Lightning says about things that are as they should be here
-    "policy and reference are in eval mode by design (dropout off)": "Found .* module.s. in eval mode",
-    "the summary counts parameters": "Precision .* is not supported by the model summary",
-    "collating a step takes far less time than training on it": "The .* does not have many workers",
-    "a loss looks at its pairs before they are moved": "You have overridden `on_before_batch_transfer`",
-    "torch and Lightning": ".*treespec, LeafSpec.*",
-    "what is left at the end of a run is logged there": "The number of training batches .* smaller than the logging",
-}
+# Patterns of warnings about what is intended here.
+IGNORED_WARNINGS = (
+    "Found .* module.s. in eval mode",  # policy and reference train without dropout
+    "Precision .* is not supported by the model summary",  # the summary is used for its number of parameters only
+    "The .* does not have many workers",  # collating a step takes far less time than training on it
+    "You have overridden `on_before_batch_transfer`",  # losses check their pairs before these move to the device
+    ".*treespec, LeafSpec.*",  # deprecated in torch, used by Lightning
+    "The number of training batches .* smaller than the logging",  # the last steps are logged at the end of the run
+)
 IGNORED_LOG_WORDS = ("litlogger", "GPU available", "TPU available")
-# Imported here, so that the command line knows them by their last name.
+# The command line finds classes by their short name only if they are imported.
 SHORT_NAMES = (DPO, SFT, HHRLHF, PreferencePairs, Prompts, Cached, Warmup)
-HELD_OUT_PAIRS = 50  # validation pairs that are stored as text, for whoever serves the run
-RunName = restricted_string_type("Name", r"^(?!latest$)\w[\w.+-]*$", docstring="A folder name other than latest.")
-DEFAULT_OPTIMIZER = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-6, "weight_decay": 0.0}}
+HELD_OUT_PAIRS = 50  # validation pairs stored as text, which the server shows as examples
+
+
+def _check_run_name(_: type, name: str) -> None:
+    if not re.match(r"(?!latest$)\w[\w.+-]*$", name):
+        raise ValueError(
+            "expected a folder name without slashes or spaces, not `latest` (letters, digits, _ and, after the first "
+            f"character, .+-), got {name!r}"
+        )
+
+
+RunName = extend_base_type("Name", str, _check_run_name, "Name of a run's folder.", register_key=("Name", str))
+DEFAULT_OPTIMIZER = {"class_path": "torch.optim.AdamW", "init_args": ADAMW_OPTIONS}
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
     "log_every_n_steps": 10,
@@ -68,46 +81,54 @@ TRAINER_DEFAULTS = {
 
 
 class TrainingCLI(LightningCLI):
-    """Lightning's command line around one `Run`."""
+    """Lightning's command line, whose verbs work in the folder of one run.
 
+    Attributes:
+        run: The run.
+        is_resuming: Whether the verb starts from one of the run's own checkpoints.
+        graceful_stop: The callback that stops the run on a signal, and knows the exit code.
+        metrics_csv: The logger that writes metrics.csv.
+    """
+
+    model: Stage
+    datamodule: PairData
     run: Run
     is_resuming: bool
     graceful_stop: GracefulStop
     metrics_csv: MetricsCSV
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the name of the run and what follows from other options."""
+        """Add the options of run name, optimizer and schedule, and the default classes."""
         parser.add_argument(
             "--name",
             type=RunName | None,
             default=None,
             help="Name of the run: its folder is runs/<name>. Default: date and seed.",
         )
-        parser.link_arguments(("model.init_args.policy", "data"), "data.init_args.tokenizer", policy_tokenizer)
-        parser.link_arguments("model", "data.init_args.answers", lambda model: model.answer_sides, apply_on="instantiate")
         parser.add_optimizer_args((torch.optim.Optimizer,), link_to="model.init_args.optimizer")
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.init_args.lr_scheduler")
         parser.set_defaults(
-            {
-                "model": {"class_path": "dpo.training.dpo.DPO"},
-                "data": {"class_path": "dpo.data.preferences.HHRLHF"},
-                "optimizer": DEFAULT_OPTIMIZER,
-            }
+            {"model": {"class_path": "dpo.DPO"}, "data": {"class_path": "dpo.HHRLHF"}, "optimizer": DEFAULT_OPTIMIZER}
         )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Add what `predict` alone takes."""
+        """Add the options that only ``predict`` takes."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
             parser.add_class_arguments(PredictionWriter, None, skip={"run"}, instantiate=False)
         return parser
 
     def before_instantiate_classes(self) -> None:
-        """Find the folder of the run and the checkpoint before anything is read or written."""
+        """Determine the run's folder and the checkpoint before anything is read or written.
+
+        Raises:
+            ValueError: The checkpoint is not a local file, or the run does not allow the verb.
+        """
         config = self.config[self.subcommand]
-        root, checkpoint = Path(config.trainer.default_root_dir), config.ckpt_path
-        given = config.name or (checkpoint and checkpoint_run_name(root, checkpoint))
-        config.name = given or f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed_everything}"
+        root = Path(config.trainer.default_root_dir)
+        checkpoint = config.ckpt_path
+        name = config.name or (checkpoint and checkpoint_run_name(root, checkpoint))
+        config.name = name or f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed_everything}"
         set_argv([*sys.argv[1:], "--name", config.name])
         self.run = Run(root / config.name)
         if checkpoint in NAMED_CHECKPOINTS:
@@ -120,125 +141,117 @@ class TrainingCLI(LightningCLI):
             config.trainer.max_epochs = 1
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: options come from the command line and configurations, never out of a checkpoint."""
+        """Do nothing: options come from the command line and configurations, never from a checkpoint."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Give the trainer what every run has, in front of what the user adds."""
-        self.graceful_stop, self.metrics_csv = GracefulStop(), MetricsCSV(self.run.metrics_path)
-        verb, theirs = str(self.subcommand), self.config_init[self.subcommand].trainer
+        """Return a trainer with the callbacks, plugins and loggers of every run, followed by those of the user.
+
+        Raises:
+            ValueError: The trainer's precision or strategy is not supported, or the verb cannot use the data.
+        """
+        self.graceful_stop = GracefulStop()
+        self.metrics_csv = MetricsCSV(self.run.metrics_path)
+        verb = str(self.subcommand)
+        user_options = self.config_init[verb].trainer
         config = self.config[verb].clone()
-        config.ckpt_path = (
-            None if self.is_resuming else config.ckpt_path
-        )  # which of its own checkpoints it goes on from
+        if self.is_resuming:  # config.yaml stays the same whichever of its own checkpoints a run resumes from
+            config.ckpt_path = None
         text = self._parser(verb).dump(config, skip_none=False)
-        ours = standard_callbacks(verb, config, text, self.run, self.datamodule, self.metrics_csv, self.graceful_stop)
+        callbacks = standard_callbacks(
+            verb, config, text, self.run, self.datamodule, self.metrics_csv, self.graceful_stop
+        )
         trainer = super().instantiate_trainer(
-            callbacks=ours + as_list(theirs.callbacks),
-            plugins=[AtomicCheckpointIO(), *as_list(theirs.plugins)],
-            logger=self._loggers(theirs.logger),
+            callbacks=callbacks + as_list(user_options.callbacks),
+            plugins=[AtomicCheckpointIO(), *as_list(user_options.plugins)],
+            logger=self._loggers(user_options.logger),
             use_distributed_sampler=False,
             **kwargs,
         )
-        check_trainer_support(trainer)
+        check_trainer_support(trainer)  # already here, before data and models are read
         rank_zero_info(f"Run: {self.run.folder}")
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """A fit has its folder for itself."""
+        """Run the verb; a fit locks its folder."""
         trains = subcommand == "fit" and self.trainer.is_global_zero
         with self.run.lock_folder(self.is_resuming) if trains else nullcontext():
             try:
                 super()._run_subcommand(subcommand)
             finally:
-                wandb.finish()  # before a folder that it writes into may be removed
+                wandb.finish()  # it writes into the folder, which is removed if the run was refused
 
     def _loggers(self, chosen: Logger | list[Logger] | bool | None) -> list[Logger]:
-        """Metrics.csv of a fit and what the user chose; Weights & Biases where nothing was chosen."""
+        """Return the loggers of a fit: metrics.csv and those of the user, by default Weights & Biases."""
         if self.subcommand != "fit":
             return []
-        default = chosen is None or chosen is True
-        return [self.metrics_csv, *([wandb_logger(self.run)] if default else as_list(chosen))]
+        if chosen is None or chosen is True:
+            chosen = wandb_logger(self.run)
+        return [self.metrics_csv, *as_list(chosen)]
 
-    @rank_zero_only
-    def _finish(self, stage: str) -> None:
+    def _store_metrics(self, stage: str) -> dict[str, float]:
+        """Write the metrics of a stage into results.json, and return them."""
         metrics = self.trainer.callback_metrics
         values = {name: value.item() for name, value in metrics.items() if name.startswith(f"{stage}/")}
         if values:
             self.run.update_results(values)
+        return values
 
     def after_fit(self) -> None:
-        """Write the table of results and the Hugging Face folder."""
-        self._finish("val")
+        """Write results, the Hugging Face folder and the held-out pairs, and print where they are."""
         if not self.trainer.is_global_zero:
             return
+        self._store_metrics("val")
         rows = results.write_results(self.run)
-        results.print_results(
-            rows, f"Results of {self.run.folder.name}", results.results_remarks(self.run.metrics_path)
-        )
+        remarks = results.results_remarks(self.run.metrics_path)
+        results.print_results(rows, f"Results of {self.run.folder.name}", remarks)
         folder = export_run(
             self.run,
-            self.model.adapter.exported(self.model.policy),
+            self.model.adapter.model_to_export(self.model.policy),
             self.datamodule.tokenizer,
-            base=self.model.policy_path,
+            self.model.origin(),
             data=self.datamodule.path,
-            card_summary=self.model.story,
+            card_summary=self.model.card_summary,
         )
         self.run.held_out_path.unlink(missing_ok=True)
-        append_jsonl(self.run.held_out_path, self.datamodule.texts("val", HELD_OUT_PAIRS))
+        append_jsonl(self.run.held_out_path, self.datamodule.example_texts("val", HELD_OUT_PAIRS))
         print(f"Checkpoints: {self.run.checkpoint_folder}\nHugging Face folder: {folder}")
 
+    @rank_zero_only
+    def _report(self, stage: str) -> None:
+        results.print_metric_values(self._store_metrics(stage), stage)
+
     def after_validate(self) -> None:
-        """Store and print the values."""
-        self._finish("val")
-        self._print("val")
+        """Store and print the metrics of the validation pairs."""
+        self._report("val")
 
     def after_test(self) -> None:
-        """Store and print the values."""
-        self._finish("test")
-        self._print("test")
-
-    @rank_zero_only
-    def _print(self, stage: str) -> None:
-        results.print_metric_values(
-            {name: float(value) for name, value in self.trainer.callback_metrics.items()}, stage
-        )
-
-
-def policy_tokenizer(policy: str, data: Any) -> str:
-    """The policy's own.
-
-    Raises:
-        ValueError: Another one was chosen for the data.
-    """
-    given = data.init_args.tokenizer
-    if given not in (QUICKSTART_NAME, policy):  # the default, and what was linked before
-        raise ValueError(
-            f"--data.tokenizer: expected none, got {given!r}: the tokenizer is the one that comes with --model.policy "
-            f"({policy}). Leave the option out, or put the tokenizer's files into the policy's folder."
-        )
-    return policy
+        """Store and print the metrics of the test pairs."""
+        self._report("test")
 
 
 def as_list(value: Any) -> list[Any]:
-    """What an option holds that takes nothing, one thing or several."""
+    """Return the value of an option that takes nothing, one value or a list, as a list."""
     return value if isinstance(value, list) else [value] if value else []
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command line; with neither configuration nor model nor data named, the quickstart.
+    """Run a training command line; a ``fit`` that names no configuration, policy or data trains the quickstart.
+
+    Args:
+        arguments: Verb and options.
 
     Returns:
         Exit code: 0 done, 1 refused with a message, 130 or 143 stopped by a signal.
     """
     keep_freed_memory()
     limit_onednn_cache()
-    for message in IGNORED_WARNINGS.values():
-        warnings.filterwarnings("ignore", message)
+    for pattern in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(word in record.getMessage() for word in IGNORED_LOG_WORDS)
     )
-    transformers.logging.disable_progress_bar()  # of loading and saving, beside ours
-    set_argv(add_quickstart_config(arguments))
+    transformers.logging.disable_progress_bar()  # of loading and saving; training has its own
+    set_argv(complete_arguments(arguments))
     try:
         cli = TrainingCLI(
             Stage,

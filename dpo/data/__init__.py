@@ -1,1 +1,1 @@
-"""Data: from files, wherever they are, to the steps of an optimizer."""
+"""Preference data, from files to the batches of an optimizer step: reading, tokenization, storage and sampling."""

@@ -1,7 +1,6 @@
-"""The table of tokenised rows -> what was read, kept, refused and cut, subset by subset.
+"""Counts of the rows that were read, kept, refused and cut, per subset.
 
-Takes the columns that `dpo.data.store` writes; gives numbers, as a table for people and as plain values for files
-and loggers. Knows nothing of files or tokenizers.
+They are computed from the columns that `dpo.data.store` writes, and shown as a table or written as plain values.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from dpo.data.dialogue import Refusal
 from dpo.data.formats import Fault
 
 KEPT_VERDICT = "kept"
-"""The verdict on a row that is used; the others are the values of `Fault` and `Refusal`."""
+"""The verdict on a row that is used; all other verdicts are values of `Fault` and `Refusal`."""
 _VERDICTS = (KEPT_VERDICT, *Refusal, *Fault)
 _SIDES = ("prompt", "chosen", "rejected")
 _CUTS = ("turns_dropped", "prompt_cut", "chosen_cut", "rejected_cut")
@@ -26,7 +25,7 @@ _CUTS = ("turns_dropped", "prompt_cut", "chosen_cut", "rejected_cut")
 
 @dataclass(frozen=True)
 class LengthSummary:
-    """Of one part of the kept pairs, in tokens (zeros where none is kept)."""
+    """Lengths of the prompts, or of one answer, of the kept pairs in tokens; zeros if no pair is kept."""
 
     mean: float
     median: float
@@ -35,7 +34,7 @@ class LengthSummary:
 
     @classmethod
     def from_lengths(cls, lengths: NDArray[Any]) -> "LengthSummary":
-        """Summarise lengths."""
+        """Summarize an array of lengths."""
         if not len(lengths):
             return cls(0.0, 0.0, 0.0, 0)
         median, p95 = np.percentile(lengths, (50, 95))
@@ -44,17 +43,17 @@ class LengthSummary:
 
 @dataclass(frozen=True)
 class SubsetCounts:
-    """Of one subset, or of all.
+    """Counts of one subset, or of all subsets together.
 
     Attributes:
-        read: Lines read; ``kept``, ``refused`` and ``bad`` add up to it.
-        kept: Pairs that are used.
-        refused: Readable rows that are not used, by reason.
-        bad: Unreadable rows that were skipped, by fault.
+        read: Number of rows read, the sum of `kept`, `refused` and `bad`.
+        kept: Number of pairs that are used.
+        refused: Number of readable rows that are not used, by reason.
+        bad: Number of unreadable rows that were skipped, by fault.
         tokens: Lengths of ``prompt``, ``chosen`` and ``rejected``.
-        cut: Share of the kept pairs that lost something to the maximal length: ``turns_dropped`` (oldest of
-            the prompt), ``prompt_cut`` (start of what remained), ``chosen_cut``, ``rejected_cut`` (ends).
-        longer_wins: Accuracy of preferring the answer with more characters; a tie counts half.
+        cut: Share of the kept pairs that were shortened to the maximum length: ``turns_dropped`` (oldest turns of the
+            prompt), ``prompt_cut`` (start of what remained), ``chosen_cut`` and ``rejected_cut`` (end of an answer).
+        longer_wins: Accuracy of always preferring the answer with more characters; a tie counts half.
     """
 
     read: int
@@ -67,7 +66,7 @@ class SubsetCounts:
 
     @classmethod
     def from_columns(cls, columns: dict[str, NDArray[Any]]) -> "SubsetCounts":
-        """Count rows; ``verdict`` is an index of `_VERDICTS`, sides are lengths in tokens."""
+        """Count rows, given the index of each verdict in `_VERDICTS` and the length of each side in tokens."""
         verdicts = {name: int((columns["verdict"] == code).sum()) for code, name in enumerate(_VERDICTS)}
         kept = {name: column[columns["verdict"] == _VERDICTS.index(KEPT_VERDICT)] for name, column in columns.items()}
         count = cls(
@@ -85,36 +84,41 @@ class SubsetCounts:
 
 @dataclass(frozen=True)
 class Audit:
-    """Of one split: the counts of each subset, and of all together under ``total``."""
+    """Counts of one split.
+
+    Attributes:
+        split: Name of the split.
+        counts_by_subset: Counts of each subset, and of all together under ``total``.
+    """
 
     split: str
     counts_by_subset: dict[str, SubsetCounts]
 
     @classmethod
     def from_table(cls, split: str, table: pa.Table) -> "Audit":
-        """Audit a split's rows; the memory it takes is a few numbers a row, not their tokens."""
+        """Count the rows of a split; this needs memory for a few numbers per row, not for their tokens."""
         columns = {name: table[name].to_numpy() for name in (*_CUTS, "chosen_chars", "rejected_chars")}
         columns |= {side: pc.list_value_length(table[side]).to_numpy() for side in _SIDES}
         columns["verdict"] = pc.index_in(table["verdict"], pa.array(_VERDICTS, pa.string())).to_numpy()
         counts = {}
         for name in pc.unique(table["subset"]).to_pylist():
-            there = pc.equal(table["subset"], name).to_numpy()
-            counts[name] = SubsetCounts.from_columns({key: column[there] for key, column in columns.items()})
+            in_subset = pc.equal(table["subset"], name).to_numpy()
+            counts[name] = SubsetCounts.from_columns({key: column[in_subset] for key, column in columns.items()})
         return cls(split, counts | {"total": SubsetCounts.from_columns(columns)})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: subset -> what `Count` says."""
+        """Return the fields of `SubsetCounts` by subset, as values that JSON can represent."""
         return {name: asdict(count) for name, count in self.counts_by_subset.items()}
 
     def to_rich_table(self) -> Table:
-        """For a person: one column a subset; reasons that never held are left out."""
-        # With a single subset, its column would be that of the total again.
+        """Return a table for people with one column per subset; reasons that never occurred are left out."""
+        # With a single subset, the total would repeat its column.
         shown = {
             name: count
             for name, count in self.counts_by_subset.items()
             if name != "total" or len(self.counts_by_subset) > 2
         }
-        table = Table(title=f"What was read of {self.split}", title_justify="left", box=SIMPLE, pad_edge=False)
+        table = Table(title=f"Rows of the {self.split} split", title_justify="left", box=SIMPLE, pad_edge=False)
         table.add_column("rows", overflow="fold")
         for name in shown:
             table.add_column(name.replace("-", "-\n"), justify="right", overflow="fold")
@@ -128,7 +132,7 @@ class Audit:
 
 
 def _sections(count: SubsetCounts) -> list[dict[str, str]]:
-    """One column of the table: label -> value, section by section."""
+    """Return one column of the table: the values by label, for each section."""
     rows = {"read": count.read}
     for name, reasons in (("bad", count.bad), ("refused", count.refused)):
         rows |= {name: sum(reasons.values())} | {f"  {reason}": number for reason, number in reasons.items()}

@@ -1,8 +1,8 @@
-r"""The fields of a row -> a `Pair` with its weight and margin, or what is wrong with the row.
+r"""Conversion of the fields of a row to a preference pair with its weight and margin.
 
-Takes text or messages, with the prompt in a column of its own or at the beginning of both answers. Text that begins
-with ``\n\nHuman:`` is a dialogue of hh-rlhf and is kept to the byte; any other text and every message is one turn,
-without the white space around it. Knows nothing of files or tokens.
+Answers are text or messages; the prompt has a column of its own or is the beginning of both answers. Text that begins
+with ``\n\nHuman:`` is a dialogue of hh-rlhf and is kept byte for byte. Any other text and every message is one turn and
+is stripped of white space.
 """
 
 import math
@@ -24,22 +24,20 @@ from dpo.data.formats import BadLineError, Fault, RawRow
 
 HUMAN_MARKER, ASSISTANT_MARKER = TURN_MARKERS
 _ROLES = {"user": Role.HUMAN, "assistant": Role.ASSISTANT, "system": Role.SYSTEM}
-_TOOLS = ("tool", "function")
-_CALLS = ("tool_calls", "function_call")
+_TOOL_ROLES = ("tool", "function")
+_CALL_FIELDS = ("tool_calls", "function_call")
 
 
 @dataclass(frozen=True)
 class PairRow:
-    """A readable row.
+    """A readable row of preference data.
 
     Attributes:
-        line: Where it stands, from 1.
-        pair: What it says, or why it is not used.
-        weight: By what the loss of the pair is multiplied.
-        margin: By how much the chosen answer is better; None where the data do not say.
+        pair: The pair, or why it is not used.
+        weight: Factor of the loss of the pair.
+        margin: By how much the chosen answer is better; None if the data have no margins.
     """
 
-    line: int
     pair: DialoguePair | Refusal
     weight: float = 1.0
     margin: float | None = None
@@ -47,18 +45,18 @@ class PairRow:
 
 @dataclass(frozen=True)
 class Columns:
-    """In which column what stands; an empty name: in none, whatever is there.
+    """The column name of each field; an empty name means that the data have no such field, whatever columns exist.
 
-    All but `chosen` and `rejected` may be missing from the data, unless a name other than the default is given here.
+    Only `chosen` and `rejected` must exist in the data, and every column whose name is not the default.
 
     Attributes:
-        prompt: What is answered: text, or messages. Without it both answers are whole dialogues: text of hh-rlhf, or
-            messages.
-        chosen: The better answer, or the whole dialogue with it at its end.
-        rejected: The other one.
-        system: A system message before everything.
-        weight: A number, 0 or more, by which the loss of the pair is multiplied.
-        margin: A number: by how much the chosen answer is better, for losses that take a margin.
+        prompt: What is answered, as text or messages. Without this column both answers are whole dialogues, as text of
+            hh-rlhf or as messages.
+        chosen: The better answer, or the whole dialogue that ends with it.
+        rejected: The worse answer, or the whole dialogue that ends with it.
+        system: A system message that comes before everything else.
+        weight: Factor of the loss of the pair, a number of 0 or more.
+        margin: By how much the chosen answer is better, a number; for losses that take a margin.
     """
 
     prompt: str = "prompt"
@@ -68,106 +66,113 @@ class Columns:
     weight: str = "weight"
     margin: str = "margin"
 
-    def parse_row(self, line: int, raw_row: RawRow) -> PairRow:
-        """Read a row.
+    def parse_row(self, raw_row: RawRow) -> PairRow:
+        """Return the preference pair of a row.
 
         Raises:
-            BadLineError: A column is missing, or holds something else than it should.
+            BadLineError: A column is missing or has a wrong type.
         """
         self._require(raw_row, self.chosen, self.rejected)
         if raw_row[self.chosen] is raw_row[self.rejected] is None:
-            return PairRow(line, Refusal.UNMARKED)
-        given, system = self._prompt(raw_row), self._system(raw_row)
-        chosen, rejected = (self._side(raw_row, name, given, system) for name in (self.chosen, self.rejected))
-        weight, margin = _number(raw_row, self.weight, 0), _number(raw_row, self.margin, -math.inf)
-        return PairRow(line, pair_dialogues(chosen, rejected), 1.0 if weight is None else weight, margin)
+            return PairRow(Refusal.UNMARKED)
+        prompt = self._prompt(raw_row)
+        system = self._system(raw_row)
+        chosen, rejected = (self._dialogue(raw_row, name, prompt, system) for name in (self.chosen, self.rejected))
+        weight = _number(raw_row, self.weight, 0)
+        margin = _number(raw_row, self.margin, -math.inf)
+        return PairRow(pair_dialogues(chosen, rejected), 1.0 if weight is None else weight, margin)
 
     def parse_history(self, raw_row: RawRow) -> Turns | Refusal:
-        """What is to be answered: the prompt, or the chosen dialogue without its last answer.
+        """Return the turns to be answered: the prompt, or the chosen dialogue without its last answer.
 
         Raises:
-            BadLineError: A column is missing, or holds something else than it should.
+            BadLineError: A column is missing or has a wrong type.
         """
         if self.prompt not in raw_row:
             self._require(raw_row, self.chosen)
-        given, system = self._prompt(raw_row), self._system(raw_row)
-        if isinstance(given, Refusal):
-            return given
+        prompt = self._prompt(raw_row)
+        system = self._system(raw_row)
+        if isinstance(prompt, Refusal):
+            return prompt
         empty = (Turn(Role.ASSISTANT, ""),)
-        whole = validate_turns(system + given + empty) if given else self._side(raw_row, self.chosen, given, system)
-        return whole if isinstance(whole, Refusal) else whole[:-1]
+        turns = validate_turns(system + prompt + empty) if prompt else self._dialogue(raw_row, self.chosen, (), system)
+        return turns if isinstance(turns, Refusal) else turns[:-1]
 
-    def _require(self, found: RawRow, *names: str) -> None:
-        renamed = [value for each in fields(self) if (value := self.__dict__[each.name]) not in ("", each.default)]
+    def _require(self, raw_row: RawRow, *names: str) -> None:
+        """Raise an error unless these columns and all that were renamed exist."""
+        renamed = [name for field in fields(self) if (name := getattr(self, field.name)) not in ("", field.default)]
         for name in (*names, *renamed):
-            if name not in found:
+            if name not in raw_row:
                 expected = ", ".join(filter(None, (self.prompt, self.chosen, self.rejected)))
                 raise BadLineError(
                     Fault.MISSING_FIELD,
-                    f"no column {name!r}: expected {expected}, found {', '.join(sorted(found)) or 'none'} "
-                    "(columns of other names: --data PreferencePairs --data.columns.chosen <name> and so on)",
+                    f"no column {name!r}: expected {expected}, found {', '.join(sorted(raw_row)) or 'none'} "
+                    "(if the columns have other names, give them: --data PreferencePairs --data.columns.chosen <name>)",
                 )
 
-    def _system(self, found: RawRow) -> Turns:
-        text = found.get(self.system) if self.system else ""
-        return (Turn(Role.SYSTEM, f" {_text(self.system, text).strip()}"),) if text else ()
+    def _system(self, raw_row: RawRow) -> Turns:
+        text = raw_row.get(self.system) if self.system else ""
+        return (_turn(self.system, Role.SYSTEM, text),) if text else ()
 
-    def _prompt(self, found: RawRow) -> Turns | Refusal:
-        """Its turns; none where there is no such column."""
-        if not self.prompt or self.prompt not in found:
+    def _prompt(self, raw_row: RawRow) -> Turns | Refusal:
+        """Return the turns of the prompt; none if there is no such column."""
+        if not self.prompt or self.prompt not in raw_row:
             return ()
-        value = found[self.prompt]
+        value = raw_row[self.prompt]
         if not isinstance(value, str) or not value.startswith(HUMAN_MARKER):
-            return _said(self.prompt, value, Role.HUMAN)
+            return _turns(self.prompt, value, Role.HUMAN)
         turns = parse_dialogue(_text(self.prompt, value).removesuffix(ASSISTANT_MARKER) + ASSISTANT_MARKER)
         return turns if isinstance(turns, Refusal) else turns[:-1]
 
-    def _side(self, found: RawRow, name: str, given: Turns | Refusal, system: Turns) -> Turns | Refusal:
-        """The whole dialogue that an answer ends."""
-        said = _said(name, found[name], Role.ASSISTANT)
-        if isinstance(given, Refusal):
-            return given
-        if isinstance(said, Refusal):
-            return said
-        if said[0].role is Role.ASSISTANT:
-            if not given and self.prompt:
-                self._require(found, self.prompt)
-            said = given + said
-        elif not _within(given, said):
+    def _dialogue(self, raw_row: RawRow, name: str, prompt: Turns | Refusal, system: Turns) -> Turns | Refusal:
+        """Return the whole dialogue that the answer in column `name` ends."""
+        turns = _turns(name, raw_row[name], Role.ASSISTANT)
+        if isinstance(prompt, Refusal):
+            return prompt
+        if isinstance(turns, Refusal):
+            return turns
+        if turns[0].role is Role.ASSISTANT:
+            if not prompt and self.prompt:
+                self._require(raw_row, self.prompt)
+            turns = prompt + turns
+        elif not _contains(turns[:-1], prompt):
             return Refusal.HISTORIES_DIFFER
-        return validate_turns(said if said[0].role is Role.SYSTEM else system + said)
+        return validate_turns(turns if turns[0].role is Role.SYSTEM else system + turns)
 
 
 def hh_prompt_text(turns: Turns) -> str:
-    """The dialogue up to where the answer begins, in the format of hh-rlhf."""
+    """Return the text of the turns up to where the answer begins, in the format of hh-rlhf."""
     return "".join(map(str, turns)) + ASSISTANT_MARKER
 
 
 def chat_messages(turns: Turns) -> list[dict[str, str]]:
-    """The turns as messages."""
+    """Return the turns as messages with ``role`` and ``content``."""
     names = {role: name for name, role in _ROLES.items()}
     return [{"role": names[turn.role], "content": turn.text.strip()} for turn in turns]
 
 
-def _said(name: str, value: object, role: Role) -> Turns | Refusal:
-    """Text is what `role` says, unless it is a dialogue."""
+def _turns(name: str, value: object, role: Role) -> Turns | Refusal:
+    """Return the turns of a value of column `name`; text that is no dialogue is one turn of `role`."""
     if isinstance(value, str):
-        spoken = _text(name, value)
-        return parse_dialogue(spoken) if spoken.startswith(HUMAN_MARKER) else (Turn(role, f" {spoken.strip()}"),)
+        return parse_dialogue(_text(name, value)) if value.startswith(HUMAN_MARKER) else (_turn(name, role, value),)
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise BadLineError(Fault.WRONG_TYPE, f"column {name!r}: expected text or messages, got {str(value)[:40]!r}")
-    if any(message.get("role") in _TOOLS or any(map(message.get, _CALLS)) for message in value):
+    if any(message.get("role") in _TOOL_ROLES or any(map(message.get, _CALL_FIELDS)) for message in value):
         return Refusal.TOOL_MESSAGE
-    return tuple(_turn(name, message) for message in value)
+    return tuple(_message_turn(name, message) for message in value)
 
 
-def _turn(name: str, message: dict[str, Any]) -> Turn:
-    role, content = message.get("role"), message.get("content")
+def _message_turn(name: str, message: dict[str, Any]) -> Turn:
+    role = message.get("role")
     if role not in _ROLES:
         raise BadLineError(
             Fault.WRONG_TYPE, f"column {name!r}: expected messages with the role {' or '.join(_ROLES)}, got {role!r}"
         )
-    return Turn(_ROLES[role], f" {_text(name, content).strip()}")
+    return _turn(name, _ROLES[role], message.get("content"))
+
+
+def _turn(name: str, role: Role, value: object) -> Turn:
+    return Turn(role, f" {_text(name, value).strip()}")
 
 
 def _text(name: str, value: object) -> str:
@@ -175,22 +180,23 @@ def _text(name: str, value: object) -> str:
         raise BadLineError(Fault.WRONG_TYPE, f"column {name!r}: expected text, got {str(value)[:40]!r}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON may spell half a surrogate pair, which is no character
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is not a character
         raise BadLineError(Fault.INVALID_UTF8, str(error)) from error
     return value
 
 
-def _within(given: Turns, said: Turns) -> bool:
-    """Whether the prompt is a part of the dialogue."""
-    ours, theirs = ([(turn.role, turn.text.strip()) for turn in turns] for turns in (given, said[:-1]))
-    return any(theirs[i : i + len(ours)] == ours for i in range(len(theirs) - len(ours) + 1))
+def _contains(turns: Turns, part: Turns) -> bool:
+    """Return whether `part` is a contiguous part of the turns, apart from white space."""
+    whole, wanted = ([(turn.role, turn.text.strip()) for turn in side] for side in (turns, part))
+    return any(whole[i : i + len(wanted)] == wanted for i in range(len(whole) - len(wanted) + 1))
 
 
-def _number(found: RawRow, name: str, least: float) -> float | None:
-    if not name or name not in found:
+def _number(raw_row: RawRow, name: str, minimum: float) -> float | None:
+    """Return the value of an optional column; None if there is no such column."""
+    if not name or name not in raw_row:
         return None
-    value = found[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-        wanted = "a number of 0 or more" if least == 0 else "a finite number"
-        raise BadLineError(Fault.WRONG_TYPE, f"column {name!r}: expected {wanted}, got {value!r}")
+    value = raw_row[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < math.inf:
+        expected = "a number of 0 or more" if minimum == 0 else "a finite number"
+        raise BadLineError(Fault.WRONG_TYPE, f"column {name!r}: expected {expected}, got {value!r}")
     return float(value)

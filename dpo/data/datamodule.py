@@ -1,8 +1,7 @@
-"""What all preference data share: tokenised once, split, and given to Lightning step by step.
+"""The Lightning data module that all preference data share: rows are tokenized once, split, and loaded step by step.
 
-Takes sources of rows and options; gives Lightning its loaders, and everybody else the audits and tokenised pairs. Where
-the rows come from is said by the leaves in `dpo.data.preferences`. Knows nothing of models: of a policy it sees the
-tokenizer and the ids that end an answer.
+Subclasses in `dpo.data.preferences` say where the rows come from. Of the policy, only the tokenizer and the token ids
+that end an answer are used.
 """
 
 import hashlib
@@ -10,11 +9,10 @@ import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from math import isnan
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow.compute as pc
@@ -33,38 +31,45 @@ from dpo.models.batch import Example
 from dpo.models.loading import ModelLoader, read_end_ids
 
 QUICKSTART_NAME = "quickstart"
-"""The path that stands for generated data."""
+"""The path that selects the generated data of the quickstart."""
 
 OnBadRow = Literal["error", "skip"]
+RowNumbers = NDArray[np.int64]
 
 
 def cache_folder() -> Path:
-    """Where files lie that can be made again."""
+    """Return the folder of files that can be computed again: ``$DPO_CACHE`` or ``~/.cache/dpo-lightning``."""
     return Path(os.environ.get("DPO_CACHE", "~/.cache/dpo-lightning")).expanduser()
 
 
 def check_option(name: str, value: object, is_valid: bool, expected: str) -> None:
-    """Refuse a value of an option.
+    """Check the value of a command-line option.
+
+    Args:
+        name: Name of the option, without ``--data.``.
+        value: Its value.
+        is_valid: Whether the value is valid.
+        expected: What a valid value is, for the error message.
 
     Raises:
-        ValueError: It does not hold.
+        ValueError: The value is invalid.
     """
     if not is_valid:
         raise ValueError(f"--data.{name}: expected {expected}, got {value!r}.")
 
 
 class TextData(LightningDataModule):
-    """Text for one model.
+    """A data module of text that is tokenized for one model.
 
     Attributes:
-        path: Where it comes from, in words.
+        path: Where the text comes from, for messages.
     """
 
     path: str
 
     def __init__(
         self,
-        tokenizer: str = QUICKSTART_NAME,
+        tokenizer: str | None = None,
         max_length: int = 512,
         batch_size: int = 8,
         limit: int | None = None,
@@ -72,20 +77,21 @@ class TextData(LightningDataModule):
         on_bad_row: OnBadRow = "error",
         seed: int = 0,
     ) -> None:
-        """Choose how it is read.
+        """Choose how text is read and tokenized.
 
         Args:
-            tokenizer: Hub id or folder of the tokenizer, as a rule the policy's.
-            max_length: Most tokens of prompt + answer; `dpo.data.tokenization.Encoder` says what is cut first.
+            tokenizer: Hub id or folder of the tokenizer. Default: the tokenizer of the policy that the trainer trains.
+            max_length: Maximum tokens of prompt + answer. A longer pair loses its oldest exchanges first, then the
+                start of the prompt; an answer is cut only if it does not fit alone.
             batch_size: Pairs per optimizer step, over all devices and accumulated batches.
-            limit: Read only so many rows of each file, train and test, from its start. None: all.
-            format: ``hh`` keeps the dialogue's text, ``chat`` uses the tokenizer's chat template, ``auto`` does so
-                where there is one.
+            limit: Maximum number of rows to read from each file, train and test, from its start. None: all.
+            format: ``hh`` keeps the text of a dialogue, ``chat`` uses the tokenizer's chat template, ``auto`` uses the
+                template if there is one.
             on_bad_row: Stop at an unreadable row (``error``), or leave it out and count it (``skip``).
-            seed: Of everything that is drawn: the order of training pairs, sampled answers.
+            seed: Seed of the order of training pairs and of sampled answers.
 
         Raises:
-            ValueError: An option has no such value.
+            ValueError: An option has an invalid value.
         """
         super().__init__()
         check_option("max_length", max_length, max_length >= MIN_LENGTH, f"at least {MIN_LENGTH} tokens")
@@ -94,50 +100,84 @@ class TextData(LightningDataModule):
         check_option("format", format, format in get_args(TextFormat), f"one of {get_args(TextFormat)}")
         check_option("on_bad_row", on_bad_row, on_bad_row in get_args(OnBadRow), f"one of {get_args(OnBadRow)}")
         check_option("seed", seed, seed >= 0, "at least 0")
-        self.tokenizer_name, self.max_length, self.format, self.seed = tokenizer, max_length, format, seed
-        self.batch_size, self.limit, self.skip_bad_rows = batch_size, limit, on_bad_row == "skip"
+        self.given_tokenizer = tokenizer
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.limit = limit
+        self.format = format
+        self.skip_bad_rows = on_bad_row == "skip"
+        self.seed = seed
+        self._encoders: dict[str, PairEncoder] = {}
 
-    @cached_property
+    @property
+    def tokenizer_name(self) -> str:
+        """Hub id or folder of the tokenizer: the policy's, or without a trainer the one that was given.
+
+        Raises:
+            ValueError: Neither exists, or the given one is not the policy's.
+        """
+        policy = getattr(self.trainer.lightning_module if self.trainer else None, "policy_path", None)
+        if policy is None and self.given_tokenizer is None:
+            raise ValueError(
+                "--data.tokenizer: expected the folder or hub id of a tokenizer, got none, and there is no trainer "
+                "whose policy has one: pass the data to a Trainer first, or name a tokenizer."
+            )
+        if None not in (policy, self.given_tokenizer) and policy != self.given_tokenizer:
+            raise ValueError(
+                f"--data.tokenizer: expected none, got {self.given_tokenizer!r}: the tokenizer is the one that comes "
+                f"with --model.policy ({policy}). Leave the option out, or put the tokenizer's files into the policy's "
+                "folder."
+            )
+        return str(policy or self.given_tokenizer)
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The loaded tokenizer."""
-        return ModelLoader().load_tokenizer(self.tokenizer_name)
+        """The tokenizer of the encoder."""
+        return self.encoder.tokenizer
 
-    @cached_property
+    @property
     def encoder(self) -> PairEncoder:
-        """What makes tokens of pairs; its `end_ids` end an answer."""
-        return PairEncoder(self.tokenizer, self.max_length, self.format, read_end_ids(self.tokenizer_name))
+        """The encoder that tokenizes dialogues; created on first use."""
+        name = self.tokenizer_name
+        if name not in self._encoders:
+            self._encoders[name] = self.make_encoder(ModelLoader().load_tokenizer(name), read_end_ids(name))
+        return self._encoders[name]
 
-
-RowNumbers = NDArray[np.int64]
+    def make_encoder(self, tokenizer: PreTrainedTokenizerBase, end_ids: list[int]) -> PairEncoder:
+        """Create the encoder for a tokenizer and the token ids that end an answer."""
+        return PairEncoder(tokenizer, self.max_length, self.format, end_ids)
 
 
 class PairDataset:
-    """Some rows of a store as examples, memory-mapped: only row numbers and lengths are in memory.
+    """Some rows of a store as examples. They are memory-mapped: only row numbers and lengths are in memory.
 
     Args:
         table: Rows as `dpo.data.store` writes them.
-        rows: Which of them, in this order.
-        split: For the ids: ``subset/split:line``.
-        answers: Which sides of a pair an example holds.
+        row_numbers: Which of these rows, in this order.
+        split: Name of the split, for the ids: ``subset/split:line``.
+        answer_sides: Sides of a pair that an example holds.
 
     Attributes:
-        costs: Tokens of each example, prompt and answers.
-        scored: Tokens of its answers.
+        token_counts: Tokens of each example, prompt and answers.
+        answer_token_counts: Tokens of the answers of each example.
     """
 
     def __init__(self, table: Dataset, row_numbers: RowNumbers, split: str, answer_sides: Sequence[str]) -> None:
-        self.table, self.row_numbers, self.split, self.answer_sides = table, row_numbers, split, answer_sides
-        prompt, *sides = (
+        self.table = table
+        self.row_numbers = row_numbers
+        self.split = split
+        self.answer_sides = answer_sides
+        prompt_lengths, *answer_lengths = (
             pc.list_value_length(table.data.table[side]).to_numpy().astype(np.int64)[row_numbers]
             for side in ("prompt", *answer_sides)
         )
-        scored = np.sum(sides, axis=0, dtype=np.int64)
-        self.answer_token_counts = array("q", scored.tobytes())
-        self.token_counts = array("q", (prompt + scored).tobytes())
+        answers = np.sum(answer_lengths, axis=0, dtype=np.int64)
+        self.answer_token_counts = array("q", answers.tobytes())
+        self.token_counts = array("q", (prompt_lengths + answers).tobytes())
 
     @property
     def max_token_id(self) -> int:
-        """The largest token id of the table."""
+        """The largest token id in the table."""
         columns = (self.table.data.table[side] for side in ("prompt", *self.answer_sides))
         return max(int(pc.max(pc.list_flatten(column)).as_py()) for column in columns)
 
@@ -156,53 +196,68 @@ class PairDataset:
 class PairData(TextData, ABC):
     """Preference pairs for training and evaluation.
 
-    Tokenised once into ``$DPO_CACHE`` (default ``~/.cache/dpo-lightning``), in a folder named by the hash of all that
-    decides the tokens, and memory-mapped from there.
+    They are tokenized once into ``$DPO_CACHE`` (default ``~/.cache/dpo-lightning``), in a folder named by the hash of
+    everything that decides the tokens, and memory-mapped from there.
 
-    Args:
-        tokenizer: Hub id or folder of the tokenizer, as a rule the policy's.
-        max_tokens: Most tokens of one forward pass, prompts counted once. None: no bound.
-        shuffle: A new order of the training pairs every epoch; otherwise the order of the files.
-        val_fraction: Share of the openings (first human turns) of train whose pairs are the validation split; an
-            opening is never in both. 0: no validation split.
-        answers: Sides of a pair that the stage of training wants, in this order.
-        options: See `dpo.data.datamodule.TextData`.
-
-    Raises:
-        ValueError: An option has no such value; later, while reading, a row, file or tokenizer cannot be used. The
-            message says where and what to do.
+    Attributes:
+        answer_sides: Sides of a pair that an example holds; `setup` takes them from the trainer's module.
+        audits_by_split: Counts of the rows of train and test that were read, kept and refused.
+        pairs_by_split: Examples of train, val and test; a split without any is missing.
+        store_folder: Folder of the tokens; available from `setup` on.
+        train_loader: The last loader that `train_dataloader` returned.
     """
 
     def __init__(
         self,
-        tokenizer: str = QUICKSTART_NAME,
-        max_tokens: int | None = 16384,
-        shuffle: bool = True,
-        val_fraction: float = 0.1,
-        answers: Sequence[str] = ("chosen", "rejected"),
-        **options: object,
+        tokenizer: str | None,
+        max_length: int,
+        batch_size: int,
+        max_tokens: int | None,
+        shuffle: bool,
+        val_fraction: float,
+        limit: int | None,
+        format: TextFormat,
+        on_bad_row: OnBadRow,
+        seed: int,
     ) -> None:
-        super().__init__(tokenizer, **options)  # type: ignore[arg-type]  # the command line checks them
+        """Set the options that all preference data share; `dpo.HHRLHF` describes them.
+
+        Raises:
+            ValueError: An option has an invalid value.
+        """
+        super().__init__(tokenizer, max_length, batch_size, limit, format, on_bad_row, seed)
         check_option("max_tokens", max_tokens, max_tokens is None or max_tokens >= 1, "at least 1 token, or null")
         check_option("val_fraction", val_fraction, 0 <= val_fraction < 1, "a share from 0 to less than 1")
-        self.max_tokens, self.shuffle, self.val_fraction = max_tokens, shuffle, val_fraction
-        self.answers = answers
+        self.max_tokens = max_tokens
+        self.shuffle = shuffle
+        self.val_fraction = val_fraction
+        self.answer_sides: tuple[str, ...] = ("chosen", "rejected")
         self.audits_by_split: dict[str, Audit] = {}
         self.pairs_by_split: dict[str, PairDataset] = {}
+        self._opened_for: tuple[Any, ...] = ()
 
     @abstractmethod
     def list_sources(self, fetch: bool) -> list[SourceFile]:
-        """Where the rows are, train before test in every subset; `fetch` as long as nothing is known of them."""
+        """List the files to read, train before test in every subset.
+
+        Args:
+            fetch: Download files, or list remote ones, if needed; otherwise use what an earlier call has fetched.
+        """
 
     def order_training_rows(self, subsets: NDArray[np.object_], rows: RowNumbers) -> RowNumbers:
-        """The training pairs of an epoch, out of the subset of every row and the rows that are kept."""
+        """Return the training rows of an epoch: here each kept row once, in the order of the files.
+
+        Args:
+            subsets: Name of the subset of every row of the store.
+            rows: Numbers of the rows that are kept for training.
+        """
         return rows
 
     def prepare_data(self) -> None:
-        """Fetch and tokenise what is not there yet, in one process; print the audits.
+        """Download and tokenize what is missing, in one process, and print the audits.
 
         Raises:
-            ValueError: Something cannot be read, or nothing is left of it; nothing is written then.
+            ValueError: A file or a row cannot be read; nothing is written then.
         """
         sources = self.list_sources(fetch=True)
         folder = self._folder(sources)
@@ -212,26 +267,31 @@ class PairData(TextData, ABC):
             Console().print(store.audit_split(folder, split).to_rich_table())
 
     def setup(self, stage: str) -> None:
-        """Open the store, in every process.
+        """Open the store in every process.
 
         Raises:
-            ValueError: Validation is asked for and `val_fraction` is 0; or only some of the pairs have a margin.
+            ValueError: The stage is validation and `val_fraction` is 0; or only some of the pairs have a margin.
         """
         if not self.val_fraction:
             check_option("val_fraction", self.val_fraction, stage != "validate", "more than 0, to validate")
             if self.trainer:
-                self.trainer.limit_val_batches = 0  # the one way to tell Lightning so without a warning
-        if self.pairs_by_split:
-            return
+                self.trainer.limit_val_batches = 0  # the only way to skip validation without a warning
+        module = self.trainer.lightning_module if self.trainer else None
+        self.answer_sides = getattr(module, "answer_sides", self.answer_sides)
         sources = self.list_sources(fetch=False)
-        self.store_folder = folder = self._folder(sources)
+        folder = self._folder(sources)
+        if self._opened_for == (folder, self.answer_sides):
+            return
+        self._opened_for = (folder, self.answer_sides)
+        self.store_folder = folder
+        self.pairs_by_split = {}
         self.audits_by_split = {split: store.audit_split(folder, split) for split in _splits(sources)}
         for split in self.audits_by_split:
             self._open(store.load_split(folder, split), split)
 
     @property
     def training_sha256(self) -> str:
-        """SHA-256 of the training pairs, in the order of an epoch that is not shuffled."""
+        """SHA-256 of the training pairs in the order of an epoch that is not shuffled."""
         digest = hashlib.sha256(self.store_folder.name.encode())
         if "train" in self.pairs_by_split:
             digest.update(self.pairs_by_split["train"].row_numbers.tobytes())
@@ -240,55 +300,56 @@ class PairData(TextData, ABC):
     def _open(self, table: Dataset, split: str) -> None:
         columns = {name: table.data.table[name].to_numpy() for name in ("verdict", "opening", "subset", "margin")}
         kept = columns["verdict"] == KEPT_VERDICT
-        unknown = np.isnan(columns["margin"][kept])
-        if unknown.any() and not unknown.all():
+        no_margin = np.isnan(columns["margin"][kept])
+        if no_margin.any() and not no_margin.all():
             raise ValueError(
-                f"a margin is given for {(~unknown).sum()} of {len(unknown)} pairs of {split}: give one for every "
-                "pair, or leave them out with --data.columns.margin= (nothing)."
+                f"only {(~no_margin).sum()} of {len(no_margin)} {split} pairs have a margin: expected one for every "
+                "pair, or none. To ignore margins, set --data.columns.margin= (an empty name)."
             )
         held_out = columns["opening"] < self.val_fraction if split == "train" else np.zeros_like(kept)
-        for name, wanted in ((split, kept & ~held_out), ("val", kept & held_out)):
-            if wanted.any():
-                rows = np.flatnonzero(wanted)
+        for name, selected in ((split, kept & ~held_out), ("val", kept & held_out)):
+            if selected.any():
+                rows = np.flatnonzero(selected)
                 rows = self.order_training_rows(columns["subset"], rows) if name == "train" else rows
-                self.pairs_by_split[name] = PairDataset(table, rows, split, self.answers)
+                self.pairs_by_split[name] = PairDataset(table, rows, split, self.answer_sides)
 
     def require_pairs(self, split: str) -> PairDataset:
-        """The pairs of train, val or test.
+        """Return the pairs of train, val or test.
 
         Raises:
-            ValueError: There are none.
+            ValueError: The split has no pairs.
         """
         if split not in self.pairs_by_split:
             raise ValueError(
-                f"No pair is left for {split!r} of {self.path}: see the table of what was read; "
+                f"No pairs are left for {split!r} of {self.path}: see the table of rows that were read and refused; "
                 "more rows (--data.limit, --data.subsets) or another --data.val_fraction may help."
             )
         return self.pairs_by_split[split]
 
     def train_dataloader(self) -> StepLoader:
-        """Steps over the training pairs."""
+        """Return the steps of an epoch over the training pairs."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         self.train_loader = self._loader("train", shuffle=self.shuffle, accumulate=accumulate)
         return self.train_loader
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
-        """Steps over the validation pairs, in order; without a validation split, none."""
+        """Return steps over the validation pairs in order; an empty list without a validation split."""
         return self._loader("val") if self.val_fraction else []
 
     def test_dataloader(self) -> StepLoader:
-        """Steps over the test pairs, in order."""
+        """Return steps over the test pairs in order."""
         return self._loader("test")
 
     def predict_dataloader(self) -> StepLoader:
-        """Steps over the test pairs, in order."""
+        """Return steps over the test pairs in order, as for testing."""
         return self._loader("test")
 
     def example_texts(self, split: str, max_examples: int) -> list[dict[str, str]]:
-        """The first examples of a split as text: the prompt, and every answer under the name of its side."""
+        """Return the first examples of a split as text: the prompt, and every answer under the name of its side."""
         if split not in self.pairs_by_split:
             return []
-        pairs, sides = self.pairs_by_split[split], ("prompt", *self.answers)
+        pairs = self.pairs_by_split[split]
+        sides = ("prompt", *self.answer_sides)
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         return [
             {side: str(decode(list(ids))) for side, ids in zip(sides, (pair.prompt, *pair.answers), strict=True)}
@@ -296,18 +357,17 @@ class PairData(TextData, ABC):
         ]
 
     def _loader(self, name: str, shuffle: bool = False, accumulate: int = 1) -> StepLoader:
-        pairs = self.require_pairs(name)
         plan = EpochPlan(
             self.batch_size,
             self.max_tokens,
             shuffle,
             self.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
             accumulate_batches=accumulate,
             keep_partial_step=name != "train",
         )
-        if self.trainer:
-            plan = replace(plan, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
-        return StepLoader(pairs, plan)
+        return StepLoader(self.require_pairs(name), plan)
 
     def _folder(self, sources: Sequence[SourceFile]) -> Path:
         return cache_folder() / f"tokens-{store.store_sha256(sources, self.encoder, self.limit, self.skip_bad_rows)}"

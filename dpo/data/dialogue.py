@@ -1,7 +1,7 @@
-"""Two dialogues -> one `Pair` (a shared history and two answers), or the named reason why not.
+"""Dialogues and preference pairs as text.
 
-Takes hh-rlhf's text as published and gives it back unchanged (``pair.prompt + pair.chosen`` is the chosen dialogue,
-byte for byte), or turns that come from elsewhere. Knows nothing of files, tokens or models.
+Two dialogues become one `DialoguePair`, a shared history with two answers, or a `Refusal` that says why they cannot be
+used. The text of hh-rlhf is kept unchanged: ``pair.prompt_text + pair.chosen`` is the chosen dialogue, byte for byte.
 """
 
 import re
@@ -13,7 +13,7 @@ _MARKER = re.compile(r"\n\n(Human|Assistant):")
 
 
 class Role(StrEnum):
-    """Who speaks; the values are the words of the format, which has no system messages."""
+    """The speaker of a turn, spelled as in hh-rlhf (which itself has no system messages)."""
 
     HUMAN = "Human"
     ASSISTANT = "Assistant"
@@ -21,28 +21,28 @@ class Role(StrEnum):
 
 
 TURN_MARKERS = tuple(f"\n\n{role}:" for role in (Role.HUMAN, Role.ASSISTANT))
-"""What begins a turn in hh-rlhf's text."""
+"""The text with which a turn begins in hh-rlhf."""
 
 
 class Refusal(StrEnum):
-    """Why a readable row is not used, in the order of the checks; a row counts under the first that holds.
+    """Why a readable row is not used.
 
-    The second to the fifth are asked of the chosen dialogue, then of the rejected one.
+    The reasons are checked in this order, and a row counts under the first that applies. `TOOL_MESSAGE` to
+    `ENDS_WITH_HUMAN` are checked for the chosen dialogue first, then for the rejected one.
 
     Attributes:
-        UNMARKED: Answers were sampled, and none of them is marked as the chosen and the rejected one.
-        TOOL_MESSAGE: A tool is called or answers, which no dialogue of two can show.
-        NO_HUMAN_START: Does not begin with a human turn (text before the first marker included).
-        NOT_ALTERNATING: The same speaker has two turns in a row, or a system message stands inside.
+        UNMARKED: The row has sampled answers, but none is marked as chosen or rejected yet.
+        TOOL_MESSAGE: A message calls a tool or is the result of one.
+        NO_HUMAN_START: The dialogue does not begin with a human turn (or has text before the first marker).
+        NOT_ALTERNATING: One speaker has two turns in a row, or a system message comes later than first.
         ENDS_WITH_HUMAN: The last turn is not the assistant's, so there is no answer to learn from.
-        HISTORIES_DIFFER: The two dialogues differ before the last answer (not two answers to one question), or the
-            prompt that is given besides is not part of them.
-        EMPTY_ANSWER: A last answer is empty or white space only.
-        IDENTICAL_ANSWERS: Both last answers are the same text: no preference.
-        SYSTEM_WITHOUT_TEMPLATE: It begins with a system message, and there is no chat template with a place for one.
-        CONTROL_TOKEN_IN_TEXT: The text spells a control token, which the tokenizer would read as a command; or, where
-            no template is used, what begins a turn.
-        IDENTICAL_AFTER_TRUNCATION: Both answers are the same token ids, once cut to the maximal length.
+        HISTORIES_DIFFER: The dialogues differ before the last answer, or do not contain the prompt of the row.
+        EMPTY_ANSWER: One of the answers is empty or white space.
+        IDENTICAL_ANSWERS: Both answers are the same text.
+        SYSTEM_WITHOUT_TEMPLATE: The dialogue has a system message, but no chat template can render it.
+        CONTROL_TOKEN_IN_TEXT: The text contains a control token, which the tokenizer would read as a command, or,
+            without a chat template, a turn marker.
+        IDENTICAL_AFTER_TRUNCATION: Both answers have the same token ids once they are cut to the maximum length.
     """
 
     UNMARKED = "unmarked"
@@ -60,7 +60,12 @@ class Refusal(StrEnum):
 
 @dataclass(frozen=True)
 class Turn:
-    """What one speaker says: everything behind ``Human:`` or ``Assistant:``, its leading space included."""
+    """One turn of a dialogue.
+
+    Attributes:
+        role: The speaker.
+        text: Everything after ``Human:`` or ``Assistant:``, the leading space included.
+    """
 
     role: Role
     text: str
@@ -74,9 +79,13 @@ Turns = tuple[Turn, ...]
 
 @dataclass(frozen=True)
 class DialoguePair:
-    """One preference: the turns up to the last human one, and the two answers that follow.
+    """A preference pair.
 
-    The first turn is human, or a system message before that.
+    Attributes:
+        history: The turns up to and including the last human one; it begins with an optional system message and then
+            a human turn.
+        chosen: Text of the preferred answer.
+        rejected: Text of the other answer.
     """
 
     history: Turns
@@ -85,34 +94,35 @@ class DialoguePair:
 
     @property
     def prompt_text(self) -> str:
-        """Everything up to and including the last ``Assistant:``."""
+        """The text up to and including the last ``Assistant:``."""
         return "".join(map(str, self.history)) + str(Turn(Role.ASSISTANT, ""))
 
     @property
     def system_turns(self) -> Turns:
-        """The system message, or nothing."""
+        """The system message as a tuple of one turn, or an empty tuple."""
         return self.history[:1] if self.history[0].role is Role.SYSTEM else ()
 
     @property
     def opening_text(self) -> str:
-        """The first human turn, without the white space around it."""
+        """The first human turn, stripped of white space."""
         return self.history[len(self.system_turns)].text.strip()
 
     @property
     def exchange_count(self) -> int:
-        """How many stand before the last human turn."""
+        """Number of exchanges (a human and an assistant turn) before the last human turn."""
         return (len(self.history) - len(self.system_turns)) // 2
 
     def without_oldest_exchange(self) -> "DialoguePair":
-        """The same without the oldest exchange (a human and an assistant turn)."""
+        """Return the pair without its oldest exchange; a system message stays."""
         return replace(self, history=self.system_turns + self.history[len(self.system_turns) + 2 :])
 
 
 def parse_dialogue(text: str) -> Turns | Refusal:
-    """Split a dialogue into its turns; joined again they are the text.
+    """Split the text of a dialogue in the format of hh-rlhf into its turns.
 
     Returns:
-        The turns, at least two, in alternation, human first and assistant last; or the reason why not.
+        At least two alternating turns, human first and assistant last, which joined are `text` again; otherwise the
+        reason why the dialogue cannot be used.
     """
     before, *parts = _MARKER.split(text)
     turns = tuple(Turn(Role(role), said) for role, said in zip(parts[::2], parts[1::2], strict=True))
@@ -120,7 +130,7 @@ def parse_dialogue(text: str) -> Turns | Refusal:
 
 
 def validate_turns(turns: Turns) -> Turns | Refusal:
-    """The turns as they are, or why they are no dialogue that an answer ends."""
+    """Return the turns if they are a dialogue that ends with an answer, otherwise the reason why not."""
     spoken = turns[1:] if turns and turns[0].role is Role.SYSTEM else turns
     if not spoken or spoken[0].role is not Role.HUMAN:
         return Refusal.NO_HUMAN_START
@@ -130,19 +140,19 @@ def validate_turns(turns: Turns) -> Turns | Refusal:
 
 
 def parse_pair(chosen: str, rejected: str) -> DialoguePair | Refusal:
-    """Parse the two sides of a row; `Refusal` says what is asked of them and in which order."""
+    """Return the pair of two dialogues in the format of hh-rlhf, or the reason why they cannot be used."""
     return pair_dialogues(parse_dialogue(chosen), parse_dialogue(rejected))
 
 
 def pair_dialogues(chosen: Turns | Refusal, rejected: Turns | Refusal) -> DialoguePair | Refusal:
-    """Two dialogues that are `checked` -> their last answers to what both share."""
+    """Return the pair of two validated dialogues, or the reason why they cannot be used (see `Refusal`)."""
     if isinstance(chosen, Refusal):
         return chosen
     if isinstance(rejected, Refusal):
         return rejected
     if chosen[:-1] != rejected[:-1]:
         return Refusal.HISTORIES_DIFFER
-    good, bad = chosen[-1].text, rejected[-1].text
-    if not good.strip() or not bad.strip():
+    pair = DialoguePair(chosen[:-1], chosen[-1].text, rejected[-1].text)
+    if not pair.chosen.strip() or not pair.rejected.strip():
         return Refusal.EMPTY_ANSWER
-    return Refusal.IDENTICAL_ANSWERS if good == bad else DialoguePair(chosen[:-1], good, bad)
+    return Refusal.IDENTICAL_ANSWERS if pair.chosen == pair.rejected else pair

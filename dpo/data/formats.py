@@ -1,35 +1,35 @@
-"""An open file -> its rows as fields, one after the other: JSON lines, JSON, Parquet or Arrow.
+"""Rows of JSON lines, JSON, Parquet and Arrow files, compressed or not.
 
-Takes bytes, gives dictionaries, or what is wrong with a line. Reads on as rows are asked for: what is in memory is a
-line, a row group of a Parquet file, a record batch of an Arrow file; a JSON array alone is read whole. Knows nothing of
-what the fields mean.
+Files are read while rows are asked for. In memory is one line, one batch of a Parquet file or one record batch of an
+Arrow file at a time; only a JSON array is read as a whole.
 """
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 from pyarrow import ipc, parquet
 
+_Parsed = TypeVar("_Parsed")
 RawRow = dict[str, Any]
 DATA_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".arrow")
-_BATCH = 256  # rows of a Parquet file turned into Python at a time
+_BATCH = 256  # rows of a Parquet file that are converted to Python at a time
 
 
 class Fault(StrEnum):
-    """Why a line cannot be read as a row.
+    """Why a line or row cannot be read.
 
     Attributes:
-        INVALID_UTF8: Its bytes, or an escape in a string, are not text.
-        CUT_LINE: The last line, broken and without a line end: the file was cut.
-        BROKEN_JSON: Not a JSON value.
-        REPEATED_KEY: A JSON object names a key twice, so one of two values would be lost.
-        MISSING_FIELD: A column is not there.
-        WRONG_TYPE: Not an object, or a field that is no text, messages or number where one is expected.
+        INVALID_UTF8: Its bytes, or an escape sequence in a string, are not valid text.
+        CUT_LINE: The last line is broken and has no line end, so the file was probably cut off.
+        BROKEN_JSON: It is not valid JSON.
+        REPEATED_KEY: A JSON object has a key twice, so that one of two values would be lost.
+        MISSING_FIELD: A required column is missing.
+        WRONG_TYPE: It is not an object, or a field is not the text, messages or number that it should be.
     """
 
     INVALID_UTF8 = "invalid_utf8"
@@ -41,52 +41,74 @@ class Fault(StrEnum):
 
 
 class BadLineError(Exception):
-    """A line that cannot be read; `detail` says in words what is wrong."""
+    """A row cannot be read.
+
+    Attributes:
+        fault: The kind of error, which is counted.
+        detail: The error in words.
+    """
 
     def __init__(self, fault: Fault, detail: str) -> None:
         super().__init__(fault, detail)
-        self.fault, self.detail = fault, detail
+        self.fault = fault
+        self.detail = detail
 
 
-def read_raw_rows(raw: BinaryIO, file_name: str) -> Iterator[RawRow | BadLineError]:
-    """The rows of an open file; the ending of its name says how to read it.
+def read_rows(
+    raw: BinaryIO, file_name: str, parse: Callable[[RawRow], _Parsed], skip_bad: bool
+) -> Iterator[_Parsed | Fault]:
+    """Read and parse the rows of an open file one at a time.
+
+    Args:
+        raw: The file, opened in binary mode.
+        file_name: Its name, whose suffix decides the format (`DATA_FILE_SUFFIXES`).
+        parse: Function of the fields of a row; may raise `BadLineError`.
+        skip_bad: Yield the `Fault` of an unreadable row instead of raising an error.
 
     Raises:
-        ValueError: The file is empty or broken as a whole (what is lost then cannot be counted).
+        ValueError: A row is unreadable and `skip_bad` is false; or the file as a whole is empty or broken, which is
+            never skipped because nobody could count the lost rows.
     """
-    number = 0
+    line = 0
     try:
-        for row in _rows(raw, file_name):
-            number += 1
-            yield row
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file_name}, after line {number}: broken gzip ({error}). Fetch the file again.") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file_name}, after row {number}: cannot be read ({error}). Fetch the file again.") from error
-    if not number:
-        raise ValueError(f"{file_name}, line 1: the file is empty, expected rows. Fetch it again or remove it.")
+        for line, item in enumerate(_items(raw, file_name), 1):
+            try:
+                yield parse(_fields(item))
+            except BadLineError as error:
+                if not skip_bad:
+                    raise ValueError(
+                        f"{file_name}, line {line}: {error.fault}, {error.detail}. "
+                        "Fix or remove the row, or skip and count such rows with --data.on_bad_row skip."
+                    ) from error
+                yield error.fault
+    except (EOFError, OSError, zlib.error, pa.ArrowInvalid) as error:
+        message = f"{file_name}, after row {line}: cannot be read ({error}). Download the file again."
+        raise ValueError(message) from error
+    if not line:
+        raise ValueError(f"{file_name}, line 1: the file is empty, expected rows. Download it again or remove it.")
 
 
-def _rows(raw: BinaryIO, name: str) -> Iterator[RawRow | BadLineError]:
+def _items(raw: BinaryIO, name: str) -> Iterable[object]:
+    """Return the rows as decoded values, or as bytes of JSON that may turn out to be broken."""
     if name.endswith(".parquet"):
-        return _of_batches(parquet.ParquetFile(raw).iter_batches(_BATCH))
+        return _rows_of(parquet.ParquetFile(raw).iter_batches(_BATCH))
     if name.endswith(".arrow"):
-        return _of_batches(_arrow(raw))
-    opened: Any = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
+        return _rows_of(_arrow_batches(raw))
+    lines: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
     if not name.removesuffix(".gz").endswith(".json"):
-        return map(_line, opened)
-    start = opened.read(64).lstrip()
-    opened.seek(0)
-    return _array(opened.read(), name) if start.startswith(b"[") else map(_line, opened)
+        return lines
+    start = lines.read(64).lstrip()
+    lines.seek(0)
+    return _json_array(lines.read(), name) if start.startswith(b"[") else lines
 
 
-def _of_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[RawRow]:
+def _rows_of(batches: Iterator[pa.RecordBatch]) -> Iterator[RawRow]:
     for batch in batches:
         yield from batch.to_pylist()
 
 
-def _arrow(raw: BinaryIO) -> Iterator[pa.RecordBatch]:
-    """A stream, as `datasets` writes it, or a file with its index behind."""
+def _arrow_batches(raw: BinaryIO) -> Iterator[pa.RecordBatch]:
+    """Read an Arrow stream, which is what `datasets` writes, or an Arrow file with its index."""
     magic = raw.read(6)
     raw.seek(0)
     if magic != b"ARROW1":
@@ -96,40 +118,34 @@ def _arrow(raw: BinaryIO) -> Iterator[pa.RecordBatch]:
     yield from map(file.get_batch, range(file.num_record_batches))
 
 
-def _array(text: bytes, name: str) -> Iterator[RawRow | BadLineError]:
+def _json_array(text: bytes, name: str) -> list[object]:
     try:
-        rows = _json(text)
+        rows = _decode_json(text)
     except BadLineError as error:
-        raise ValueError(f"{name}: {error.fault}, {error.detail}. Mend it, or write one row a line.") from error
+        raise ValueError(f"{name}: {error.fault}, {error.detail}. Fix the file, or write one row per line.") from error
     assert isinstance(rows, list)
-    return map(_object, rows)
+    return rows
 
 
-def _line(line: bytes) -> RawRow | BadLineError:
+def _fields(item: object) -> RawRow:
+    row = _decode_json(item) if isinstance(item, bytes) else item
+    if not isinstance(row, dict):
+        raise BadLineError(Fault.WRONG_TYPE, f"expected a JSON object, got {type(row).__name__}")
+    return row
+
+
+def _decode_json(text: bytes) -> object:
     try:
-        return _object(_json(line))
-    except BadLineError as error:
-        return error
-
-
-def _object(row: object) -> RawRow | BadLineError:
-    if isinstance(row, dict):
-        return row
-    return BadLineError(Fault.WRONG_TYPE, f"expected a JSON object, got {type(row).__name__}")
-
-
-def _json(text: bytes) -> object:
-    try:
-        return json.loads(text.decode(), object_pairs_hook=_unique)
+        return json.loads(text.decode(), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         raise BadLineError(Fault.INVALID_UTF8, str(error)) from error
     except (ValueError, RecursionError) as error:
         fault = Fault.BROKEN_JSON if text.endswith(b"\n") else Fault.CUT_LINE
-        raise BadLineError(fault, f"no JSON ({error})") from error
+        raise BadLineError(fault, f"invalid JSON ({error})") from error
 
 
-def _unique(items: list[tuple[str, Any]]) -> RawRow:
-    found = dict(items)
-    if len(found) < len(items):
-        raise BadLineError(Fault.REPEATED_KEY, f"a key stands twice among {sorted(key for key, _ in items)}")
-    return found
+def _unique_keys(items: list[tuple[str, Any]]) -> RawRow:
+    fields = dict(items)
+    if len(fields) < len(items):
+        raise BadLineError(Fault.REPEATED_KEY, f"a key is repeated among {sorted(key for key, _ in items)}")
+    return fields

@@ -1,65 +1,87 @@
-"""Preference data by name: `HHRLHF`, and `PreferencePairs` from anywhere.
+"""The preference data of the command line: `HHRLHF`, and `PreferencePairs` for files of any origin and layout.
 
-Takes where the rows are; what is done with them is `dpo.data.datamodule.PairData`.
+They say where the rows are; `dpo.data.datamodule.PairData` does everything else.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpo import quickstart
 from dpo.data.columns import Columns
-from dpo.data.datamodule import QUICKSTART_NAME, PairData, RowNumbers, cache_folder, check_option
-from dpo.data.sources import ListedFiles, SourceFile, download_dataset, find_hh_files, list_data_files, make_sources
-
-__all__ = ["HHRLHF", "QUICKSTART_NAME", "Part", "PreferencePairs", "cache_folder"]
+from dpo.data.datamodule import QUICKSTART_NAME, OnBadRow, PairData, RowNumbers, cache_folder, check_option
+from dpo.data.sources import ListedFiles, SourceFile, download_dataset, find_hh_files, list_data_files
+from dpo.data.tokenization import TextFormat
 
 
 class HHRLHF(PairData):
-    """Anthropic's hh-rlhf, or anything in its layout and text format."""
+    """Anthropic's hh-rlhf, or any data set in its layout and text format.
+
+    Example:
+        >>> from dpo import HHRLHF
+        >>> data = HHRLHF("Anthropic/hh-rlhf", subsets=["harmless-base"], batch_size=16)
+    """
 
     def __init__(
         self,
-        tokenizer: str = QUICKSTART_NAME,
         path: str = QUICKSTART_NAME,
         subsets: list[str] | None = None,
-        **options: Any,
+        tokenizer: str | None = None,
+        max_length: int = 512,
+        batch_size: int = 8,
+        max_tokens: int | None = 16384,
+        shuffle: bool = True,
+        val_fraction: float = 0.1,
+        limit: int | None = None,
+        format: TextFormat = "auto",
+        on_bad_row: OnBadRow = "error",
+        seed: int = 0,
     ) -> None:
-        """Choose what is read.
+        """Choose what is read and how.
 
         Args:
-            tokenizer: Hub id or folder of the tokenizer, as a rule the policy's.
             path: Hub id (``Anthropic/hh-rlhf``) or folder with ``<subset>/{train,test}.jsonl.gz``; ``quickstart``
                 generates data that needs neither network nor file.
-            subsets: Which of them, in this order; all that are there by default.
-            options: See `dpo.data.datamodule.PairData`.
+            subsets: Subsets to read, in this order. Default: all that exist.
+            tokenizer: Hub id or folder of the tokenizer. Default: the tokenizer of the policy that the trainer trains.
+            max_length: Maximum tokens of prompt + answer. A longer pair loses its oldest exchanges first, then the
+                start of the prompt; an answer is cut only if it does not fit alone.
+            batch_size: Pairs per optimizer step, over all devices and accumulated batches.
+            max_tokens: Maximum tokens of one forward pass, prompts counted once. None: no limit.
+            shuffle: Draw a new order of the training pairs every epoch; otherwise keep the order of the files.
+            val_fraction: Share of the training rows that become the validation split. Rows with the same first human
+                turn go to the same split. 0: no validation split.
+            limit: Maximum number of rows to read from each file, train and test, from its start. None: all.
+            format: ``hh`` keeps the text of a dialogue, ``chat`` uses the tokenizer's chat template, ``auto`` uses the
+                template if there is one.
+            on_bad_row: Stop at an unreadable row (``error``), or leave it out and count it (``skip``).
+            seed: Seed of the order of training pairs.
 
         Raises:
-            ValueError: An option has no such value.
+            ValueError: An option has an invalid value.
         """
-        super().__init__(tokenizer, **options)
+        super().__init__(
+            tokenizer, max_length, batch_size, max_tokens, shuffle, val_fraction, limit, format, on_bad_row, seed
+        )
         unique = subsets is None or len(set(subsets)) == len(subsets) > 0
-        check_option("subsets", subsets, unique, "some names, each once, or nothing for all")
-        self.path, self.subsets = path, subsets
+        check_option("subsets", subsets, unique, "at least one name, each once, or null for all")
+        self.path = path
+        self.subsets = subsets
 
     def list_sources(self, fetch: bool) -> list[SourceFile]:
-        """The files of the subsets."""
-        folder = (
-            quickstart_data_folder(QUICKSTART_NAME, fetch)
-            if self.path == QUICKSTART_NAME
-            else Path(self.path).expanduser()
-        )
-        if not folder.is_dir():
+        """List the files of the subsets; see `PairData.list_sources`."""
+        if self.path == QUICKSTART_NAME:
+            folder = quickstart_data_folder(QUICKSTART_NAME, fetch)
+        elif not (folder := Path(self.path).expanduser()).is_dir():
             folder = download_dataset(self.path, self.subsets, local_only=not fetch)
         return find_hh_files(folder, self.subsets)
 
 
 def quickstart_data_folder(name: str, fetch: bool, margins: bool = False) -> Path:
-    """The folder of the quickstart's data, which are made when they are fetched."""
+    """Return the folder of the quickstart's data; with `fetch`, generate them first."""
     folder = cache_folder() / name
     if fetch:
         quickstart.write_dataset(folder, quickstart.DPO_SEED, quickstart.TRAIN_ROWS, quickstart.TEST_ROWS, margins)
@@ -68,12 +90,12 @@ def quickstart_data_folder(name: str, fetch: bool, margins: bool = False) -> Pat
 
 @dataclass(frozen=True)
 class Part:
-    """One of several data sets.
+    """One of several data sets that are mixed.
 
     Attributes:
-        path: As of `PreferencePairs`.
-        share: Its share of the training pairs, beside those of the others; for all parts or for none.
-        columns: What stands where; by default as for all.
+        path: File, folder, pattern, address or hub id, as for `PreferencePairs`.
+        share: Its share of the training pairs in relation to the shares of the others; for all parts or none.
+        columns: Column name for each field. Default: the columns of `PreferencePairs`.
     """
 
     path: str
@@ -82,73 +104,94 @@ class Part:
 
 
 class PreferencePairs(PairData):
-    """Preference pairs of any files: prompt, chosen and rejected as text or as messages.
+    """Preference pairs from any files: prompt, chosen and rejected as text or as messages.
 
-    JSON lines, JSON, Parquet and Arrow files, here, on the hub or behind any address that fsspec reads; these are read
-    file by file where they are, and nothing but tokens is stored.
+    The files are JSON lines, JSON, Parquet or Arrow, on this machine, on the hub or at any address that fsspec reads.
+    Remote files are read in turn, from where they are; only their tokens are stored.
     """
 
     def __init__(
         self,
-        tokenizer: str = QUICKSTART_NAME,
         path: dict[str, Part] | str = "",
         columns: Columns = Columns(),  # noqa: B008  # frozen
-        **options: Any,
+        tokenizer: str | None = None,
+        max_length: int = 512,
+        batch_size: int = 8,
+        max_tokens: int | None = 16384,
+        shuffle: bool = True,
+        val_fraction: float = 0.1,
+        limit: int | None = None,
+        format: TextFormat = "auto",
+        on_bad_row: OnBadRow = "error",
+        seed: int = 0,
     ) -> None:
-        """Choose what is read.
+        """Choose what is read and how.
 
         Args:
-            tokenizer: Hub id or folder of the tokenizer, as a rule the policy's.
-            path: File, folder, pattern, address or hub id (`dpo.data.sources` has examples and says what is of the test
-                split), or ``quickstart`` as of `HHRLHF`, here with margins; or several of them by a name each, mixed:
-                with shares, an epoch lasts until every pair was seen, and those of parts that are smaller than their
-                share are seen more than once.
-            columns: What stands where.
-            options: See `dpo.data.datamodule.PairData`.
+            path: File, folder, pattern (``folder/*.parquet``), address (``s3://bucket/folder``), hub id
+                (``owner/name``), files of one (``owner/name/data/train-*.parquet``), or ``quickstart``, which generates
+                data with margins. Files with the word test, validation, valid, val, dev or eval in their name or folder
+                are the test split. Or several named parts to mix: if they have shares, an epoch lasts until every pair
+                was seen, and pairs of a part that is smaller than its share are seen more than once.
+            columns: Column name for each field.
+            tokenizer: Hub id or folder of the tokenizer. Default: the tokenizer of the policy that the trainer trains.
+            max_length: Maximum tokens of prompt + answer. A longer pair loses its oldest exchanges first, then the
+                start of the prompt; an answer is cut only if it does not fit alone.
+            batch_size: Pairs per optimizer step, over all devices and accumulated batches.
+            max_tokens: Maximum tokens of one forward pass, prompts counted once. None: no limit.
+            shuffle: Draw a new order of the training pairs every epoch; otherwise keep the order of the files.
+            val_fraction: Share of the training rows that become the validation split. Rows with the same first human
+                turn go to the same split. 0: no validation split.
+            limit: Maximum number of rows to read from each file, train and test, from its start. None: all.
+            format: ``hh`` keeps the text of a dialogue, ``chat`` uses the tokenizer's chat template, ``auto`` uses the
+                template if there is one.
+            on_bad_row: Stop at an unreadable row (``error``), or leave it out and count it (``skip``).
+            seed: Seed of the order of training pairs.
 
         Raises:
-            ValueError: An option has no such value.
+            ValueError: An option has an invalid value.
         """
-        super().__init__(tokenizer, **options)
+        super().__init__(
+            tokenizer, max_length, batch_size, max_tokens, shuffle, val_fraction, limit, format, on_bad_row, seed
+        )
         check_option("path", path, bool(path), "a file, folder, pattern, address or hub id")
         self.parts = {"pairs": Part(path)} if isinstance(path, str) else path
         shares = [part.share for part in self.parts.values()]
-        sound = all(share is not None and 0 < share < float("inf") for share in shares)
-        check_option("path", shares, sound or not any(shares), "a share above 0 for every part, or none for any")
-        self.path, self.columns = ", ".join(part.path for part in self.parts.values()), columns
+        valid = all(share is not None and 0 < share < float("inf") for share in shares)
+        check_option("path", shares, valid or not any(shares), "a share above 0 for every part, or for none")
+        self.path = ", ".join(part.path for part in self.parts.values())
+        self.columns = columns
 
     def list_sources(self, fetch: bool) -> list[SourceFile]:
-        """The files of every part."""
+        """List the files of every part; see `PairData.list_sources`."""
         return [
-            source
+            SourceFile(name, split, file, part.columns or self.columns, version)
             for name, part in self.parts.items()
-            for source in make_sources(name, self._listed(part.path, fetch), part.columns or self.columns)
+            for split, file, version in self._list_files(part.path, fetch)
         ]
 
-    def _listed(self, path: str, fetch: bool) -> ListedFiles:
+    def _list_files(self, path: str, fetch: bool) -> ListedFiles:
         if path == QUICKSTART_NAME:
             path = str(quickstart_data_folder(f"{QUICKSTART_NAME}-margins", fetch, margins=True))
         return list_data_files(path, cache_folder() / "listings", fetch)
 
     def order_training_rows(self, subsets: NDArray[np.object_], rows: RowNumbers) -> RowNumbers:
-        """Every pair once; or, where shares are given, as often as they say."""
+        """Return every kept row once, or as often as the shares of the parts require."""
         shares = [part.share for part in self.parts.values() if part.share is not None]
         if not shares:
             return rows
-        parts = [rows[subsets[rows] == name] for name in self.parts]
-        for name, part in zip(self.parts, parts, strict=True):
-            check_option(
-                f"path.{name}", self.parts[name].path, len(part) > 0, "pairs to take a share of, see the table"
-            )
-        return interleave_by_share(parts, shares)
+        part_rows = [rows[subsets[rows] == name] for name in self.parts]
+        for (name, part), own_rows in zip(self.parts.items(), part_rows, strict=True):
+            check_option(f"path.{name}", part.path, len(own_rows) > 0, "files with usable pairs (see the table)")
+        return interleave_by_share(part_rows, shares)
 
 
 def interleave_by_share(parts: Sequence[RowNumbers], shares: Sequence[float]) -> RowNumbers:
-    """Rows of every part in proportion to its share, evenly interleaved.
+    """Return the rows of every part in proportion to its share, evenly interleaved.
 
-    So many in all that every row is there: once where the part is largest beside its share, more often elsewhere.
+    Every row occurs: once in the part that is the largest for its share, and possibly more often in the others.
     """
     total = max(len(part) / share for part, share in zip(parts, shares, strict=True))
     repeated = [np.resize(part, round(total * share)) for part, share in zip(parts, shares, strict=True)]
-    places = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in repeated])
-    return np.concatenate(repeated)[np.argsort(places, kind="stable")]
+    positions = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in repeated])
+    return np.concatenate(repeated)[np.argsort(positions, kind="stable")]

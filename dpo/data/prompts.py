@@ -1,36 +1,41 @@
-"""`Prompts`: what policy and reference are to answer, for `predict`.
+"""Prompts that policy and reference answer: single ones, and the data module `Prompts` for `predict`.
 
-Takes files as `PreferencePairs` does, gives questions by the batch. Knows nothing of models: of a policy it sees the
-tokenizer and the ids that end an answer.
+`Prompts` reads the same files as `PreferencePairs`. Of the policy, only the tokenizer and the token ids that end an
+answer are used.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
-from typing import Any
 
 import fsspec
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
-from dpo.data.columns import Columns, chat_messages, hh_prompt_text
-from dpo.data.datamodule import QUICKSTART_NAME, TextData, cache_folder, check_option
-from dpo.data.dialogue import DialoguePair, Turns
-from dpo.data.formats import BadLineError, read_raw_rows
+from dpo.data.columns import Columns, chat_messages
+from dpo.data.datamodule import OnBadRow, TextData, cache_folder, check_option
+from dpo.data.dialogue import DialoguePair, Refusal, Turns
+from dpo.data.formats import BadLineError, Fault, read_rows
 from dpo.data.sources import ListedFiles, list_data_files
-from dpo.data.tokenization import MIN_LENGTH, PairEncoder
+from dpo.data.tokenization import MIN_LENGTH, EncodedPair, PairEncoder, TextFormat
 from dpo.models.generation import Sampling
-from dpo.models.loading import read_end_ids
 
-PROBE_ANSWERS = (" Yes.", " No.")  # two answers that show where the tokens of a prompt end
+PROBE_ANSWERS = (" Yes.", " No.")
+"""Two answers with which a prompt is encoded as a pair, which shows where the tokens of the prompt end."""
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One prompt: as it is written for whoever reads the answers, and its token ids."""
+    """One tokenized prompt.
+
+    Attributes:
+        id: ``prompts:line``.
+        prompt: The prompt as it is written beside its answers: text in the format of hh-rlhf, or messages.
+        tokens: Its token ids, up to where the answer begins.
+    """
 
     id: str
     prompt: str | list[dict[str, str]]
@@ -39,12 +44,12 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts to be answered together.
+    """Prompts that are answered together.
 
     Attributes:
-        asked: They.
-        sampling: How.
-        seed: Of the draws.
+        prompts: The prompts.
+        sampling: How answers are sampled.
+        seed: Seed of the samples.
     """
 
     prompts: tuple[EncodedPrompt, ...]
@@ -52,101 +57,140 @@ class PromptBatch:
     seed: int
 
     def to(self, device: torch.device | str, **_: object) -> "PromptBatch":
-        """The same: there is nothing to move."""
+        """Return the batch itself: it has no tensors to move."""
         return self
+
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""A question as text, a dialogue in the format of hh-rlhf, or messages with ``role`` and ``content``."""
+
+
+def encode_prompt(encoder: PairEncoder, prompt: Prompt) -> list[int]:
+    """Return the token ids of a prompt, up to where the answer begins.
+
+    Raises:
+        ValueError: The prompt cannot be used; the message says why.
+    """
+    return _encode(encoder, prompt, *PROBE_ANSWERS).prompt
+
+
+def encode_answers(encoder: PairEncoder, prompt: Prompt, answers: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    """Return the token ids of the prompt and of the answer, for every answer.
+
+    Raises:
+        ValueError: The prompt or an answer cannot be used; the message says why.
+    """
+    texts = [f" {answer.lstrip(' ')}" for answer in answers]
+    encoded = [_encode(encoder, prompt, text, f"{text}.") for text in texts]
+    return [(pair.prompt, pair.chosen) for pair in encoded]
+
+
+def _encode(encoder: PairEncoder, prompt: Prompt, chosen: str, rejected: str) -> EncodedPair:
+    value = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+    try:
+        history = Columns().parse_history({"prompt": value})
+    except BadLineError as error:
+        raise ValueError(f"the prompt cannot be used ({error.detail}): {prompt!r}") from error
+    pair = history if isinstance(history, Refusal) else encoder.encode(DialoguePair(history, chosen, rejected))
+    if isinstance(pair, Refusal):
+        raise ValueError(f"the prompt cannot be used ({pair.replace('_', ' ')}): {prompt!r}")
+    return pair
 
 
 class Prompts(TextData):
     """Prompts for `predict`: a column `prompt` of text or messages, or the histories of preference pairs.
 
-    The answers of both models, with log-probabilities and rewards, are written in the run's folder in the format that
-    `PreferencePairs` reads back once chosen and rejected are marked. All prompts are in memory. `batch_size` is how
-    many are answered at once; they leave room for the longest answer within `max_length`.
+    The answers of both models, with log-probabilities and rewards, are written to the run's folder in the format that
+    `PreferencePairs` reads, once answers are marked as chosen and rejected. All prompts are in memory.
     """
 
     def __init__(
         self,
-        tokenizer: str = QUICKSTART_NAME,
         path: str = "",
         columns: Columns = Columns(),  # noqa: B008  # frozen
         sampling: Sampling = Sampling(),  # noqa: B008  # frozen
-        **options: Any,
+        tokenizer: str | None = None,
+        max_length: int = 512,
+        batch_size: int = 8,
+        limit: int | None = None,
+        format: TextFormat = "auto",
+        on_bad_row: OnBadRow = "error",
+        seed: int = 0,
     ) -> None:
-        """Choose what is asked.
+        """Choose which prompts are answered, and how.
 
         Args:
-            tokenizer: Hub id or folder of the tokenizer, as a rule the policy's.
-            path: As of `dpo.data.preferences.PreferencePairs`; files of both splits are read.
-            columns: What stands where.
-            sampling: How answers are drawn.
-            options: See `dpo.data.datamodule.TextData`.
+            path: File, folder, pattern, address or hub id, as for `PreferencePairs`; files of both splits are read.
+            columns: Column name for each field.
+            sampling: How answers are sampled.
+            tokenizer: Hub id or folder of the tokenizer. Default: the tokenizer of the policy that the trainer runs.
+            max_length: Maximum tokens of prompt + answer; prompts are cut to leave room for the longest answer.
+            batch_size: Prompts that are answered together.
+            limit: Maximum number of rows to read from each file, from its start. None: all.
+            format: ``hh`` keeps the text of a dialogue, ``chat`` uses the tokenizer's chat template, ``auto`` uses the
+                template if there is one.
+            on_bad_row: Stop at an unreadable row (``error``), or leave it out and count it (``skip``).
+            seed: Seed of the samples.
 
         Raises:
-            ValueError: An option has no such value.
+            ValueError: An option has an invalid value.
         """
-        super().__init__(tokenizer, **options)
+        super().__init__(tokenizer, max_length, batch_size, limit, format, on_bad_row, seed)
         check_option("path", path, bool(path), "a file, folder, pattern, address or hub id")
-        room = self.max_length - sampling.max_new_tokens
         check_option(
-            "max_length", self.max_length, room >= MIN_LENGTH, f"sampling.max_new_tokens + at least {MIN_LENGTH}"
+            "max_length",
+            max_length,
+            max_length - sampling.max_new_tokens >= MIN_LENGTH,
+            f"sampling.max_new_tokens + at least {MIN_LENGTH}",
         )
-        self.path, self.columns, self.sampling = path, columns, sampling
+        self.path = path
+        self.columns = columns
+        self.sampling = sampling
 
-    @cached_property
-    def encoder(self) -> PairEncoder:
-        """What makes tokens of prompts, so short that the longest answer fits behind."""
-        room = self.max_length - self.sampling.max_new_tokens
-        return PairEncoder(self.tokenizer, room, self.format, read_end_ids(self.tokenizer_name))
+    def make_encoder(self, tokenizer: PreTrainedTokenizerBase, end_ids: list[int]) -> PairEncoder:
+        """Create an encoder that cuts prompts so that the longest answer still fits."""
+        return PairEncoder(tokenizer, self.max_length - self.sampling.max_new_tokens, self.format, end_ids)
 
     def prepare_data(self) -> None:
-        """Find the files."""
-        self._listed(fetch=True)
+        """List the files, in one process."""
+        self._list_files(fetch=True)
 
     def predict_dataloader(self) -> "DataLoader[PromptBatch]":
-        """The questions of this device.
+        """Return the batches of prompts of this device.
 
         Raises:
-            ValueError: A row cannot be read, or none can be used.
+            ValueError: A row cannot be read, or no row can be used.
         """
-        counts: Counter[str] = Counter()
-        asked = [each for each in self._questions(counts) if isinstance(each, EncodedPrompt)]
-        rank_zero_info(f"Prompts: {len(asked)} used" + "".join(f", {n} {name}" for name, n in counts.items()))
-        check_option("path", self.path, bool(asked), "prompts, and none is left")
+        refused: Counter[str] = Counter()
+        prompts = list(self._prompts(refused))
+        rank_zero_info(f"Prompts: {len(prompts)} used" + "".join(f", {n} {name}" for name, n in refused.items()))
+        check_option("path", self.path, bool(prompts), "files with usable prompts")
         batches = [
-            PromptBatch(tuple(asked[first : first + self.batch_size]), self.sampling, self.seed * 1_000_003 + first)
-            for first in range(0, len(asked), self.batch_size)
+            PromptBatch(tuple(prompts[first : first + self.batch_size]), self.sampling, self.seed * 1_000_003 + first)
+            for first in range(0, len(prompts), self.batch_size)
         ]
         if self.trainer:
             batches = batches[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style data set
 
-    def _questions(self, counts: Counter[str]) -> Iterator[EncodedPrompt]:
-        for number, history in enumerate(self._histories(), 1):
-            refused = history if isinstance(history, str) else None
-            encoded = refused or self.encoder.encode(DialoguePair(history, *PROBE_ANSWERS))  # type: ignore[arg-type]  # told apart
-            if isinstance(encoded, str):
-                counts[str(encoded)] += 1
+    def _prompts(self, refused: Counter[str]) -> Iterator[EncodedPrompt]:
+        """Yield the usable prompts and count the others by reason."""
+        for line, history in enumerate(self._histories(), 1):
+            if isinstance(history, Refusal | Fault):
+                refused[history] += 1
                 continue
-            assert not isinstance(history, str)
-            written = chat_messages(history) if self.encoder.uses_chat_template else hh_prompt_text(history)
-            yield EncodedPrompt(f"prompts:{number}", written, encoded.prompt)
+            pair = DialoguePair(history, *PROBE_ANSWERS)
+            encoded = self.encoder.encode(pair)
+            if isinstance(encoded, Refusal):
+                refused[encoded] += 1
+                continue
+            prompt = chat_messages(history) if self.encoder.uses_chat_template else pair.prompt_text
+            yield EncodedPrompt(f"prompts:{line}", prompt, encoded.prompt)
 
-    def _histories(self) -> Iterator[Turns | str]:
-        """Of every row, or the reason why not."""
-        for _, file, _ in self._listed(fetch=False):
+    def _histories(self) -> Iterator[Turns | Refusal | Fault]:
+        for _, file, _ in self._list_files(fetch=False):
             with fsspec.open(file, "rb") as raw:
-                for line, found in enumerate(islice(read_raw_rows(raw, file), self.limit), 1):
-                    try:
-                        if isinstance(found, BadLineError):
-                            raise found
-                        yield self.columns.parse_history(found)
-                    except BadLineError as bad:
-                        if not self.skip_bad_rows:
-                            raise ValueError(
-                                f"{file}, line {line}: {bad.fault}, {bad.detail}. "
-                                "Mend or remove it, or leave such rows out with --data.on_bad_row skip."
-                            ) from bad
-                        yield bad.fault
+                yield from islice(read_rows(raw, file, self.columns.parse_history, self.skip_bad_rows), self.limit)
 
-    def _listed(self, fetch: bool) -> ListedFiles:
+    def _list_files(self, fetch: bool) -> ListedFiles:
         return list_data_files(self.path, cache_folder() / "listings", fetch)

@@ -1,14 +1,14 @@
-"""Which pairs a device sees in which step: a pure function of seed, epoch, rank and step.
+"""The order of the pairs and their distribution over devices and micro-batches.
 
-Takes the cost of every pair in tokens; gives, step after step, the micro-batches of one device. Knows nothing of
-text, models or losses. An optimizer step is always the same `batch_size` pairs, however it is cut: into accumulation
-windows, over devices, or into micro-batches of at most `max_tokens`.
+Which pairs a device sees in which step is a pure function of seed, epoch, rank and step. An optimizer step always
+consists of the same `batch_size` pairs, however it is split into accumulated batches, over devices, or into
+micro-batches of at most `max_tokens`.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,62 +17,73 @@ from torch.utils.data import DataLoader, Sampler
 
 from dpo.models.batch import Batch, Example, collate
 
-# Of one optimizer step: share -> micro-batch -> row; one share for every device and accumulated batch.
+# The rows of one optimizer step by share and micro-batch; each device has one share per accumulated batch.
 StepShares = list[list[list[int]]]
 
 
 @runtime_checkable
 class ExampleDataset(Protocol):
-    """A map-style data set of examples with their lengths in tokens."""
+    """A map-style data set of examples whose lengths in tokens are known."""
 
     @property
     def token_counts(self) -> Sequence[int]:
-        """Tokens of every example (prompt and answers)."""
+        """Tokens of every example, prompt and answers."""
 
     @property
     def answer_token_counts(self) -> Sequence[int]:
         """Tokens of the answers of every example."""
 
     def __len__(self) -> int:
-        """Number of examples."""
+        """Return the number of examples."""
 
     def __getitem__(self, index: int) -> Example:
-        """One example."""
+        """Return the example at this position."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one device handles in one Lightning batch.
+    """The work of one device in one Lightning batch.
 
     Attributes:
-        micro_batches: One forward and backward pass each.
-        pairs: Examples of the whole optimizer step, over all devices and accumulated batches.
-        scored: Their scored tokens.
+        micro_batches: Batches of one forward and backward pass each.
+        num_examples: Examples of the whole optimizer step, over all devices and accumulated batches.
+        num_scored_tokens: Answer tokens of those examples.
     """
 
     micro_batches: tuple[Batch, ...]
     num_examples: int
     num_scored_tokens: int
 
+    @classmethod
+    def from_examples(cls, examples: Sequence[Example], parts: int) -> "Step":
+        """Return a step with a single micro-batch.
+
+        Args:
+            examples: Examples of one device and one accumulated batch.
+            parts: Number of devices times accumulated batches, all with examples of the same number and lengths.
+        """
+        scored = sum(len(answer) for example in examples for answer in example.answers)
+        return cls((collate(examples),), len(examples) * parts, scored * parts)
+
     def to(self, device: torch.device | str, **_: object) -> "Step":
-        """The same on another device."""
+        """Return the step with its micro-batches on another device."""
         return replace(self, micro_batches=tuple(batch.to(device) for batch in self.micro_batches))
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """How an epoch is cut into steps.
+    """How an epoch is split into optimizer steps.
 
     Attributes:
-        batch_size: Pairs per optimizer step, over all devices.
-        max_tokens: Bound on the tokens of one micro-batch; a single pair may exceed it. None: no bound.
-        shuffle: Draw a new order every epoch; otherwise the order of the data set.
-        seed: Of the order.
-        rank: Of this device.
+        batch_size: Pairs per optimizer step, over all devices and accumulated batches.
+        max_tokens: Maximum tokens of a micro-batch, which only a single pair may exceed. None: no limit.
+        shuffle: Draw a new order every epoch, instead of keeping the order of the data set.
+        seed: Seed of the order.
+        rank: Rank of this device.
         world_size: Number of devices.
-        accumulate: Lightning batches per optimizer step.
-        keep_rest: Keep a last step with fewer pairs than devices, where some have nothing to do (evaluation); training
-            leaves it out.
+        accumulate_batches: Lightning batches per optimizer step.
+        keep_partial_step: Keep a last step that has too few pairs to give some to every device, as evaluation does;
+            training leaves it out.
     """
 
     batch_size: int
@@ -84,17 +95,17 @@ class EpochPlan:
     accumulate_batches: int = 1
     keep_partial_step: bool = False
 
-    def epoch_order(self, row_count: int, epoch: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
-        """The order of the rows in an epoch."""
-        return (
-            np.random.default_rng((self.seed, epoch)).permutation(row_count) if self.shuffle else np.arange(row_count)
-        )
+    def epoch_order(self, row_count: int, epoch: int) -> NDArray[np.int64]:
+        """Return the row numbers in the order of an epoch."""
+        if not self.shuffle:
+            return np.arange(row_count)
+        return np.random.default_rng((self.seed, epoch)).permutation(row_count)
 
     def split_step(self, rows: Sequence[int], token_counts: Sequence[int]) -> StepShares:
-        """Cut one optimizer step into `accumulate * world_size` shares of micro-batches.
+        """Split one optimizer step into `accumulate_batches * world_size` shares of micro-batches.
 
-        Longest first, each to the share with the least work among those with the fewest pairs; then first fit into
-        micro-batches.
+        Rows are assigned longest first, each to the share with the fewest tokens among those with the fewest rows. Each
+        share is then packed into micro-batches, first fit.
         """
         shares: list[list[int]] = [[] for _ in range(self.accumulate_batches * self.world_size)]
         work = [0] * len(shares)
@@ -104,44 +115,54 @@ class EpochPlan:
             work[least] += token_counts[row]
         return [self._pack(share, token_counts) for share in shares]
 
-    def _pack(self, rows: list[int], costs: Sequence[int]) -> list[list[int]]:
-        """First fit, longest first, into micro-batches of at most `max_tokens`."""
-        bound = self.max_tokens or sum(costs[row] for row in rows)
+    def _pack(self, rows: list[int], token_counts: Sequence[int]) -> list[list[int]]:
+        """Pack rows, longest first, into the first micro-batch that has room for them."""
+        max_tokens = self.max_tokens or sum(token_counts[row] for row in rows)
         packs: list[list[int]] = []
         room: list[int] = []
         for row in rows:
-            fits = next((i for i, left in enumerate(room) if costs[row] <= left), len(packs))
-            if fits == len(packs):
+            index = next((i for i, free in enumerate(room) if token_counts[row] <= free), len(packs))
+            if index == len(packs):
                 packs.append([])
-                room.append(bound)
-            packs[fits].append(row)
-            room[fits] -= costs[row]
+                room.append(max_tokens)
+            packs[index].append(row)
+            room[index] -= token_counts[row]
         return packs
 
 
 class StepSampler(Sampler[tuple[list[list[int]], list[int]]]):
-    """For every Lightning batch of an epoch: the micro-batches of one device, and all rows of the optimizer step."""
+    """A sampler that yields, per Lightning batch, the micro-batches of one device and all rows of the optimizer step.
+
+    Args:
+        token_counts: Tokens of every row.
+        plan: How an epoch is split.
+
+    Attributes:
+        epoch: The epoch whose order is used.
+        start_batch: Lightning batch at which the next iteration starts; used to resume inside an epoch.
+    """
 
     def __init__(self, token_counts: Sequence[int], plan: EpochPlan) -> None:
-        """Plan epochs over rows with these costs."""
-        self.token_counts, self.plan = token_counts, plan
-        self.epoch = self.start_batch = 0
+        self.token_counts = token_counts
+        self.plan = plan
+        self.epoch = 0
+        self.start_batch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before every epoch."""
+        """Choose the epoch; Lightning calls this before every one."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Lightning batches per epoch."""
         full, rest = divmod(len(self.token_counts), self.plan.batch_size)
         parts = self.plan.world_size * self.plan.accumulate_batches
         return (full + (rest >= (1 if self.plan.keep_partial_step else parts))) * self.plan.accumulate_batches
 
     def __iter__(self) -> Iterator[tuple[list[list[int]], list[int]]]:
-        """From `start` (where a resumed epoch goes on) to the end of the epoch."""
-        order, plan = self.plan.epoch_order(len(self.token_counts), self.epoch), self.plan
-        first, self.start_batch = self.start_batch, 0
-        for batch in range(first, len(self)):
+        plan = self.plan
+        order = plan.epoch_order(len(self.token_counts), self.epoch)
+        start = self.start_batch
+        self.start_batch = 0  # the next epoch starts at its beginning
+        for batch in range(start, len(self)):
             step, window = divmod(batch, plan.accumulate_batches)
             rows = order[step * plan.batch_size : (step + 1) * plan.batch_size].tolist()
             yield plan.split_step(rows, self.token_counts)[window * plan.world_size + plan.rank], rows
@@ -152,63 +173,65 @@ class _Steps(torch.utils.data.Dataset[Step]):
         self.pairs = pairs
 
     def __getitem__(self, item: tuple[list[list[int]], list[int]]) -> Step:
-        micro_batches, step = item
+        micro_batches, step_rows = item
         batches = tuple(collate([self.pairs[row] for row in rows]) for rows in micro_batches)
-        return Step(batches, len(step), sum(self.pairs.answer_token_counts[row] for row in step))
+        return Step(batches, len(step_rows), sum(self.pairs.answer_token_counts[row] for row in step_rows))
 
 
 class StepLoader:
-    """Steps of one device. Its state is its position in the epoch, so a resumed run goes on with the next step.
+    """The steps of one device. Its state is the position in the epoch, so a resumed run continues with the next step.
 
-    No `DataLoader` itself: of those Lightning makes new ones, with samplers of its own.
+    It is not a `DataLoader`, because Lightning replaces those by new ones with its own samplers.
+
+    Args:
+        pairs: The examples.
+        plan: How an epoch is split into steps.
+        num_workers: Processes that collate ahead.
 
     Attributes:
-        waited: Seconds that whoever iterates has waited for steps.
+        position: Lightning batches of this epoch that were yielded.
+        wait_seconds: Seconds that the consumer has waited for steps.
+
+    Raises:
+        ValueError: There are too few pairs per step to give some to every device.
     """
 
     def __init__(self, pairs: ExampleDataset, plan: EpochPlan, num_workers: int = 0) -> None:
-        """Load pairs according to a plan; `num_workers` processes collate ahead.
-
-        Raises:
-            ValueError: The plan gives some device nothing to do.
-        """
         if plan.batch_size < plan.world_size * plan.accumulate_batches:
             raise ValueError(
                 "expected a batch_size of at least devices * accumulate_grad_batches = "
                 f"{plan.world_size} * {plan.accumulate_batches}, got {plan.batch_size}: raise --data.batch_size "
                 "(it counts pairs per optimizer step over all devices)."
             )
-        self.sampler = StepSampler(pairs.token_counts, plan)  # Lightning tells it the epoch
+        self.sampler = StepSampler(pairs.token_counts, plan)  # Lightning calls its set_epoch
         self.loader = DataLoader(_Steps(pairs), batch_size=None, sampler=self.sampler, num_workers=num_workers)
-        self.batch_sampler = None  # Lightning asks for one
+        self.batch_sampler = None  # Lightning expects the attribute
         self.position = 0
         self.wait_seconds = 0.0
 
     def __len__(self) -> int:
-        """Lightning batches per epoch."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Step]:
-        """Count what is handed out, and the time it took to come."""
         self.position = self.sampler.start_batch
-        asked = time.perf_counter()
+        requested = time.perf_counter()
         for step in self.loader:
-            self.wait_seconds += time.perf_counter() - asked
+            self.wait_seconds += time.perf_counter() - requested
             self.position += 1
             yield step
-            asked = time.perf_counter()
+            requested = time.perf_counter()
 
     def state_dict(self) -> dict[str, int]:
-        """Lightning batches of this epoch that were handed out."""
+        """Return the position, which at the end of an epoch is the start of the next."""
         return {"position": self.position % max(1, len(self))}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind that position in the next epoch that is iterated."""
+        """Continue after the saved position in the next iteration."""
         self.sampler.start_batch = state["position"]
 
 
 def pack_rows_by_tokens(token_counts: NDArray[np.int64], max_tokens: int) -> Iterator[list[int]]:
-    """Rows in batches of at most `max_tokens`, longest first (so that what does not fit into memory shows at once)."""
+    """Yield row numbers in batches of at most `max_tokens`, longest first so that a lack of memory shows at once."""
     pack: list[int] = []
     room = max_tokens
     for row in np.argsort(-token_counts, kind="stable"):

@@ -1,9 +1,8 @@
-"""Preference losses: log-probabilities of chosen and rejected answers -> one value per pair.
+"""Preference losses: from the log-probabilities of chosen and rejected answers (`PairLogps`) to one value per pair.
 
-Takes `PairLogps`, gives a loss per pair. Notation of the formulas: lp is an answer's summed log-probability under the
-policy, |y| its number of tokens, D = lp - lp of the reference, w chosen, l rejected, h = D_w - D_l, b = beta,
-e = label_smoothing, S the logistic sigmoid. Larger beta holds the policy nearer to the reference. A new loss is a new
-final class.
+Notation in the formulas: lp is an answer's summed log-probability under the policy, |y| its number of tokens, D is lp
+minus lp of the reference, w chosen, l rejected, h = D_w - D_l, b = beta, e = label_smoothing, S the logistic sigmoid. A
+larger beta keeps the policy closer to the reference. To add a loss, subclass `PreferenceLoss`.
 """
 
 from dpo.losses.base import PairLogps, PreferenceLoss, UnknownInitialLoss

@@ -1,6 +1,7 @@
-"""What a loss is given, what it says of itself, and the parts that several of them share.
+"""What a loss receives, what every loss provides, and the arithmetic that several losses share.
 
-Takes log-probabilities per scored token, gives sums and log-ratios of pairs. No paper's equation stands here.
+`PairLogps` holds the log-probabilities of a batch of pairs and `PreferenceLoss` is the base class of every loss. The
+equations of the papers are in the other modules of this package.
 """
 
 from abc import ABC, abstractmethod
@@ -11,31 +12,39 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-
-def sum_per_answer(values: Float[Tensor, " scored"], lengths: Sequence[int]) -> Float[Tensor, " answers"]:
-    """Sum per-token values over answers of these lengths, in float32 at least; no sum depends on its neighbours."""
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    return torch.stack([part.sum() for part in wide.split(list(lengths))])
-
-
+DEFAULT_REWARD_SCALE = 0.1  # for losses without a beta
 PairValues = Float[Tensor, " pairs"]
 AnswerValues = Float[Tensor, "pairs 2"]
 
 
+def sum_per_answer(values: Float[Tensor, " scored"], lengths: Sequence[int]) -> Float[Tensor, " answers"]:
+    """Sum per-token values over each answer.
+
+    Args:
+        values: One value per scored token, answer after answer.
+        lengths: Scored tokens of each answer.
+
+    Returns:
+        One sum per answer, in float32 or wider. Each is summed on its own, so it does not depend on its neighbours.
+    """
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return torch.stack([answer.sum() for answer in wide.split(list(lengths))])
+
+
 @dataclass(frozen=True)
 class PairLogps:
-    """What a loss sees of a batch: values of every scored token, answer after answer, chosen before rejected.
+    """The input of a loss: one value per scored token, answer after answer, chosen before rejected.
 
     Attributes:
         policy_token_logps: log p(token | everything before it) under the policy, nats.
-        reference_token_logps: The same under the reference; NaN where there is none.
-        on_policy: log p(token) - log sum_v p_v^2 under the policy, nats, without a gradient: how likely the token is
-            beside one that the policy draws itself.
-        counts: Scored tokens of every answer, on the host.
-        margins: By how much the chosen answer of each pair is better, NaN where the data do not say; None: no margin.
+        reference_token_logps: The same under the reference; NaN where there is no reference.
+        on_policy_log_weights: log p(token) - log sum_v p_v^2 under the policy, nats, without a gradient: how likely the
+            token is compared with one that the policy samples itself.
+        answer_lengths: Scored tokens of every answer, as Python integers (on the host).
+        margins: How much better the chosen answer of each pair is, NaN where the data do not say. None: no margins.
     """
 
     policy_token_logps: Float[Tensor, " scored"]
@@ -46,12 +55,12 @@ class PairLogps:
 
     @cached_property
     def policy(self) -> AnswerValues:
-        """lp: log pi(y|x), summed over the tokens of each answer, nats."""
+        """lp = log pi(y|x), summed over the tokens of each answer, nats."""
         return self.answer_sums(self.policy_token_logps)
 
     @cached_property
     def reference(self) -> AnswerValues:
-        """The same under the reference."""
+        """log pi_ref(y|x), summed over the tokens of each answer, nats."""
         return self.answer_sums(self.reference_token_logps)
 
     @cached_property
@@ -69,18 +78,87 @@ class PairLogps:
         """n = lp / |y|: mean log-probability of a token under the policy, nats."""
         return self.policy / self.lengths
 
+    @classmethod
+    def from_sums(
+        cls,
+        policy_chosen: PairValues,
+        policy_rejected: PairValues,
+        reference_chosen: PairValues | None = None,
+        reference_rejected: PairValues | None = None,
+        *,
+        lengths: Float[Tensor, "pairs 2"] | Int[Tensor, "pairs 2"] | None = None,
+    ) -> "PairLogps":
+        """Build the input of a loss from log-probabilities of whole answers.
+
+        Args:
+            policy_chosen: log pi(y_w|x) of each pair under the policy, nats.
+            policy_rejected: log pi(y_l|x) of each pair under the policy, nats.
+            reference_chosen: log pi_ref(y_w|x) of each pair, nats. None: there is no reference.
+            reference_rejected: log pi_ref(y_l|x) of each pair, nats.
+            lengths: Tokens of the chosen and the rejected answer of each pair, for losses that use them.
+
+        Returns:
+            An input for every loss except `LD` and `WPO`, which need values of single tokens and raise ValueError.
+
+        Example:
+            >>> import torch
+            >>> from dpo import losses
+            >>> logps = losses.PairLogps.from_sums(
+            ...     policy_chosen=torch.tensor([-10.0]),
+            ...     policy_rejected=torch.tensor([-14.0]),
+            ...     reference_chosen=torch.tensor([-12.0]),
+            ...     reference_rejected=torch.tensor([-12.0]),
+            ... )
+            >>> losses.DPO(beta=0.1)(logps)
+            tensor([0.5130])
+        """
+        policy = torch.stack([policy_chosen, policy_rejected], -1).flatten()
+        unknown = torch.full_like(policy.detach(), torch.nan)
+        if reference_chosen is None or reference_rejected is None:
+            reference = unknown
+        else:
+            reference = torch.stack([reference_chosen, reference_rejected], -1).flatten()
+        return _SummedPairLogps(policy, reference, unknown, (1,) * len(policy), None, lengths)
+
+    def require_token_values(self, loss: object) -> None:
+        """Raise ValueError if only sums are known, for a loss that needs values of single tokens."""
+
     def answer_sums(self, token_values: Float[Tensor, " scored"]) -> AnswerValues:
-        """Sums of values of tokens: column 0 is the chosen answer, column 1 the rejected one."""
+        """Sum per-token values over each answer; column 0 is the chosen answer, column 1 the rejected one."""
         return sum_per_answer(token_values, self.answer_lengths).reshape(-1, 2)
 
 
+@dataclass(frozen=True)
+class _SummedPairLogps(PairLogps):
+    """Sums of whole answers, each stored as if it were a single token."""
+
+    known_lengths: Tensor | None = None
+
+    @cached_property
+    def lengths(self) -> AnswerValues:
+        if self.known_lengths is None:
+            raise ValueError("this loss needs the lengths of the answers: pass PairLogps.from_sums(..., lengths=...).")
+        return self.known_lengths.to(self.policy_token_logps)
+
+    def require_token_values(self, loss: object) -> None:
+        raise ValueError(
+            f"{loss} needs values of single tokens, got sums over answers: build a PairLogps directly instead of "
+            "calling from_sums."
+        )
+
+
 def bounded_field(default: float, interval: str) -> Any:
-    """A number that must lie in an interval, ``(0, inf)`` or ``[0, 0.5]``: a round bracket leaves the bound out."""
+    """Declare a dataclass field whose value must lie in an interval.
+
+    Args:
+        default: Value of the field if none is given.
+        interval: Such as ``(0, inf)`` or ``[0, 0.5]``; a round bracket excludes the bound.
+    """
     return field(default=default, metadata={"interval": interval})
 
 
 def is_in_interval(value: float, interval: str) -> bool:
-    """Whether a number lies in an interval as `parameter` takes it; NaN lies in none."""
+    """Return whether a number lies in an interval written as for `bounded_field`; NaN lies in none."""
     low, high = map(float, interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
@@ -88,110 +166,114 @@ def is_in_interval(value: float, interval: str) -> bool:
 
 
 class BoundedFields:
-    """A frozen dataclass that refuses a `parameter` outside its interval."""
+    """Base of frozen dataclasses that reject a `bounded_field` outside its interval."""
 
     def __post_init__(self) -> None:
-        """Check every parameter that has an interval.
+        """Check every field that has an interval.
 
         Raises:
-            ValueError: It lies outside.
+            ValueError: A value lies outside its interval.
         """
-        for each in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            value, interval = self.__dict__[each.name], each.metadata.get("interval")
+        for option in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value = self.__dict__[option.name]
+            interval = option.metadata.get("interval")
             if interval and not is_in_interval(value, interval):
-                raise ValueError(f"{each.name}: expected a number in {interval}, got {value}.")
+                raise ValueError(f"{option.name}: expected a number in {interval}, got {value}.")
 
 
 @dataclass(frozen=True)
 class UnknownInitialLoss:
-    """The loss of a policy that equals its reference is no known number.
+    """Stands in for `PreferenceLoss.initial_loss` where the loss at the start is not a known constant.
 
     Attributes:
-        reason: Why.
+        reason: Why it is not known.
     """
 
     reason: str
 
 
 class PreferenceLoss(BoundedFields, ABC):
-    """One loss: a frozen dataclass with its own parameters and the equation in `__call__`.
+    """Base class of losses: a frozen dataclass with its parameters as fields and its equation in `__call__`.
 
-    It is arithmetic: no model, no configuration, no logging, no reduction. The paragraphs of its docstring are what it
-    is, its formula, its source (`python -m dpo losses` prints them), in the notation of `dpo.losses`.
+    A subclass must define `__call__` and nothing else. The defaults are those of a loss of log-ratios, one value per
+    pair, whose implicit reward is beta times the log-ratio. A loss is pure arithmetic: it knows no model and no
+    configuration, logs nothing and does not reduce over the batch.
+
+    The docstring of a loss in this package starts with three paragraphs, which `python -m dpo losses` prints: what it
+    is, its formula in the notation of `dpo.losses`, and its source.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from dpo import losses
+        >>> @dataclass(frozen=True)
+        ... class SquaredHinge(losses.PreferenceLoss):
+        ...     beta: float = 0.1
+        ...
+        ...     def __call__(self, logps):
+        ...         chosen, rejected = (self.beta * logps.logratios).unbind(-1)
+        ...         return (1 - (chosen - rejected)).relu() ** 2
+        >>> policy, reference = torch.tensor([[-10.0], [-14.0]]), torch.tensor([[-12.0], [-12.0]])
+        >>> logps = losses.PairLogps.from_sums(*policy, *reference)
+        >>> SquaredHinge()(logps)
+        tensor([0.3600])
+        >>> SquaredHinge().rewards(logps)
+        tensor([[ 0.2000, -0.2000]])
     """
 
     @abstractmethod
     def __call__(self, logps: PairLogps) -> PairValues:
-        """The loss of each pair."""
+        """Return the loss of each pair."""
 
-    @abstractmethod
     def rewards(self, logps: PairLogps) -> AnswerValues:
-        """What the loss takes for the reward of each answer, without a gradient; for metrics only."""
+        """Return the implicit reward of each answer, without a gradient; it is used for metrics only.
+
+        By default r = beta D (equation 5 of 2305.18290 without the partition function, which cancels).
+        """
+        return self.reward_scale * logps.logratios.detach()
 
     @property
-    @abstractmethod
+    def reward_scale(self) -> float:
+        """Factor from log-ratio to reward: beta, if the loss has one."""
+        return float(getattr(self, "beta", DEFAULT_REWARD_SCALE))
+
+    @property
     def initial_loss(self) -> float | UnknownInitialLoss:
-        """The loss of any pair when the policy equals the reference."""
+        """Loss of any pair while the policy equals the reference; the preflight checks it before the first step."""
+        return UnknownInitialLoss(f"{type(self).__name__} defines no initial_loss")
 
     @property
-    @abstractmethod
     def uses_reference(self) -> bool:
-        """Whether it needs the reference's log-probabilities."""
+        """Whether the loss needs the reference's log-probabilities."""
+        return True
 
     @property
-    @abstractmethod
     def uses_margins(self) -> bool:
-        """Whether it needs to know by how much the chosen answer is better."""
+        """Whether the loss needs to know how much better the chosen answer is."""
+        return False
 
     @property
-    @abstractmethod
     def needs_whole_batch(self) -> bool:
-        """Whether it looks at all pairs of an optimizer step at once, so that the step cannot be cut into parts."""
-
-
-class ReferenceLoss(PreferenceLoss):
-    """A loss of log-ratios; the implicit reward of an answer is beta times its log-ratio."""
-
-    beta: float
-    uses_reference = True
-    uses_margins: bool = False
-
-    def rewards(self, logps: PairLogps) -> AnswerValues:
-        """r = beta D (equation 5 of 2305.18290 without the partition function, which cancels)."""
-        return self.beta * logps.logratios.detach()
-
-
-class PairLoss(ReferenceLoss):
-    """A pair costs the same whatever stands beside it."""
-
-    needs_whole_batch = False
-
-
-class BatchLoss(ReferenceLoss):
-    """The loss is one of all pairs of a step together; the values it gives add up to it."""
-
-    needs_whole_batch = True
+        """Whether the loss of a pair depends on the other pairs, so that an optimizer step cannot be split up."""
+        return False
 
 
 class PolicyLoss(PreferenceLoss):
-    """A loss of the policy's log-probabilities alone: no reference, and so no constant at the start."""
+    """Base class of losses without a reference, whose reward is by default beta times log-probability per token."""
 
     initial_loss = UnknownInitialLoss("it depends on what the policy already knows")
     uses_reference = False
-    uses_margins = False
-    needs_whole_batch = False
+
+    def rewards(self, logps: PairLogps) -> AnswerValues:
+        """Return r = beta lp / |y| of each answer, without a gradient."""
+        return self.reward_scale * logps.mean_token_logps.detach()
 
 
 def smoothed_logistic_loss(x: PairValues, label_smoothing: float) -> PairValues:
-    """-log S(x) when that share of the labels is flipped."""
+    """Return -(1-e) log S(x) - e log S(-x): the logistic loss if a share e = `label_smoothing` of labels is flipped."""
     return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
 
 
 def chosen_minus_rejected(answers: AnswerValues) -> PairValues:
-    """Chosen minus rejected."""
+    """Return the value of the chosen answer minus that of the rejected one, for each pair."""
     return answers[:, 0] - answers[:, 1]
-
-
-def sort_ascending(values: PairValues) -> PairValues:
-    """Sorted over the batch."""
-    return torch.sort(values).values

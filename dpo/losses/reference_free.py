@@ -1,7 +1,7 @@
-"""Losses without a reference: of the policy's log-probabilities alone.
+"""Losses without a reference: they use only the policy's log-probabilities.
 
-None of them has a constant at the start, and their rewards are log-probabilities: comparable between the two answers of
-a pair, not between runs.
+Their value at the start is not a known constant, and their rewards are log-probabilities: comparable between the two
+answers of a pair, but not between runs.
 """
 
 from dataclasses import dataclass
@@ -19,35 +19,42 @@ from dpo.losses.base import (
     smoothed_logistic_loss,
 )
 
-MAX_LOG_PROBABILITY = -torch.finfo(torch.float32).eps  # log of the largest probability whose odds are taken: 1 has none
+MAX_LOG_PROBABILITY = -torch.finfo(torch.float32).eps  # the odds of probability 1 are infinite
 
 
 def chosen_nll(logps: PairLogps) -> PairValues:
-    """-lp_w / |y_w|: negative log-likelihood of a token of the chosen answer, nats."""
+    """Return -lp_w / |y_w|: negative log-likelihood per token of the chosen answer, nats."""
     return -logps.mean_token_logps[:, 0]
 
 
 @dataclass(frozen=True)
 class NLL(PolicyLoss):
-    """The supervised term: with weights in a `Sum` that of RPO and MPO.
+    """Negative log-likelihood of the chosen answer, the supervised term of RPO and MPO (in a weighted `Sum`).
 
     -lp_w / |y_w|
 
     Pang et al. 2024, arXiv 2404.19733, equation 1 (RPO); Wang et al. 2024, arXiv 2411.10442 (MPO)
+
+    Example:
+        >>> import torch
+        >>> from dpo import losses
+        >>> policy = torch.tensor([[-10.0], [-14.0]])
+        >>> losses.NLL()(losses.PairLogps.from_sums(*policy, lengths=torch.tensor([[4, 5]])))
+        tensor([2.5000])
     """
 
     def __call__(self, logps: PairLogps) -> PairValues:
-        """The loss of each pair: every answer weighs the same, however long."""
+        """Return the loss of each pair; every answer has the same weight, however long it is."""
         return chosen_nll(logps)  # 2404.19733 eq. 1, second term
 
     def rewards(self, logps: PairLogps) -> AnswerValues:
-        """lp / |y|."""
+        """Return r = lp / |y| of each answer, without a gradient."""
         return logps.mean_token_logps.detach()
 
 
 @dataclass(frozen=True)
 class SimPO(PolicyLoss):
-    """Simple Preference Optimization: log-probabilities per token as rewards, with a margin.
+    """Simple Preference Optimization: rewards are log-probabilities per token, with a margin.
 
     -log S(b (lp_w/|y_w| - lp_l/|y_l|) - gamma)
 
@@ -55,24 +62,28 @@ class SimPO(PolicyLoss):
 
     Attributes:
         beta: Scale of the rewards.
-        gamma: Margin that the reward of the chosen answer has to gain.
+        gamma: Margin by which the reward of the chosen answer shall be higher.
+
+    Example:
+        >>> import torch
+        >>> from dpo import losses
+        >>> policy = torch.tensor([[-10.0], [-14.0]])
+        >>> logps = losses.PairLogps.from_sums(*policy, lengths=torch.tensor([[4, 5]]))
+        >>> losses.SimPO(beta=2.0, gamma=1.0)(logps)
+        tensor([0.9130])
     """
 
     beta: float = bounded_field(2.0, "(0, inf)")
     gamma: float = bounded_field(1.0, "[0, inf)")
 
     def __call__(self, logps: PairLogps) -> PairValues:
-        """The loss of each pair."""
+        """Return the loss of each pair."""
         return -F.logsigmoid(self.beta * chosen_minus_rejected(logps.mean_token_logps) - self.gamma)  # 2405.14734 eq. 6
-
-    def rewards(self, logps: PairLogps) -> AnswerValues:
-        """b lp / |y|."""
-        return self.beta * logps.mean_token_logps.detach()
 
 
 @dataclass(frozen=True)
 class CPO(PolicyLoss):
-    """Contrastive Preference Optimization: DPO with a uniform reference, and the likelihood of the chosen answer.
+    """Contrastive Preference Optimization: DPO with a uniform reference, plus the likelihood of the chosen answer.
 
     -(1-e) log S(b (lp_w - lp_l)) - e log S(-b (lp_w - lp_l)) - alpha lp_w/|y_w|
 
@@ -82,6 +93,14 @@ class CPO(PolicyLoss):
         beta: Scale of the rewards.
         alpha: Weight of the likelihood term.
         label_smoothing: e, assumed share of flipped labels.
+
+    Example:
+        >>> import torch
+        >>> from dpo import losses
+        >>> policy = torch.tensor([[-10.0], [-14.0]])
+        >>> logps = losses.PairLogps.from_sums(*policy, lengths=torch.tensor([[4, 5]]))
+        >>> losses.CPO(beta=0.1, alpha=1.0)(logps)
+        tensor([3.0130])
     """
 
     beta: float = bounded_field(0.1, "(0, inf)")
@@ -89,20 +108,18 @@ class CPO(PolicyLoss):
     label_smoothing: float = bounded_field(0.0, "[0, 0.5]")
 
     def __call__(self, logps: PairLogps) -> PairValues:
-        """The loss of each pair."""
-        prefer = smoothed_logistic_loss(
-            self.beta * chosen_minus_rejected(logps.policy), self.label_smoothing
-        )  # 2401.08417 eq. 3
-        return prefer + self.alpha * chosen_nll(logps)
+        """Return the loss of each pair."""
+        x = self.beta * chosen_minus_rejected(logps.policy)
+        return smoothed_logistic_loss(x, self.label_smoothing) + self.alpha * chosen_nll(logps)  # 2401.08417 eq. 3
 
     def rewards(self, logps: PairLogps) -> AnswerValues:
-        """b lp."""
+        """Return r = beta lp of each answer, without a gradient."""
         return self.beta * logps.policy.detach()
 
 
 @dataclass(frozen=True)
 class ORPO(PolicyLoss):
-    """Odds Ratio Preference Optimization: likelihood of the chosen answer and the odds against the rejected one.
+    """Odds Ratio Preference Optimization: likelihood of the chosen answer and its odds against the rejected one.
 
     -n_w - b log S(log odds_w - log odds_l), log odds = n - log(1 - exp(n)), n = lp/|y|
 
@@ -110,16 +127,19 @@ class ORPO(PolicyLoss):
 
     Attributes:
         beta: lambda of the paper, weight of the odds ratio.
+
+    Example:
+        >>> import torch
+        >>> from dpo import losses
+        >>> policy = torch.tensor([[-10.0], [-14.0]])
+        >>> losses.ORPO(beta=0.1)(losses.PairLogps.from_sums(*policy, lengths=torch.tensor([[4, 5]])))
+        tensor([2.5545])
     """
 
     beta: float = bounded_field(0.1, "(0, inf)")
 
     def __call__(self, logps: PairLogps) -> PairValues:
-        """The loss of each pair."""
+        """Return the loss of each pair."""
         n = logps.mean_token_logps.clamp(max=MAX_LOG_PROBABILITY)
         log_odds = n - (-n.expm1()).log()  # 2403.07691 eq. 4
         return chosen_nll(logps) - self.beta * F.logsigmoid(chosen_minus_rejected(log_odds))  # 2403.07691 eq. 6 and 7
-
-    def rewards(self, logps: PairLogps) -> AnswerValues:
-        """b lp / |y|."""
-        return self.beta * logps.mean_token_logps.detach()

@@ -1,6 +1,7 @@
-"""`python -m dpo losses`: every loss with its formula, parameters, source and its values on three known pairs.
+"""The table of `python -m dpo losses`: every loss with its formula, parameters, source and values on three pairs.
 
-Takes nothing; what it prints is read off the classes, and the values are computed.
+Formulas and sources come from the docstrings and parameters from the fields, so the table cannot disagree with the
+code; the values are computed.
 """
 
 import argparse
@@ -34,9 +35,9 @@ MIN_TABLE_WIDTH = 140
 
 
 def example_pairs() -> PairLogps:
-    """The pairs, without margins, with answers of one token that are as likely as what the policy draws."""
-    policy, reference = torch.tensor(POLICY_LOGPS), torch.tensor(REFERENCE_LOGPS)
-    return PairLogps(policy, reference, torch.zeros_like(policy), (1,) * len(policy))
+    """Return the three pairs, without margins: answers of one token, as likely as what the policy itself samples."""
+    policy = torch.tensor(POLICY_LOGPS)
+    return PairLogps(policy, torch.tensor(REFERENCE_LOGPS), torch.zeros_like(policy), (1,) * len(policy))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -44,8 +45,8 @@ def main(arguments: Sequence[str]) -> None:
     argparse.ArgumentParser("python -m dpo losses", description=main.__doc__).parse_args(arguments)
     console = Console(width=max(Console().width, MIN_TABLE_WIDTH))
     console.print(loss_table("Losses (--model.loss)", [(loss, loss) for loss in EXAMPLE_LOSSES]))
-    scores = [(DPO(divergence=divergence), divergence) for divergence in EXAMPLE_DIVERGENCES]
-    console.print(loss_table("Divergences (--model.loss.divergence) of losses that take one; values with DPO", scores))
+    rows = [(DPO(divergence=divergence), divergence) for divergence in EXAMPLE_DIVERGENCES]
+    console.print(loss_table("Divergences (--model.loss.divergence) of losses that take one; values with DPO", rows))
     console.print(
         "S: logistic sigmoid; lp: summed log-probability of an answer under the policy; D = lp - lp of the reference; "
         "|y|: tokens; w: chosen; l: rejected; h = D_w - D_l; b = beta; e = label_smoothing. "
@@ -54,30 +55,35 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def loss_table(title: str, rows: Sequence[tuple[PreferenceLoss, PreferenceLoss | Divergence]]) -> Table:
-    """One row for each loss, described by what stands beside it."""
-    lines = Table(title=title, show_lines=True)
-    lines.add_column("name and parameters", max_width=36)
-    lines.add_column("what, formula, source")
+    """Return a table with one row for each loss.
+
+    Args:
+        title: Title of the table.
+        rows: The loss whose values are shown, and the object that is described beside them.
+    """
+    table = Table(title=title, show_lines=True)
+    table.add_column("name and parameters", max_width=36)
+    table.add_column("what, formula, source")
     for name in ("step 0", "h = 0", "h = 10", "h = 20"):
-        lines.add_column(name, justify="right", no_wrap=True)
-    for loss, shown in rows:
+        table.add_column(name, justify="right", no_wrap=True)
+    for loss, described in rows:
         values = [f"{value:.6f}" for value in loss(example_pairs()).tolist()]
-        words = [_call(shown), "\n".join(docstring_paragraphs(type(shown)))]
-        lines.add_row(*map(Text, words), _start(loss), *values)
-    return lines
+        description = "\n".join(docstring_paragraphs(type(described)))
+        table.add_row(Text(_name_and_parameters(described)), Text(description), _initial_loss(loss), *values)
+    return table
 
 
 def docstring_paragraphs(loss: type) -> list[str]:
-    """What a docstring says before its attributes: what it is, its formula and, for a loss, its source."""
-    parts = cleandoc(loss.__doc__ or "").split("\n\n")
-    return [" ".join(part.split()) for part in parts if not part.startswith("Attributes:")]
+    """Return the paragraphs of a docstring before its sections: what it is, its formula and, for a loss, its source."""
+    paragraphs = cleandoc(loss.__doc__ or "").split("\n\n")
+    return [" ".join(text.split()) for text in paragraphs if not text.startswith(("Attributes:", "Example:"))]
 
 
-def _call(shown: PreferenceLoss | Divergence) -> str:
-    values = [f"{each.name} = {shown.__dict__[each.name]}" for each in fields(shown)]  # type: ignore[arg-type]
-    return "\n".join([type(shown).__name__, *(f"  {value}" for value in values)])
+def _name_and_parameters(described: PreferenceLoss | Divergence) -> str:
+    names = [option.name for option in fields(described)]  # type: ignore[arg-type]
+    return "\n".join([type(described).__name__, *(f"  {name} = {described.__dict__[name]}" for name in names)])
 
 
-def _start(loss: PreferenceLoss) -> str:
-    start = loss.initial_loss
-    return "-" if isinstance(start, UnknownInitialLoss) else f"{start:.6f}"
+def _initial_loss(loss: PreferenceLoss) -> str:
+    initial = loss.initial_loss
+    return "-" if isinstance(initial, UnknownInitialLoss) else f"{initial:.6f}"

@@ -1,1 +1,1 @@
-"""Models: reading, scoring, sharing prompts, writing answers, and what a policy is compared with."""
+"""Models: loading, adapters, scoring, shared prompts, generation, and the references a policy is compared with."""

@@ -1,16 +1,16 @@
-"""Attention over a flat row in which answers branch from a shared prompt, for any Hugging Face model.
+"""Attention over a flat row in which several answers share one prompt, for Hugging Face models.
 
-Takes the queries, keys and values of one layer and the `Layout` of the row; gives what each sequence would have got
-alone. Knows no model: it is registered once with the attention and mask interfaces of `transformers`, and every model
-that goes through them can be told to use it (`dpo.models.prompt_sharing`).
+A `RowLayout` says where prompts and answers lie in the row. Each answer attends to its prompt and to itself, exactly as
+if it stood alone behind the prompt. The functions here are registered with the attention and mask interfaces of
+`transformers`; `dpo.models.prompt_sharing` switches a model to them.
 
-Which tokens of the row see which is said in the words of `transformers`' mask functions: for query and key *positions*
-they say who sees whom (causal, sliding window, chunks). Positions restart at every branch, so the very same function,
-evaluated on position ids inside a branch, is right for the flat row too; plain causal attention needs no mask at all on
-the trunk.
+Masks stay those of `transformers`: functions that say which query *position* sees which key position (causal, sliding
+window, chunked). Position ids restart at every branch, so the same functions are right inside a branch of a flat row.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, cast
@@ -21,27 +21,47 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from dpo.models.batch import RowLayout, move_to_device
 
+PREFIX_SHARED_NAME = "prefix_shared"
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-CAUSAL_MASK = cast(MaskFunction, causal_mask_function)  # declared for ints, meant for tensors
+CAUSAL_MASK = cast(MaskFunction, causal_mask_function)  # annotated for ints, called with tensors
 
 
 class NotShareableError(ValueError):
-    """The model asks its attention for something that branches cannot give."""
+    """The model needs something of its attention that a flat row with shared prompts cannot provide."""
+
+
+_IN_FLAT_ROW = ContextVar("in_flat_row", default=False)
+
+
+@contextmanager
+def flat_row() -> Iterator[None]:
+    """Mark forward passes as reading a flat row; outside, the same model reads ordinary rows, e.g. to generate."""
+    token = _IN_FLAT_ROW.set(True)
+    try:
+        yield
+    finally:
+        _IN_FLAT_ROW.reset(token)
 
 
 @dataclass(frozen=True, eq=False)
 class MaskRule:
-    """Which positions see which; `window` where that is "the newest so many keys" and nothing else."""
+    """A rule that says which positions see which.
+
+    Attributes:
+        mask_function: A mask function of `transformers`, called with (batch, head, query, key) positions.
+        window: The number of newest keys that a query sees, itself included, if the rule is exactly that; otherwise
+            None.
+    """
 
     mask_function: MaskFunction
     window: int | None = None
 
     def __getitem__(self, kept: object) -> "MaskRule":
-        """Of the queries that are kept: it asks for their positions, not for their places (Gemma 4)."""
+        """Return the rule itself: Gemma 4 indexes its masks by kept queries, and a rule holds for all positions."""
         return self
 
 
@@ -51,13 +71,19 @@ def make_mask_rule(
     local_size: int | None = None,
     use_vmap: bool = False,
     device: Any = None,
-    **_: object,
-) -> MaskRule | None:
-    """What `transformers` hands to the layers as mask: the rule itself, or None for plain causal attention.
+    **shape: Any,
+) -> MaskRule | Tensor | None:
+    """Return the mask that `transformers` passes to every layer (its mask interface).
+
+    Returns:
+        Within `flat_row` the rule, or None for plain causal attention; otherwise an ordinary boolean mask.
 
     Raises:
-        NotShareable: The mask is no function of positions.
+        NotShareableError: The mask does not depend on positions alone.
     """
+    if not _IN_FLAT_ROW.get():
+        shape |= {"local_size": local_size, "use_vmap": use_vmap, "device": device, "allow_is_causal_skip": False}
+        return cast(Tensor, sdpa_mask(mask_function=mask_function, **shape))
     if use_vmap:
         raise NotShareableError("it adds a mask of its own that is not a function of positions alone")
     if mask_function is CAUSAL_MASK:
@@ -65,33 +91,32 @@ def make_mask_rule(
     return MaskRule(mask_function, local_size if local_size and _slides(mask_function, local_size, device) else None)
 
 
-def _slides(sees: MaskFunction, size: int, device: Any) -> bool:
-    """Is it a window? Chunks also come with a size: their edge lies at its multiples, a window's moves along."""
-    query, keys = (torch.tensor(places, device=device) for places in ([2 * size], [size, size + 1]))
-    return _visible(sees, query, keys).tolist() == [[False, True]]
+def _slides(mask_function: MaskFunction, size: int, device: Any) -> bool:
+    """Tell a sliding window from chunks, which have a size too: at position 2 * size a chunk has just begun."""
+    query = torch.tensor([2 * size], device=device)
+    keys = torch.tensor([size, size + 1], device=device)
+    return _visible(mask_function, query, keys).tolist() == [[False, True]]
 
 
-def _visible(sees: MaskFunction, queries: Tensor, keys: Tensor) -> Bool[Tensor, "queries keys"]:
+def _visible(mask_function: MaskFunction, queries: Tensor, keys: Tensor) -> Bool[Tensor, "queries keys"]:
     zero = torch.zeros((), dtype=torch.long, device=queries.device)
-    return sees(zero, zero, queries[:, None], keys[None, :]).expand(len(queries), len(keys))
+    return mask_function(zero, zero, queries[:, None], keys[None, :]).expand(len(queries), len(keys))
 
 
 def segment_masks(layout: RowLayout, rule: MaskRule | None) -> list[Bool[Tensor, "queries keys"] | None]:
-    """One mask for every trunk (None: plain causal) and every further branch."""
-    sees, found = rule.mask_function if rule else CAUSAL_MASK, list[Tensor | None]()
+    """Return the mask of every segment; None for a trunk with plain causal attention."""
+    mask_function = rule.mask_function if rule else CAUSAL_MASK
+    masks: list[Tensor | None] = []
     for group in layout.groups:
         trunk = layout.position_ids[group.trunk_slice]
-        found.append(_visible(sees, trunk, trunk) if rule else None)
+        masks.append(_visible(mask_function, trunk, trunk) if rule else None)
         for branch in group.other_branch_slices():
             own = layout.position_ids[branch]
-            found.append(_visible(sees, own, torch.cat([trunk[: group.prompt_length], own])))
-    return found
+            masks.append(_visible(mask_function, own, torch.cat([trunk[: group.prompt_length], own])))
+    return masks
 
 
-PREFIX_SHARED_NAME = "prefix_shared"
-
-
-def _explicit(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -100,7 +125,10 @@ def _explicit(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention written out, for what no kernel does: capped scores (Gemma 2) and sinks (gpt-oss)."""
+    """Attend, causally where there is no mask; key heads that serve several query heads are repeated before."""
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+    # written out, as no kernel caps scores (Gemma 2) or has sinks (gpt-oss)
     scores = (query @ key.transpose(-1, -2)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -113,33 +141,33 @@ def _explicit(
     return weights[..., : value.shape[-2]] @ value
 
 
-def _by_segments(
-    layout: RowLayout, query: Tensor, key: Tensor, value: Tensor, rule: MaskRule | None, scale: float, **special: Any
-) -> Tensor:
-    """One attention call for every trunk and every branch."""
+def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat the heads of keys and values that several query heads share."""
     repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    if repeats == 1:
+        return key, value
+    return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if any(option is not None for option in special.values()):
-            return _explicit(q, k, v, mask, scale, **special)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
 
-    # split, not slices: the gradient of a slice is as large as the whole row
+def _attend_per_segment(
+    layout: RowLayout, query: Tensor, key: Tensor, value: Tensor, rule: MaskRule | None, **options: Any
+) -> Tensor:
+    """Make one attention call for every trunk and every further branch."""
+    key, value = _repeat_heads(query, key, value)
+    # split, not slices: the gradient of every slice would be as large as the whole row
     queries = query.split(layout.segment_lengths, dim=2)
-    keys, values = _branch_keys(layout, key), _branch_keys(layout, value)
-    seen = layout.compute_once(rule, lambda: segment_masks(layout, rule))
-    parts = [attend(*inputs) for inputs in zip(queries, keys, values, seen, strict=True)]
+    keys = _segment_keys(layout, key)
+    values = _segment_keys(layout, value)
+    masks = layout.compute_once(rule, lambda: segment_masks(layout, rule))
+    parts = [_attend(*inputs, **options) for inputs in zip(queries, keys, values, masks, strict=True)]
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1)
 
 
-def _branch_keys(layout: RowLayout, x: Tensor) -> Iterator[Tensor]:
-    """Keys (or values) of every segment: of a trunk its own, of any further branch those of its prompt and its own."""
+def _segment_keys(layout: RowLayout, x: Tensor) -> Iterator[Tensor]:
+    """Yield the keys (or values) that each segment sees: a trunk its own, a further branch its prompt's and its own."""
     segments = iter(x.split(layout.segment_lengths, dim=2))
-    prompts = x.split([n for group in layout.groups for n in (group.prompt_length, sum(group.branch_lengths))], dim=2)[
-        ::2
-    ]
+    lengths = [n for group in layout.groups for n in (group.prompt_length, sum(group.branch_lengths))]
+    prompts = x.split(lengths, dim=2)[::2]
     for group, prompt in zip(layout.groups, prompts, strict=True):
         yield next(segments)
         for _ in group.branch_lengths[1:]:
@@ -148,7 +176,15 @@ def _branch_keys(layout: RowLayout, x: Tensor) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class VarlenSegments:
-    """All segments of a row for one call of a variable-length kernel: where each begins, and which keys it has."""
+    """All segments of a row, as one call of a variable-length attention kernel takes them.
+
+    Attributes:
+        query_starts: Index of the first query of every segment, and the number of queries.
+        key_starts: The same for keys, of which a branch also has those of its prompt.
+        key_indices: Index in the row of every key, segment after segment.
+        max_query_length: Queries of the longest segment.
+        max_key_length: Keys of the longest segment.
+    """
 
     query_starts: Tensor
     key_starts: Tensor
@@ -157,32 +193,35 @@ class VarlenSegments:
     max_key_length: int
 
 
-def _ragged(layout: RowLayout) -> VarlenSegments:
-    rows = []
+def _varlen_segments(layout: RowLayout) -> VarlenSegments:
+    keys: list[list[int]] = []
     for group in layout.groups:
-        rows.append(list(range(group.trunk_slice.start, group.trunk_slice.stop)))
-        prompt = rows[-1][: group.prompt_length]
-        rows.extend(prompt + list(range(branch.start, branch.stop)) for branch in group.other_branch_slices())
-    lengths, keys = list(map(len, rows)), torch.tensor([token for row in rows for token in row])
-    starts = (torch.tensor([0, *accumulate(each)], dtype=torch.int32) for each in (layout.segment_lengths, lengths))
-    query_starts, key_starts, keys = (move_to_device(each, layout.position_ids.device) for each in (*starts, keys))
-    return VarlenSegments(query_starts, key_starts, keys, max(layout.segment_lengths), max(lengths))
+        trunk = list(range(group.trunk_slice.start, group.trunk_slice.stop))
+        prompt = trunk[: group.prompt_length]
+        keys.append(trunk)
+        keys.extend(prompt + list(range(branch.start, branch.stop)) for branch in group.other_branch_slices())
+    lengths = (layout.segment_lengths, list(map(len, keys)))
+    starts = (torch.tensor([0, *accumulate(each)], dtype=torch.int32) for each in lengths)
+    indices = torch.tensor([token for segment in keys for token in segment])
+    tensors = (move_to_device(tensor, layout.position_ids.device) for tensor in (*starts, indices))
+    query_starts, key_starts, key_indices = tensors
+    return VarlenSegments(query_starts, key_starts, key_indices, *map(max, lengths))
 
 
-def _in_one_call(
+def _attend_in_one_call(
     layout: RowLayout, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
 ) -> Float[Tensor, "1 tokens heads dim"]:
-    """All segments in one call; causal from the bottom right, so a branch sees its whole prompt."""
-    ragged: VarlenSegments = layout.compute_once(VarlenSegments, lambda: _ragged(layout))
+    """Attend in all segments by one kernel call; it is causal from the last key, so a branch sees its whole prompt."""
+    segments = layout.compute_once(VarlenSegments, lambda: _varlen_segments(layout))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     attended = varlen_attn(
         q.contiguous(),
-        k[ragged.key_indices],
-        v[ragged.key_indices],
-        ragged.query_starts,
-        ragged.key_starts,
-        ragged.max_query_length,
-        ragged.max_key_length,
+        k[segments.key_indices],
+        v[segments.key_indices],
+        segments.query_starts,
+        segments.key_starts,
+        segments.max_query_length,
+        segments.max_key_length,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
@@ -190,8 +229,8 @@ def _in_one_call(
     return cast(Tensor, attended)[None]
 
 
-def _has_kernel(query: Tensor, value: Tensor) -> bool:
-    """What FlashAttention takes."""
+def _kernel_supports(query: Tensor, value: Tensor) -> bool:
+    """Whether the variable-length kernel (FlashAttention) takes these devices, types and head sizes."""
     sizes = query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     half = query.dtype in (torch.float16, torch.bfloat16)
     return query.is_cuda and half and sizes and torch.cuda.get_device_capability(query.device) >= (8, 0)
@@ -199,34 +238,51 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
 
 def prefix_shared_attention(
     module: nn.Module,
-    query: Float[Tensor, "1 heads tokens dim"],
-    key: Float[Tensor, "1 groups tokens dim"],
-    value: Float[Tensor, "1 groups tokens value"],
-    attention_mask: MaskRule | None,
+    query: Float[Tensor, "batch heads tokens dim"],
+    key: Float[Tensor, "batch groups keys dim"],
+    value: Float[Tensor, "batch groups keys value"],
+    attention_mask: MaskRule | Tensor | None,
     *,
-    layout: RowLayout,
+    layout: RowLayout | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: object,
-) -> tuple[Float[Tensor, "1 tokens heads value"], None]:
-    """One layer's attention over a flat row: every branch attends to its prompt and to itself.
+) -> tuple[Float[Tensor, "batch tokens heads value"], None]:
+    """Attend over a flat row, where every answer sees its prompt and itself; without a layout, over ordinary rows.
+
+    Args:
+        module: The attention layer.
+        query: Queries.
+        key: Keys, of fewer heads than the queries where several of these share one.
+        value: Values.
+        attention_mask: What `make_mask_rule` returned.
+        layout: Where prompts and answers lie in the flat row.
+        scaling: Factor of the scores; by default 1 / sqrt(dim).
+        softcap: Bound of the scores (Gemma 2).
+        s_aux: A logit per head that takes probability and has no value (the sinks of gpt-oss).
 
     Raises:
-        NotShareable: The layer is not causal.
+        NotShareableError: The layer is not causal.
     """
     if not getattr(module, "is_causal", True):
         raise NotShareableError(f"{type(module).__name__} is not causal")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):  # rotary positions leave queries and keys in float32
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    expressible = softcap is None and s_aux is None and (attention_mask is None or attention_mask.window is not None)
-    if expressible and _has_kernel(query, value):
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
+    if layout is None:
+        assert isinstance(attention_mask, Tensor)
+        key, value = _repeat_heads(query, key, value)
+        return _attend(query, key, value, attention_mask, **options).transpose(1, 2), None
+    assert not isinstance(attention_mask, Tensor)
+    plain_or_window = attention_mask is None or attention_mask.window is not None
+    if softcap is None and s_aux is None and plain_or_window and _kernel_supports(query, value):
         window = attention_mask.window if attention_mask else None
-        return _in_one_call(layout, query, key, value, window, scale), None
-    return _by_segments(layout, query, key, value, attention_mask, scale, softcap=softcap, sinks=s_aux), None
+        return _attend_in_one_call(layout, query, key, value, window, scale), None
+    return _attend_per_segment(layout, query, key, value, attention_mask, **options), None
 
 
-# The loops over segments would be compiled anew for every batch; without them the layer around is compiled once.
+# Not compiled: the loops over segments would be, for every batch anew. The rest of the layer is compiled once.
 AttentionInterface.register(PREFIX_SHARED_NAME, torch.compiler.disable(prefix_shared_attention))
 AttentionMaskInterface.register(PREFIX_SHARED_NAME, make_mask_rule)

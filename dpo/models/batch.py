@@ -1,16 +1,14 @@
-"""Tokenised examples -> one flat row of tokens in which every prompt stands once.
+"""Token ids of examples, laid out as one flat row in which every prompt stands once.
 
-Takes token ids, gives a `Batch`. Knows nothing of text, models or losses.
-
-The row of a batch is ``p1 c1 r1 p2 c2 r2 ...``: each prompt, then its answers, branch after branch. Position ids
-restart for every branch where the prompt ended, and `Layout` says which tokens belong together, so that the attention
-can let each branch see its prompt and itself only. The last token of an answer predicts nothing and nobody attends to
-it: it is a target, never an input.
+The row is ``prompt1 answer1a answer1b prompt2 answer2a answer2b ...``. Position ids restart where the prompt ended at
+every answer ("branch"), and `RowLayout` records which tokens belong together, so that each branch attends to its prompt
+and itself only. The last token of an answer is a target and never an input: it predicts nothing and nothing attends to
+it.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import nan
 from typing import Any, TypeVar
 
@@ -22,7 +20,7 @@ _T = TypeVar("_T")
 
 
 def move_to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor on a device; to CUDA through pinned memory, so that nobody waits for the copy."""
+    """Copy a tensor to a device, to CUDA through pinned memory so that the host does not wait for the copy."""
     if torch.device(device).type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -30,14 +28,14 @@ def move_to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised preference pair, or one prompt with any number of answers.
+    """One tokenized preference pair, or a prompt with any number of answers.
 
     Attributes:
-        id: Where it came from, ``subset/split:line``.
-        prompt: Token ids that all answers share; at least one.
-        answers: Token ids of each answer (chosen first), all of them scored; at least one each.
-        weight: By what its loss is multiplied.
-        margin: By how much the chosen answer is better; None where the data do not say.
+        id: Where the example came from, ``subset/split:line``.
+        prompt: Token ids that all answers share, at least one.
+        answers: Token ids of each answer (the chosen one first), at least one per answer; all are scored.
+        weight: Factor of the example's loss.
+        margin: How much better the chosen answer is; None if the data do not say.
     """
 
     id: str
@@ -49,7 +47,13 @@ class Example:
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """A prompt and its branches in the flat row: lengths in tokens, ``start`` the index of the first."""
+    """A prompt and its answers in the flat row.
+
+    Attributes:
+        start: Index in the row of the prompt's first token.
+        prompt_length: Tokens of the prompt.
+        branch_lengths: Input tokens of every answer, which is all but the last token of each.
+    """
 
     start: int
     prompt_length: int
@@ -57,25 +61,29 @@ class PromptGroup:
 
     @property
     def trunk_slice(self) -> slice:
-        """The prompt and the first branch: contiguous, causal."""
-        return slice(self.start, self.start + self.prompt_length + self.branch_lengths[0])
+        """The prompt and its first branch, which are contiguous and plainly causal."""
+        return slice(self.start, self.start + self.segment_lengths[0])
 
     @property
     def segment_lengths(self) -> list[int]:
-        """Lengths of the trunk and of every further branch: the pieces of the row that attend as one."""
+        """Lengths of the trunk and of every further branch: each of these segments attends as a whole."""
         return [self.prompt_length + self.branch_lengths[0], *self.branch_lengths[1:]]
 
     def other_branch_slices(self) -> list[slice]:
-        """Every further branch."""
-        starts = [self.trunk_slice.stop]
-        for length in self.branch_lengths[1:]:
-            starts.append(starts[-1] + length)
-        return [slice(a, b) for a, b in pairwise(starts)]
+        """Return where the branches after the first one lie in the row."""
+        ends = accumulate(self.segment_lengths, initial=self.start)
+        return [slice(start, end) for start, end in pairwise(ends)][1:]
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Which tokens of a flat row attend to which; `positions` are the position ids of the tokens."""
+    """The structure of a flat row: which tokens attend to which.
+
+    Attributes:
+        groups: Prompts with their answers, in the order of the row.
+        position_ids: Position of every token in its own sequence of prompt and answer.
+        computed: What `compute_once` keeps.
+    """
 
     groups: tuple[PromptGroup, ...]
     position_ids: Int[Tensor, " tokens"]
@@ -83,34 +91,34 @@ class RowLayout:
 
     @property
     def segment_lengths(self) -> list[int]:
-        """Lengths of the pieces of the row that attend as one, all groups after each other."""
+        """Lengths of the segments of all groups, in the order of the row."""
         return [length for group in self.groups for length in group.segment_lengths]
 
     def compute_once(self, key: object, compute: Callable[[], _T]) -> _T:
-        """What `make` gives, made when it is first asked for under this key: all layers share it."""
+        """Return `compute()`, called for the first request of a key only, so that all layers share its result."""
         if key not in self.computed:
             self.computed[key] = compute()
-        made: _T = self.computed[key]
-        return made
+        result: _T = self.computed[key]
+        return result
 
     def to(self, device: torch.device | str) -> "RowLayout":
-        """The same on another device; what was made once is made again there."""
+        """Return the layout on another device, without the results of `compute_once`."""
         return RowLayout(self.groups, move_to_device(self.position_ids, device))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: a flat row of tokens and what is to be scored in it.
+    """One micro-batch: a flat row of tokens, and which of them are scored.
 
     Attributes:
-        ids: Of the examples, in order.
-        tokens: The flat row.
-        layout: Its structure.
-        predictors: For every scored token, the index in the row of the token that predicts it.
-        targets: The scored tokens, answer after answer.
-        lengths: Scored tokens of every answer, on the host.
-        weights: By what the loss of every example is multiplied.
-        margins: By how much the chosen answer of every example is better; NaN where the data do not say.
+        ids: Ids of the examples, in order.
+        tokens: Token ids of the flat row.
+        layout: Structure of the row.
+        predictor_indices: For every scored token, the index in the row of the token that predicts it.
+        targets: Ids of the scored tokens, answer after answer.
+        lengths: Scored tokens of every answer; kept on the host.
+        weights: Factor of the loss of every example.
+        margins: How much better the chosen answer of every example is; NaN if the data do not say.
     """
 
     ids: tuple[str, ...]
@@ -123,30 +131,30 @@ class Batch:
     margins: Float[Tensor, " examples"]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on another device."""
+        """Return the batch on another device."""
         tensors = ("tokens", "predictor_indices", "targets", "weights", "margins")
         moved: dict[str, Any] = {name: move_to_device(getattr(self, name), device) for name in tensors}
         return replace(self, layout=self.layout.to(device), **moved)
 
     def __len__(self) -> int:
-        """Number of examples."""
+        """Return the number of examples."""
         return len(self.ids)
 
     def answer_sequences(self) -> list[Int[Tensor, " length"]]:
-        """Each answer behind its prompt as token ids of its own (without its last token, which predicts nothing)."""
-        rows = []
+        """Return every answer as a sequence of its own: its prompt and its tokens without the last one."""
+        sequences = []
         for group in self.layout.groups:
-            rows.append(self.tokens[group.trunk_slice])
+            sequences.append(self.tokens[group.trunk_slice])
             prompt = self.tokens[group.start : group.start + group.prompt_length]
-            rows.extend(torch.cat([prompt, self.tokens[branch]]) for branch in group.other_branch_slices())
-        return rows
+            sequences.extend(torch.cat([prompt, self.tokens[branch]]) for branch in group.other_branch_slices())
+        return sequences
 
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Lay examples out as one flat row.
 
     Raises:
-        ValueError: A prompt or an answer is empty: there would be nothing to predict it from, or nothing to score.
+        ValueError: A prompt is empty, so that nothing predicts the first token, or an answer is, or there are none.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -157,7 +165,8 @@ def collate(examples: Sequence[Example]) -> Batch:
             raise ValueError(
                 f"{example.id}: expected a prompt and answers of at least one token each, got an empty one."
             )
-        start, prompt = len(tokens), len(example.prompt)
+        start = len(tokens)
+        prompt = len(example.prompt)
         tokens.extend(example.prompt)
         positions.extend(range(prompt))
         for answer in example.answers:

@@ -1,7 +1,7 @@
-"""What a long run does with the memory of a processor: freed blocks serve the next step, kernels do not pile up.
+"""Memory and number format of training on a CPU.
 
-And the number format that it is fast at, for configurations that do not know where they will run. Knows only the C
-library, oneDNN and Lightning's precisions.
+Freed memory is kept for the next step, oneDNN's compiled kernels do not pile up, and a configuration can ask for
+bfloat16 wherever the processor multiplies it natively.
 """
 
 import ctypes
@@ -12,18 +12,18 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_info
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-ONEDNN_CACHE_CAPACITY = 64  # more than one pass needs; oneDNN would keep 1,024
+ONEDNN_CACHE_CAPACITY = 64  # kernels; one pass needs fewer, and oneDNN would keep 1,024
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what is freed until the process ends. Where the C library cannot, nothing changes.
+    """Have malloc keep freed memory until the process ends; does nothing if the C library is not glibc.
 
-    By default glibc gives every large block back to the kernel, which zeroes each page of it when it hands it out
-    again, in every training step.
+    By default glibc returns every large block to the kernel, which zeroes each page when it hands it out again, in
+    every training step.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # not glibc: musl, macOS, Windows
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return
     mallopt(M_MMAP_MAX, 0)  # no block is a mapping of its own
     mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
@@ -31,18 +31,20 @@ def keep_freed_memory() -> None:
 
 
 def limit_onednn_cache() -> None:
-    """Bound oneDNN's kernels, of which products in bfloat16 get a new one for every length of a row.
+    """Limit how many compiled kernels oneDNN and PyTorch keep; must run before the first matrix product.
 
-    They hold gigabytes after some hundred steps. To be called before the first product; what the environment says wins.
+    Products in bfloat16 get a new kernel for every length of a row, which add up to gigabytes within some hundred
+    steps. Limits that the environment sets already win.
     """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # its own cache, and PyTorch's of it
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own cache, and PyTorch's of it
         os.environ.setdefault(name, str(ONEDNN_CACHE_CAPACITY))
 
 
 def bfloat16_where_fast() -> Precision:
-    """Mixed bfloat16 where the CPU multiplies it natively (AVX512-BF16 or AMX), otherwise float32."""
+    """Return mixed bfloat16 if the CPU multiplies it natively (AVX512-BF16 or AMX), otherwise float32."""
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     rank_zero_info(
-        f"Precision: {'bf16-mixed' if fast else '32-true'}, as this processor {'has' if fast else 'lacks'} bfloat16."
+        f"Precision: {'bf16-mixed' if fast else '32-true'}, as this processor {'has' if fast else 'lacks'} native "
+        "bfloat16."
     )
     return MixedPrecision("bf16-mixed", "cpu") if fast else Precision()

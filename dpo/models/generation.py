@@ -1,6 +1,7 @@
-"""Prompts -> answers that a model writes.
+"""Generate answers to prompts with a causal language model.
 
-Takes token ids, gives token ids and text, up to the end of the answer. Knows nothing of losses or files.
+Answers are drawn from the model as it is scored: whatever its own generation config says about sampling is ignored.
+Each one is cut at its end, which is an end-of-sequence token or the beginning of the next human turn.
 """
 
 from collections.abc import Sequence
@@ -13,9 +14,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from dpo.models.prompt_sharing import standard_attention
 
-STOP_WINDOW_TOKENS = 12  # tokens in which the next human turn is looked for; there are no more in its marker
+STOP_WINDOW_TOKENS = 12  # newest tokens that are searched for the next human turn; its marker has no more
 
-# What a model's own generation config may say; an answer is to be a draw from the model as it is scored.
+# Turns off what a model's own generation config may set.
 NEUTRAL_SAMPLING = {"top_k": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0}
 
 
@@ -29,10 +30,10 @@ class Sampling:
     """How answers are drawn.
 
     Attributes:
-        answers: To every prompt, from each model.
-        temperature: The logits are divided by it; 0 takes the most probable token (one answer, then).
-        top_p: Only the most probable tokens that together have this probability.
-        max_new_tokens: Longest answer.
+        answers: Number of answers to every prompt, from each model.
+        temperature: Divisor of the logits; 0 always takes the most probable token, and then gives one answer only.
+        top_p: Draw only from the most probable tokens that together have this probability.
+        max_new_tokens: Maximum length of an answer, in tokens.
     """
 
     answers: int = 4
@@ -41,15 +42,15 @@ class Sampling:
     max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
-        """Check all.
+        """Check the options.
 
         Raises:
-            ValueError: One has no such value.
+            ValueError: One is outside its range.
         """
         _check("answers", self.answers, self.answers >= 1, "at least 1 answer")
         _check("temperature", self.temperature, 0 <= self.temperature < float("inf"), "a number of 0 or more")
-        drawn = self.temperature > 0 or self.answers == 1
-        _check("temperature", self.temperature, drawn, "more than 0, or all answers would be the same")
+        varied = self.temperature > 0 or self.answers == 1
+        _check("temperature", self.temperature, varied, "more than 0, or all answers would be the same")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "a probability above 0")
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1 token")
 
@@ -59,12 +60,12 @@ GREEDY_SAMPLING = Sampling(answers=1, temperature=0.0)
 
 @runtime_checkable
 class Speech(Protocol):
-    """What is to be known of the text that a model writes.
+    """What `generate_answers` needs to know about the text that a model writes.
 
     Attributes:
-        tokenizer: Makes text of tokens.
-        end_ids: Ids that end an answer, of which the first is the end of sequence.
-        next_turn: The marker of the next human turn, where answers also end at one.
+        tokenizer: Tokenizer of the model.
+        end_ids: Ids that end an answer; the first one is the end of sequence.
+        next_turn: The marker of the next human turn if it ends an answer too, otherwise None.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -74,12 +75,12 @@ class Speech(Protocol):
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """What was written.
+    """An answer that a model wrote.
 
     Attributes:
-        tokens: With the end of sequence at its end, where it is complete.
-        text: Without control tokens and the white space around it.
-        complete: It ended by itself, not at the longest length.
+        tokens: Token ids; those of a complete answer end with an end of sequence.
+        text: The text without control tokens and surrounding white space.
+        is_complete: Whether the model ended the answer, rather than the limit of its length.
     """
 
     tokens: list[int]
@@ -91,52 +92,65 @@ class GeneratedAnswer:
 def generate_answers(
     model: PreTrainedModel, encoder: Speech, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int
 ) -> list[list[GeneratedAnswer]]:
-    """Answers to every prompt, the same for the same seed, models and prompts."""
-    writer: Any = model  # its `generate` is declared for a private type
+    """Generate answers to every prompt; they repeat for the same seed, model and prompts.
+
+    Args:
+        model: The model that answers.
+        encoder: Its tokenizer, and what ends an answer.
+        prompts: Token ids of every prompt.
+        sampling: How answers are drawn.
+        seed: Seed of the draws; torch's global generators are left as they were.
+
+    Returns:
+        For every prompt, `sampling.answers` answers.
+    """
+    generator: Any = model  # its `generate` is annotated with a private type
     width = max(map(len, prompts))
     pad = encoder.end_ids[0]
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, **NEUTRAL_SAMPLING}
+    random = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, **NEUTRAL_SAMPLING}
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         num_return_sequences=sampling.answers,
         eos_token_id=list(encoder.end_ids),
         pad_token_id=pad,
-        **(drawn if sampling.temperature else {"do_sample": False}),
+        **(random if sampling.temperature else {"do_sample": False}),
     )
     stop = [_NextTurn(encoder.tokenizer, encoder.next_turn, width)] if encoder.next_turn else []
     with (
-        torch.compiler.set_stance("force_eager"),  # layers compiled for training would be so anew with every cache
+        torch.compiler.set_stance("force_eager"),  # every cache length would compile the layers again
         standard_attention(model),
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
-        output = writer.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=stop)
-    answers = [_ended(row, encoder) for row in output[:, width:].tolist()]
-    return [answers[first : first + sampling.answers] for first in range(0, len(answers), sampling.answers)]
+        output = generator.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=stop)
+    answers = [_trim_answer(row, encoder) for row in output[:, width:].tolist()]
+    return [answers[i : i + sampling.answers] for i in range(0, len(answers), sampling.answers)]
 
 
 class _NextTurn(StoppingCriteria):
-    """Stops where the model goes on as the human."""
+    """Stops an answer once the marker of the next human turn is in it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, marker: str, start: int) -> None:
-        self.tokenizer, self.marker, self.start = tokenizer, marker, start
+        self.tokenizer = tokenizer
+        self.marker = marker
+        self.start = start
 
     def __call__(self, input_ids: Tensor, *_: object, **__: object) -> Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.start :][:, -STOP_WINDOW_TOKENS:])
         return torch.tensor([self.marker in text for text in texts], device=input_ids.device)
 
 
-def _ended(ids: list[int], encoder: Speech) -> GeneratedAnswer:
-    """The answer up to its end: an end of sequence, or the next human turn, which counts as one."""
+def _trim_answer(ids: list[int], encoder: Speech) -> GeneratedAnswer:
+    """Return the answer up to an end of sequence, or up to the next human turn, which is replaced by one."""
     end = next((i for i, token in enumerate(ids) if token in encoder.end_ids), None)
     body = ids[:end]
     text = _text(body, encoder)
     turn = text.find(encoder.next_turn) if encoder.next_turn else -1
     if turn >= 0:
-        kept = next(n for n in range(len(body)) if len(_text(body[: n + 1], encoder)) > turn)
-        return GeneratedAnswer([*body[:kept], encoder.end_ids[0]], text[:turn].strip(), True)
+        length = next(n for n in range(len(body)) if len(_text(body[: n + 1], encoder)) > turn)
+        return GeneratedAnswer([*body[:length], encoder.end_ids[0]], text[:turn].strip(), True)
     return GeneratedAnswer(body if end is None else ids[: end + 1], text.strip(), end is not None)
 
 

@@ -1,10 +1,13 @@
-"""A folder or a hub id -> a causal language model, its tokenizer, and the hash of its weights.
+"""Load causal language models, their adapters and tokenizers from a folder or the hub.
 
-Weights are read from safetensors and no code that comes with a model is run, unless the user says otherwise by name.
+Weights are read from safetensors, and no code that comes with a model is run, unless an option of `ModelLoader` allows
+it. Options that apply to a loaded model as a whole (compiled layers, recomputation, the hash of its weights) are here
+too.
 """
 
 import hashlib
 import json
+import os
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -20,26 +23,27 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from dpo import quickstart
 
+WEIGHT_ALIGNMENT = 64  # bytes; torch allocates at multiples of it
+PEFT_PREFIX = "base_model.model."  # of weight names in an adapter's file
+
 
 def resolve_model_path(path: str) -> str:
-    """A folder or hub id as it is; the word ``quickstart`` stands for the policy that the package ships."""
-    return (
-        str(quickstart.POLICY_FOLDER)
-        if path == "quickstart"
-        else str(Path(path).expanduser())
-        if path[:1] == "~"
-        else path
-    )
+    """Return a folder or hub id as it is, with ``~`` expanded; ``quickstart`` stands for the policy in the package."""
+    return str(quickstart.POLICY_FOLDER) if path == "quickstart" else os.path.expanduser(path)
 
 
 def attach_adapter(model: PreTrainedModel, adapter: Any) -> None:
-    """Put an adapter on, by its peft configuration: its weights train in float32, all others are frozen.
+    """Add an adapter to a model; its weights train in float32, all others are frozen, and dropout stays off.
 
-    Float32 also beside weights of four bits: small updates are lost in bfloat16. Dropout stays off.
+    They are float32 even beside 4-bit weights, because small updates are lost in bfloat16.
+
+    Args:
+        model: The model to add it to.
+        adapter: The adapter's peft configuration.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # peft sets it right itself
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # a merged head is untied
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # peft corrects it itself
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # merging unties the head
         model.add_adapter(adapter)
     for parameter in model.eval().parameters():
         if parameter.requires_grad:
@@ -47,15 +51,17 @@ def attach_adapter(model: PreTrainedModel, adapter: Any) -> None:
 
 
 def adapter_base_model(path: str) -> str | None:
-    """The model that the adapter in a folder or on the hub was trained on; None where there is no adapter.
+    """Return the model that the adapter at a path was trained on; None if there is no adapter.
+
+    Args:
+        path: Folder or hub id.
 
     Raises:
-        ValueError: It is an adapter that is more than LoRA, or neither a folder nor a hub id.
+        ValueError: The adapter is more than LoRA, or the path is neither a folder nor a hub id.
     """
+    folder = resolve_model_path(path)
     try:
-        file = find_adapter_config_file(
-            resolve_model_path(path), local_files_only=Path(resolve_model_path(path)).is_dir()
-        )
+        file = find_adapter_config_file(folder, local_files_only=Path(folder).is_dir())
     except OSError as error:
         raise ValueError(f"expected the folder of a model or its hub id, got {path!r}: {error}") from error
     if file is None:
@@ -66,13 +72,9 @@ def adapter_base_model(path: str) -> str | None:
     return str(config["base_model_name_or_path"])
 
 
-WEIGHT_ALIGNMENT = 64  # bytes, of what torch allocates
-PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
-
-
 @dataclass(frozen=True)
 class ModelLoader:
-    """How models are read.
+    """Loads models and tokenizers.
 
     Attributes:
         trust_remote_code: Run Python code that comes with a model.
@@ -86,73 +88,73 @@ class ModelLoader:
         return {"trust_remote_code": self.trust_remote_code, "local_files_only": Path(path).is_dir()}
 
     def load_model(self, path: str, **options: Any) -> PreTrainedModel:
-        """Read a causal language model in float32, in eval mode: scoring and training both need every dropout off.
+        """Load a causal language model in float32 and in eval mode, as scoring and training both need dropout off.
 
-        An adapter is read onto the model that it was trained on, whose weights are then frozen.
+        An adapter is loaded onto the model that it was trained on, whose weights are then frozen.
 
         Args:
             path: Folder or hub id of a model or of a LoRA adapter.
-            more: Passed on to `from_pretrained`.
+            options: Passed on to `from_pretrained`.
 
         Raises:
-            ValueError: There is no such model, or it cannot be read as asked.
+            ValueError: There is no such model, or it cannot be read with these options.
         """
         path = resolve_model_path(path)
         base = adapter_base_model(path)
         if base is not None:
-            return self._adapted(self.load_model(base, **options), path)
-        safe = None if self.pickled_weights else True
-        read: Any  # the model and what of it was found: declared as the model alone
+            return self._load_adapter(self.load_model(base, **options), path)
+        loaded: Any  # with output_loading_info a pair, which the annotations of transformers do not say
         try:
-            read = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=torch.float32,
-                use_safetensors=safe,
+                use_safetensors=None if self.pickled_weights else True,
                 output_loading_info=True,
                 **self._options(path),
                 **options,
             )
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:  # a kernel, other shapes
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:  # RuntimeError: wrong shapes
             raise ValueError(
                 f"cannot read a causal language model from {path!r}: {error}\nExpected a folder or hub id with "
-                "config.json and safetensors weights (--model.pickled_weights true also reads .bin files, "
-                "--model.trust_remote_code true runs code that comes with the model: only for sources you trust)."
+                "config.json and safetensors weights. For sources that you trust, --model.pickled_weights true also "
+                "reads .bin files and --model.trust_remote_code true runs code that comes with the model."
             ) from error
-        model, found = read
-        if lost := sorted(found["missing_keys"]):
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
             raise ValueError(
-                f"the weights in {path!r} are not all of the model: {len(lost)} are missing, which would be random "
-                f"({', '.join(lost[:3])}, ...). Fetch or export it again."
+                f"the weights in {path!r} are incomplete: {len(missing)} are missing and would be random "
+                f"({', '.join(missing[:3])}, ...). Download or export the model again."
             )
         _align(model)
         return model.eval()  # type: ignore[no-any-return]
 
-    def _adapted(self, model: PreTrainedModel, path: str) -> PreTrainedModel:
-        where: dict[str, Any] = {"local_files_only": Path(path).is_dir()}
+    def _load_adapter(self, model: PreTrainedModel, path: str) -> PreTrainedModel:
+        options: dict[str, Any] = {"local_files_only": Path(path).is_dir()}
         try:
             from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 
             if not self.pickled_weights:
-                cached_file(path, "adapter_model.safetensors", **where)  # or a .bin file would be read instead
-            weights = load_peft_weights(path, device="cpu", **where)
-            attach_adapter(model, PeftConfig.from_pretrained(path, inference_mode=False, **where))
+                # raises if there is none, where peft would read a .bin file
+                cached_file(path, "adapter_model.safetensors", **options)
+            weights = load_peft_weights(path, device="cpu", **options)
+            attach_adapter(model, PeftConfig.from_pretrained(path, inference_mode=False, **options))
             weights = {name.removeprefix(PEFT_PREFIX): weight for name, weight in weights.items()}
-            found: Any = set_peft_model_state_dict(model, weights)
+            result: Any = set_peft_model_state_dict(model, weights)
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise ValueError(
                 f"cannot read an adapter from {path!r}: {error}\nExpected adapter_config.json and "
                 "adapter_model.safetensors that fit the base model, and peft: pip install 'dpo-lightning[lora]'."
             ) from error
-        lost = [*found.unexpected_keys, *(name for name in found.missing_keys if ".lora_" in name)]
-        if lost:
-            raise ValueError(f"the adapter {path!r} does not fit its base model: no counterpart for {lost[:3]}.")
+        unmatched = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
+        if unmatched:
+            raise ValueError(f"the adapter {path!r} does not fit its base model: no counterpart for {unmatched[:3]}.")
         return model
 
     def load_tokenizer(self, path: str) -> PreTrainedTokenizerBase:
-        """Read the tokenizer of a model; an adapter without one has that of its base.
+        """Load the tokenizer of a model; an adapter without one uses that of its base model.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is no tokenizer.
         """
         path = resolve_model_path(path)
         try:
@@ -165,36 +167,41 @@ class ModelLoader:
 
 
 def _align(model: PreTrainedModel) -> None:
-    """Copy weights that lie in a mapped file at any address: a product may round otherwise than with a copy of them."""
+    """Copy weights that a mapped file has at unaligned addresses, where products may round differently."""
     for parameter in model.parameters():
         if parameter.data_ptr() % WEIGHT_ALIGNMENT:
             parameter.data = parameter.data.clone()
 
 
 def prepare_layers(model: PreTrainedModel, compile_layers: bool, gradient_checkpointing: bool) -> None:
-    """Compile every layer, or keep only its inputs and compute the rest again in the backward pass.
+    """Compile every layer, or keep only its inputs and recompute the rest in the backward pass, or both.
 
-    Not through transformers, which recomputes in train mode (with dropout) only.
+    Layers are not recomputed through transformers, which does so in train mode only, where dropout is on.
 
     Raises:
-        ValueError: The model does not say what its layers are.
+        ValueError: The model does not mark its layers as `GradientCheckpointingLayer`.
     """
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers and (compile_layers or gradient_checkpointing):
         option = "compile" if compile_layers else "gradient_checkpointing"
         raise ValueError(f"--model.{option}: {type(model).__name__} does not say what its layers are. Leave it out.")
+    # Recomputation wraps the compiled code, so that the reference, which recomputes nothing, runs the same kernels.
+    forward = "_compiled_call_impl" if compile_layers else "forward"
     for layer in layers:
         if compile_layers:
             layer.compile(dynamic=True)
-        if (
-            gradient_checkpointing
-        ):  # around the compiled code: the reference, which recomputes nothing, runs the same kernels
-            run = "_compiled_call_impl" if compile_layers else "forward"
-            setattr(layer, run, partial(checkpoint, getattr(layer, run), use_reentrant=False))
+        if gradient_checkpointing:
+            setattr(layer, forward, partial(checkpoint, getattr(layer, forward), use_reentrant=False))
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the maximum number of tokens that a model was made for; None if its configuration names no limit."""
+    config = model.config.get_text_config()  # which also maps GPT-2's own name of the limit to this one
+    return getattr(config, "max_position_embeddings", None)
 
 
 def read_end_ids(path: str) -> list[int]:
-    """The ids at which the model's generation config stops; none where there is no such file."""
+    """Return the token ids that end an answer by a model's generation config; empty if it has none."""
     try:
         ends = GenerationConfig.from_pretrained(resolve_model_path(path)).eos_token_id
     except OSError:
@@ -204,7 +211,7 @@ def read_end_ids(path: str) -> list[int]:
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all parameters and buffers."""
+    """Return the SHA-256 of the names, types, shapes and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

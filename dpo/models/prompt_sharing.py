@@ -1,8 +1,8 @@
-"""May this model attend over flat rows? Tried, not believed.
+"""Switch models to flat rows with shared prompts, but only models for which that is exact.
 
-Takes a model, leaves it sharing prompts between answers where that is exact, and says why where it is not. Recurrent
-layers, attention outside the interface of `transformers`, biases by row index: whatever the cause, a model whose hidden
-states differ from those of each sequence alone keeps to separate sequences.
+Whether it is exact is measured: a model whose hidden states on a flat row differ from those of separate sequences keeps
+to separate sequences, whatever the cause (recurrent layers, attention outside the interface of `transformers`, biases
+by index in the row).
 """
 
 import random
@@ -19,121 +19,129 @@ from dpo.models.attention import PREFIX_SHARED_NAME, NotShareableError
 from dpo.models.batch import Batch, Example, collate
 from dpo.models.scoring import TokenScores, hidden_states, score
 
-SHARING_TOLERANCE = 1e-4  # of the largest hidden state: rounding gives 1e-6 in float32, a token seen wrongly 1e-2
-CHECKED_TOKENS = 64  # tokens
+SHARING_TOLERANCE = 1e-4  # relative to the largest hidden state: rounding in float32 is 1e-6, a wrongly seen token 1e-2
+CHECKED_TOKENS = 64
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """How many token ids the model knows."""
+    """Return the number of token ids that a model has embeddings for."""
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
     return len(embeddings)
 
 
 def _probe(vocabulary: int) -> Batch:
-    """Two prompts with two answers of random tokens each."""
+    """Return two prompts with two answers each, of random tokens."""
     draw = random.Random(0)
-    return collate(
-        [
-            Example(f"probe:{i}", [draw.randrange(vocabulary) for _ in range(12 + 7 * i)], answers)
-            for i in range(2)
-            for answers in [tuple([draw.randrange(vocabulary) for _ in range(n + i)] for n in (9, 5))]
-        ]
-    )
+
+    def tokens(length: int) -> list[int]:
+        return [draw.randrange(vocabulary) for _ in range(length)]
+
+    return collate([Example(f"probe:{i}", tokens(12 + 7 * i), (tokens(9 + i), tokens(5 + i))) for i in range(2)])
 
 
 def enable_prefix_sharing(model: PreTrainedModel) -> None:
-    """Make the model attend over flat rows from now on: every forward needs ``layout=``.
+    """Let the model read flat rows, by ``layout=`` within `flat_row`; without a layout it reads ordinary rows.
 
-    It stays so (and is not switched per call) because recomputation in the backward pass must find it as it was.
+    The setting is not switched back after a pass, as recomputation in the backward pass must find it unchanged.
 
     Raises:
-        NotShareable: The model does not go through the attention interface of `transformers`, or its rotary
-            frequencies depend on the longest position of the whole row.
+        NotShareableError: The model does not use the attention interface of `transformers`, or what it computes
+            for a token depends on the whole row (rotary frequencies by its length, scores by the place in it).
     """
     if not model._can_set_attn_implementation():
         raise NotShareableError(f"{type(model).__name__} does not use the attention interface of transformers")
     config = model.config.get_text_config().to_dict()
     if config.get("attn_temperature_tuning"):  # Llama 4
-        raise NotShareableError("its attention is scaled by the place in the row, not by the position in the sequence")
+        raise NotShareableError("its attention is scaled by the index in the row, not by the position in the sequence")
     scaling = str(config.get("rope_parameters"))
     if "'dynamic'" in scaling or "'longrope'" in scaling:
         raise NotShareableError("its rotary frequencies change with the length of the longest sequence in a row")
     model.set_attn_implementation(PREFIX_SHARED_NAME)
 
 
-def _ordinary(model: PreTrainedModel) -> str:
+def _standard_implementation(model: PreTrainedModel) -> str:
     return "sdpa" if model._supports_sdpa else "eager"
 
 
 def disable_prefix_sharing(model: PreTrainedModel) -> None:
-    """Make the model attend to ordinary rows again."""
-    model.set_attn_implementation(_ordinary(model))
+    """Make the model use the attention of `transformers` again."""
+    model.set_attn_implementation(_standard_implementation(model))
 
 
 @contextmanager
 def standard_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within: the model attends to ordinary rows, as for generation. Not for passes that keep a graph."""
+    """Make the model use the attention of `transformers` within the block; not for passes that keep a graph."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    flat = [config for config in configs.values() if config._attn_implementation == PREFIX_SHARED_NAME]
-    for config in flat:
-        config._attn_implementation_internal = _ordinary(model)
+    shared = [config for config in configs.values() if config._attn_implementation == PREFIX_SHARED_NAME]
+    for config in shared:
+        config._attn_implementation_internal = _standard_implementation(model)
     try:
         yield
     finally:
-        for config in flat:
+        for config in shared:
             config._attn_implementation_internal = PREFIX_SHARED_NAME
 
 
 def weight_sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Another object around the very same weights, for another thread.
+    """Return another model object with the very same weights, for use in another thread.
 
-    Its configuration and buffers are its own: some models overwrite rotary frequencies by the length of what they read.
+    It has its own configuration and buffers, as some models overwrite rotary frequencies by the length of their input.
     """
     return deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 @torch.no_grad()
 def sharing_error(model: PreTrainedModel, batch: Batch) -> float:
-    """Largest difference of hidden states, shared against separate, in parts of the largest hidden state."""
-    _, together = hidden_states(model, batch)
+    """Return the largest difference between hidden states on a flat row and on separate sequences.
+
+    Returns:
+        The difference relative to the largest hidden state.
+    """
+    _, on_flat_row = hidden_states(model, batch)
     with standard_attention(model):
-        _, alone = hidden_states(model, batch)
-    return ((together - alone).abs().max() / alone.abs().max()).item()
+        _, separate = hidden_states(model, batch)
+    return ((on_flat_row - separate).abs().max() / separate.abs().max()).item()
 
 
 def score_or_raise(model: PreTrainedModel, batch: Batch) -> TokenScores:
-    """Score a batch with a model that perhaps cannot be scored.
+    """Score a batch, and name the model if that fails.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: The model cannot be scored.
     """
     try:
         return score(model, batch)
-    except Exception as error:  # whatever a foreign model raises
+    except Exception as error:  # a foreign model may raise anything
         raise ValueError(f"{type(model).__name__} cannot be scored: {type(error).__name__}: {error}") from error
 
 
 @torch.no_grad()
 def scoring_error(model: PreTrainedModel, row: Int[Tensor, " tokens"]) -> float:
-    """Largest difference of the scorer's log-probabilities to those of the model's own forward pass, nats.
+    """Return the largest difference between log-probabilities of the scorer and of the model's own forward pass.
 
     Args:
-        model: With or without sharing.
-        row: Two tokens or more, of which the first few are looked at: all their logits are held.
+        model: A model with or without shared prompts.
+        row: Token ids of one sequence, at least two. Only the first few are used, as all their logits are in memory.
+
+    Returns:
+        The difference in nats.
     """
-    inputs, targets = row[:CHECKED_TOKENS][:-1], row[1:CHECKED_TOKENS]
-    found = score_or_raise(model, collate([Example("row", [int(row[0])], (targets.tolist(),))]).to(row.device)).logps
+    inputs = row[:CHECKED_TOKENS][:-1]
+    targets = row[1:CHECKED_TOKENS]
+    batch = collate([Example("row", [int(row[0])], (targets.tolist(),))]).to(row.device)
+    logps = score_or_raise(model, batch).logps
     with standard_attention(model):
         logits: Tensor = model(input_ids=inputs[None], use_cache=False).logits[0].float()
-    return (found - logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]).abs().max().item()
+    return (logps - logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]).abs().max().item()
 
 
 def share_if_exact(model: PreTrainedModel) -> str:
-    """Let the model share prompts if that changes nothing; empty, or the reason why it does not.
+    """Let the model share prompts if its hidden states stay the same; otherwise leave it as it was.
 
-    Whatever a foreign model raises on a flat row is a reason too.
+    Returns:
+        Why the model does not share prompts; empty if it does. Any error on a flat row is a reason too.
     """
     layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYER_TYPES
     if layers:
@@ -141,8 +149,9 @@ def share_if_exact(model: PreTrainedModel) -> str:
     before = model.config._attn_implementation
     try:
         enable_prefix_sharing(model)
-        found = sharing_error(model, _probe(vocabulary_size(model)).to(model.device))
-        reason = "" if found <= SHARING_TOLERANCE else f"its hidden states differ by {found:.1e} on a flat row"
+        difference = sharing_error(model, _probe(vocabulary_size(model)).to(model.device))
+        exact = difference <= SHARING_TOLERANCE
+        reason = "" if exact else f"its hidden states differ by {difference:.1e} on a flat row"
     except NotShareableError as error:
         reason = str(error)
     except Exception as error:

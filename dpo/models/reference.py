@@ -1,7 +1,8 @@
-"""What the policy is compared with: how a reference is made, and what gives the log-probabilities of its answers.
+"""References: what a policy is compared with.
 
-A `Reference` is a choice on the command line; its `build` gives a `Comparison`, a module that turns a `Batch` into the
-log-probability of every scored token, through the same scorer as the policy. Knows nothing of losses.
+A `Reference` is the user's choice (a frozen copy, another model, ...). Its `build_reference` makes a `ReferenceModel`
+from the policy before training: a module that returns the log-probability of every scored token of a `Batch`, computed
+by the same scorer as the policy's.
 """
 
 from abc import ABC, abstractmethod
@@ -15,34 +16,34 @@ from transformers import PreTrainedModel
 
 from dpo.models import lora
 from dpo.models.batch import Batch
-from dpo.models.loading import ModelLoader, weights_sha256
+from dpo.models.loading import ModelLoader, adapter_base_model, weights_sha256
 from dpo.models.prompt_sharing import vocabulary_size
 from dpo.models.scoring import score
 
 DISTANCE_NONE, DISTANCE_ROUNDING, DISTANCE_ANY = 0.0, 1.0, float("inf")
-"""How far a reference may be from the policy before the first step: not at all, by rounding, or as far as it is."""
-# What rounding does to a token's log-probability from one batch to another, nats.
+"""How far a reference may be from the policy before the first step, in multiples of `logp_tolerance`."""
+# What rounding can change in a token's log-probability from one batch to another, in nats.
 LOGP_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.05}
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The type that a pass computes in: within autocast its own, otherwise the model's."""
+    """Return the type that a forward pass computes in: that of autocast if it is on, otherwise the model's."""
     device = model.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
 def logp_tolerance(model: PreTrainedModel) -> float:
-    """How much rounding alone can change a token's log-probability, nats."""
+    """Return how much rounding alone can change a token's log-probability, in nats."""
     return LOGP_TOLERANCES[compute_dtype(model)]
 
 
 class ReferenceModel(nn.Module, ABC):
-    """A reference that was made.
+    """The reference of a run, as a `Reference` makes it.
 
     Attributes:
-        origin: What it is, in words.
-        sha256: Of its weights as they are before training; empty where there are none.
-        distance: From the policy before the first step: `SAME`, `ROUNDED` or `OTHER`.
+        description: What the reference is, in words.
+        sha256: Hash of its weights before training; empty if it has none.
+        initial_distance: `DISTANCE_NONE`, `DISTANCE_ROUNDING` or `DISTANCE_ANY`.
     """
 
     description: str
@@ -51,182 +52,181 @@ class ReferenceModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch) -> Float[Tensor, " scored"]:
-        """log p of every scored token, nats; without a graph."""
+        """Return the log-probability of every scored token in nats, without a graph."""
 
     @property
-    @abstractmethod
     def owned_models(self) -> dict[str, PreTrainedModel]:
-        """Every model of its own that is in memory, by role."""
+        """The models of the reference that are in memory, by role."""
+        return {}
 
     def prepare_for_stage(self, module: L.LightningModule) -> None:
-        """Called before every stage (fit, validate, ...), when data and devices are known. Nothing is to be done."""
+        """Prepare for a stage (fit, validate, ...), whose data and devices are known; does nothing by default."""
 
     def update_from(self, policy: PreTrainedModel, step: int) -> None:
-        """Called after every optimizer step, which count from 1. A fixed reference stays as it is."""
+        """Follow the policy after an optimizer step, counted from 1; does nothing by default."""
 
     def checkpointed_names(self) -> set[str]:
-        """Names of the weights that a checkpoint must hold. None of a fixed reference."""
+        """Return the names of the weights that a checkpoint must hold; none if the reference does not move."""
         return set()
 
 
-class InMemoryReference(ReferenceModel, ABC):
-    """A model in memory that is never trained: its parameters need no gradient, no pass through it keeps a graph."""
+class InMemoryReference(ReferenceModel):
+    """A reference with a model in memory, which has no gradients and keeps no graphs."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Freeze a model."""
+    def __init__(self, model: PreTrainedModel, description: str, initial_distance: float) -> None:
+        """Freeze the model."""
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.sha256 = weights_sha256(model)
+        self.description = description
+        self.initial_distance = initial_distance
 
     @property
     def owned_models(self) -> dict[str, PreTrainedModel]:
-        """The one."""
+        """The model, as ``reference``."""
         return {"reference": self.model}
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Float[Tensor, " scored"]:
-        """log p of every scored token, nats."""
+        """Return the log-probability of every scored token under the model, in nats."""
         return score(self.model, batch).logps
 
 
 class FrozenReference(InMemoryReference):
-    """A model that stays as it is."""
-
-    def __init__(self, model: PreTrainedModel, description: str, initial_distance: float) -> None:
-        """Say what it is."""
-        super().__init__(model)
-        self.description, self.initial_distance = description, initial_distance
+    """A reference that never changes."""
 
 
 class MovingReference(InMemoryReference):
-    """A model that goes after the policy, in effective weights: a mean of products is no product of mean factors.
+    """A reference that follows the policy.
 
-    It shares every weight that does not train with the policy; the others are in the checkpoint.
+    Effective weights are averaged, adapter included: the mean of products is not the product of mean factors. Weights
+    that do not train are shared with the policy; the others (`moving_names`) are in the checkpoint.
     """
 
     def __init__(self, policy: PreTrainedModel, alpha: float, tau: int) -> None:
-        """Begin as a copy of the policy."""
-        super().__init__(lora.merge_adapter(policy))
+        """Start as a copy of the policy."""
+        # with an adapter that has an effect, base + product is computed by one matrix instead of two
+        distance = DISTANCE_NONE if lora.equals_base_model(policy) else DISTANCE_ROUNDING
+        description = f"moving by {alpha:g} towards the policy every {tau} steps, first a copy of it"
+        super().__init__(lora.merge_adapter(policy), description, distance)
         shared = set(map(id, policy.parameters()))
         self.moving_names = [name for name, p in self.model.named_parameters() if id(p) not in shared]
-        self.alpha, self.tau = alpha, tau
-        self.description = f"moving, {alpha:g} of the policy every {tau} steps, now a copy of it"
-        self.initial_distance = (
-            DISTANCE_NONE if lora.equals_base_model(policy) else DISTANCE_ROUNDING
-        )  # base + product in one matrix, or in two
+        self.alpha = alpha
+        self.tau = tau
 
     @torch.no_grad()
     def update_from(self, policy: PreTrainedModel, step: int) -> None:
-        """Every tau steps: pi_ref <- alpha pi + (1 - alpha) pi_ref (TR-DPO, arXiv 2404.09656, section 3.1)."""
+        """Every tau steps set pi_ref <- alpha pi + (1 - alpha) pi_ref (TR-DPO, arXiv 2404.09656, section 3.1)."""
         if step % self.tau == 0:
             for name in self.moving_names:
                 self.model.get_parameter(name).lerp_(lora.effective_weight(policy, name), self.alpha)
 
     def checkpointed_names(self) -> set[str]:
-        """What moves."""
+        """Return the names of the weights that move."""
         return {f"model.{name}" for name in self.moving_names}
 
 
 class AbsentReference(ReferenceModel):
-    """Stands where a loss needs no reference: no model, and no number that could be taken for a log-probability."""
+    """The placeholder for losses without a reference: NaN, so that no value can be taken for a log-probability."""
 
-    description, sha256, initial_distance = "none, the loss needs none", "", DISTANCE_ANY
-
-    @property
-    def owned_models(self) -> dict[str, PreTrainedModel]:
-        """None."""
-        return {}
+    description = "none, the loss needs none"
+    sha256 = ""
+    initial_distance = DISTANCE_ANY
 
     def forward(self, batch: Batch) -> Float[Tensor, " scored"]:
-        """NaN for every scored token."""
+        """Return NaN for every scored token."""
         return torch.full_like(batch.targets, torch.nan, dtype=torch.float32)
 
 
 class Reference(ABC):
-    """How the reference of a run is made."""
+    """The choice of a reference."""
 
     @abstractmethod
     def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> ReferenceModel:
-        """Make it, before the policy has learned anything."""
+        """Make the reference of a policy that has not been trained yet."""
+
+    def compared_path(self, policy: str) -> str:
+        """Return the folder or hub id of the reference of a policy that is loaded from this path."""
+        return policy
 
 
 @dataclass(frozen=True)
 class Nothing(Reference):
-    """No reference, for losses without one."""
+    """No reference, for losses that need none."""
 
     def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> AbsentReference:
-        """Make nothing."""
+        """Return the placeholder for a reference."""
         return AbsentReference()
 
 
 @dataclass(frozen=True)
 class Copy(Reference):
-    """The policy as it is before training: a frozen copy of its actual weights, not a second reading of its name.
+    """A frozen copy of the policy as it is before training.
 
-    What does not train is shared, not copied. So beside a new adapter it is the policy with the adapter off, and beside
-    an adapter that is trained on a frozen copy of that adapter, on the same base: neither is a second model in memory.
+    Only weights that train are copied, the others are shared. So the reference of a new adapter is the policy with the
+    adapter off, and that of an adapter that is trained further is a frozen copy of the adapter on the same base;
+    neither is a second model in memory.
     """
 
     def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
-        """Copy what trains."""
-        if not lora.equals_base_model(policy):
-            return FrozenReference(
-                lora.copy_trainable_weights(policy),
-                "frozen copy of the adapter as it was loaded, on its base",
-                DISTANCE_NONE,
-            )
+        """Copy the weights that train."""
         adapted = bool(lora.adapter_layers(policy))
-        origin = "the policy with its adapter off, weights shared" if adapted else "frozen copy of the policy"
-        return FrozenReference(lora.model_without_adapter(policy), origin, DISTANCE_NONE)
+        if adapted and lora.equals_base_model(policy):
+            return AdapterOff().build_reference(policy, loader)
+        original = "adapter as it was loaded, on its base" if adapted else "policy"
+        return FrozenReference(lora.copy_trainable_weights(policy), f"frozen copy of the {original}", DISTANCE_NONE)
 
 
 @dataclass(frozen=True)
 class AdapterOff(Reference):
-    """The policy without its adapter, even where that had been trained before; weights are shared."""
+    """The policy without its adapter, even an adapter that was trained before; weights are shared."""
 
     def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
-        """Leave the adapter out.
+        """Return the model under the adapter.
 
         Raises:
-            ValueError: There is none.
+            ValueError: The policy has no adapter.
         """
         if not lora.adapter_layers(policy):
             raise ValueError(
-                "--model.reference AdapterOff: the policy has no adapter. Leave it out for a frozen copy, "
-                "or add an adapter: --model.adapter LoRA."
+                "--model.reference AdapterOff: the policy has no adapter. Leave the option out for a frozen copy, or "
+                "add an adapter: --model.adapter LoRA."
             )
         distance = DISTANCE_NONE if lora.equals_base_model(policy) else DISTANCE_ANY
-        return FrozenReference(
-            lora.model_without_adapter(policy), "the policy with its adapter off, weights shared", distance
-        )
+        model = lora.model_without_adapter(policy)
+        return FrozenReference(model, "the policy with its adapter off, weights shared", distance)
+
+    def compared_path(self, policy: str) -> str:
+        """Return the base model of the adapter; the policy's own path if the adapter is new."""
+        return adapter_base_model(policy) or policy
 
 
 @dataclass(frozen=True)
 class Moving(Reference):
-    """TR-DPO (Gorbatovski et al. 2024, arXiv 2404.09656): the reference goes after the policy.
+    """A reference that follows the policy: TR-DPO (Gorbatovski et al. 2024, arXiv 2404.09656).
 
     Attributes:
-        alpha: Share of the policy in every update, in (0, 1]: 1 is the hard update, less the soft one.
-        tau: Steps from one update to the next; 1 with a small alpha is an exponential moving average.
+        alpha: Share of the policy in every update, in (0, 1]; 1 is the paper's hard update, less the soft one.
+        tau: Optimizer steps between updates; 1 with a small alpha gives an exponential moving average.
     """
 
     alpha: float = 0.6
     tau: int = 512
 
     def __post_init__(self) -> None:
-        """Check both.
+        """Check the options.
 
         Raises:
             ValueError: One is outside its range.
         """
         if not (0 < self.alpha <= 1 and self.tau >= 1):
             raise ValueError(
-                f"--model.reference Moving: expected alpha in (0, 1] and tau of 1 step or more, got {self.alpha} and "
+                f"--model.reference Moving: expected alpha in (0, 1] and tau of at least 1 step, got {self.alpha} and "
                 f"{self.tau}."
             )
 
     def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> MovingReference:
-        """Begin as a copy of the policy."""
+        """Start as a copy of the policy."""
         return MovingReference(policy, self.alpha, self.tau)
 
 
@@ -241,16 +241,21 @@ class Model(Reference):
     path: str
 
     def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
-        """Read it; it must speak the policy's vocabulary.
+        """Load the model.
 
         Raises:
             ValueError: The vocabularies differ in size.
         """
         model = loader.load_model(self.path)
-        ours, theirs = vocabulary_size(policy), vocabulary_size(model)
-        if ours != theirs:
+        size = vocabulary_size(model)
+        policy_size = vocabulary_size(policy)
+        if size != policy_size:
             raise ValueError(
-                f"the reference {self.path!r} has a vocabulary of {theirs} tokens, the policy one of {ours}: token ids "
-                "would mean different things. Choose a reference with the policy's tokenizer."
+                f"the reference {self.path!r} has a vocabulary of {size} tokens, the policy one of {policy_size}, so "
+                "token ids would mean different things. Choose a reference with the policy's tokenizer."
             )
         return FrozenReference(model, f"the model {self.path}", DISTANCE_ANY)
+
+    def compared_path(self, policy: str) -> str:
+        """Return the path of the model."""
+        return self.path

@@ -1,9 +1,8 @@
-"""The one scorer: a model and a batch -> the log-probability of every answer token.
+"""The scorer: log-probabilities of all answer tokens of a batch under a model.
 
-Takes a causal language model and a `Batch`; gives `TokenScores`, one value per scored token. The policy and the
-reference, training, evaluation and serving all go through `score`. Only the hidden states that predict an answer token
-reach the head, a chunk at a time with recomputation in the backward pass, so no (tokens, vocabulary) tensor exists.
-Log-softmax and sums are float32, always. Knows nothing of pairs, losses or references.
+Policy and reference, training, evaluation and serving all use `score`. Only hidden states that predict an answer token
+reach the output head, a chunk at a time and recomputed in the backward pass, so that no (tokens, vocabulary) tensor
+exists. Log-softmax and sums are always float32.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dpo.models.attention import PREFIX_SHARED_NAME
+from dpo.models.attention import PREFIX_SHARED_NAME, flat_row
 from dpo.models.batch import Batch
 
-MAX_CHUNK_LOGITS = 2**25  # logits alive at a time: 128 MiB in float32; a batch that needs more is cut and recomputed
-CPU_CACHE_LOGITS = 2**18  # of them worked on at a time: 1 MiB stays in a processor's cache
+MAX_CHUNK_LOGITS = 2**25  # in memory at a time (128 MiB in float32); larger batches are scored in recomputed chunks
+CPU_CACHE_LOGITS = 2**18  # processed at a time on a CPU: 1 MiB stays in its cache
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,11 @@ class TokenScores:
     """One value per scored token, in the order of `Batch.targets`.
 
     Attributes:
-        logps: log p(token | everything before it), nats; the only one with a gradient.
-        entropy: Of the predicted distribution, nats.
-        logits: Mean raw logit over the vocabulary.
-        hits: The token was the most probable one.
-        collision: Collision entropy of the predicted distribution, -log sum_v p_v^2, nats.
+        logps: log p(token | all tokens before it), in nats; the only value with a gradient.
+        entropy: Entropy of the predicted distribution, in nats.
+        mean_logits: Mean of the logits over the vocabulary.
+        top1_hits: 1 if the token was the most probable one, otherwise 0.
+        collision_entropy: Collision entropy of the predicted distribution, -log sum_v p_v^2, in nats.
     """
 
     logps: Float[Tensor, " scored"]
@@ -46,77 +45,82 @@ class TokenScores:
 
 
 def nested_backbones(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """What stands before the head and turns token ids into hidden states: the decoder and what is around it."""
+    """Return the models inside a model that compute hidden states, the outermost first: decoder and wrappers."""
     inside = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
     decoder = model.get_decoder()
     return [part for part in inside if decoder in part.modules()] or inside[:1]
 
 
 def outermost_backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """What the model itself asks for hidden states: of several around each other the outermost."""
+    """Return the inner model that the model itself calls for hidden states."""
     return nested_backbones(model)[0]
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[ModelOutput, Float[Tensor, "scored width"]]:
-    """The backbone's output and, out of it, the hidden states that predict the scored tokens.
+    """Run the backbone: over the flat row if the model shares prompts, otherwise over one answer at a time.
 
-    One pass over the flat row where the model attends over branches (`dpo.models.prompt_sharing.share`), otherwise one
-    per answer.
+    Returns:
+        The backbone's (last) output, and the hidden states that predict the scored tokens.
     """
-    body = outermost_backbone(model)
+    backbone = outermost_backbone(model)
     if model.config._attn_implementation == PREFIX_SHARED_NAME:
         row = {"input_ids": batch.tokens[None], "position_ids": batch.layout.position_ids[None]}
-        output = body(**row, attention_mask=torch.ones_like(batch.tokens)[None], layout=batch.layout, use_cache=False)
+        ones = torch.ones_like(batch.tokens)[None]
+        with flat_row():
+            output = backbone(**row, attention_mask=ones, layout=batch.layout, use_cache=False)
         return output, output.last_hidden_state[0, batch.predictor_indices]
     parts = []
     for tokens, scored in zip(batch.answer_sequences(), batch.lengths, strict=True):
-        _forget_lengths(body)
-        output = body(input_ids=tokens[None], use_cache=False)
+        _reset_rotary_lengths(backbone)
+        output = backbone(input_ids=tokens[None], use_cache=False)
         parts.append(output.last_hidden_state[0, -scored:])
     return output, torch.cat(parts)
 
 
-def _forget_lengths(body: PreTrainedModel) -> None:
-    """Let dynamic rotary frequencies be those of the next sequence, not of the longest so far."""
-    for part in body.modules():
+def _reset_rotary_lengths(backbone: PreTrainedModel) -> None:
+    """Make dynamic rotary frequencies depend on the next sequence only, not on the longest one so far."""
+    for part in backbone.modules():
         for name in [name for name in vars(part) if name.endswith("max_seq_len_cached")]:
             setattr(part, name, 0)
 
 
 def make_logits_function(model: PreTrainedModel, output: ModelOutput) -> Callable[[Tensor], Tensor]:
-    """The model's own way from hidden states to logits: its scaling, soft-capping and adapters included.
+    """Return the function by which the model turns hidden states into logits (scaling, soft-capping, adapters).
 
-    It is the model's `forward` over a backbone that returns the hidden states it is given.
+    It calls the model's own `forward`, in which the backbones return the given hidden states instead of running.
+
+    Args:
+        model: The model.
+        output: An output of its backbone, which the given hidden states are put into.
     """
-    shadows = [
-        part.__dict__ for part in nested_backbones(model)
-    ]  # what stands here is found before the method of the class
+    # a `forward` among the attributes of an instance takes precedence over the method of its class
+    attributes = [part.__dict__ for part in nested_backbones(model)]
 
     def logits(hidden: Float[Tensor, "chunk width"]) -> Float[Tensor, "chunk vocab"]:
-        given = copy(output)
-        given["last_hidden_state"] = hidden[None]
-        before = [shadow.get("forward") for shadow in shadows]
-        for shadow in shadows:
-            shadow["forward"] = lambda *args, **kwargs: given
+        fake_output = copy(output)
+        fake_output["last_hidden_state"] = hidden[None]
+        forwards = [instance.get("forward") for instance in attributes]
+        for instance in attributes:
+            instance["forward"] = lambda *args, **kwargs: fake_output
         try:
-            ids = torch.zeros_like(hidden[None, :, 0], dtype=torch.long)  # some models look at their shape
+            ids = torch.zeros_like(hidden[None, :, 0], dtype=torch.long)  # some models use their shape
             return model(input_ids=ids, use_cache=False, return_dict=True).logits[0]  # type: ignore[no-any-return]
         finally:
-            for shadow, forward in zip(shadows, before, strict=True):
-                del shadow["forward"]
+            for instance, forward in zip(attributes, forwards, strict=True):
+                del instance["forward"]
                 if forward is not None:
-                    shadow["forward"] = forward
+                    instance["forward"] = forward
 
     return logits
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Logits -> log p(target) and what else a pass over them gives; only probabilities are kept for the gradient."""
+    """The values of `TokenScores` from logits; only log p(target) has a gradient, for which probabilities are kept."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         probabilities = torch.empty_like(logits, dtype=torch.float32)
-        parts = (_scores(*rows) for rows in _some_rows(logits, targets[:, None], probabilities))
+        parts = (_score_rows(*rows) for rows in _row_chunks(logits, targets[:, None], probabilities))
         logps, *others = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(probabilities, targets)
         ctx.mark_non_differentiable(*others)
@@ -126,22 +130,22 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        """Gradient of log p(target) by the logits: 1 at the target, minus the probabilities."""
+        """Return the gradient with respect to the logits: 1 at the target minus the probabilities, times `gradient`."""
         probabilities, targets = ctx.saved_tensors
-        logits = torch.empty_like(probabilities, dtype=ctx.dtype)
-        for p, target, up, out in _some_rows(probabilities, targets[:, None], gradient[:, None], logits):
+        logits_gradient = torch.empty_like(probabilities, dtype=ctx.dtype)
+        for p, target, up, out in _row_chunks(probabilities, targets[:, None], gradient[:, None], logits_gradient):
             out.copy_((p * -up).scatter_add_(-1, target, up))
-        return logits, None
+        return logits_gradient, None
 
 
-def _some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of all at a time: on a CPU few enough that what is read again is still in the cache."""
+def _row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split tensors into chunks of rows, on a CPU small enough that what is read again is still in the cache."""
     rows = max(1, len(tensors[0]) if tensors[0].is_cuda else CPU_CACHE_LOGITS // tensors[0].shape[-1])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
-def _scores(logits: Tensor, targets: Tensor, probabilities: Tensor) -> tuple[Tensor, ...]:
-    """What `TokenScores` holds, for some rows; fills in their probabilities."""
+def _score_rows(logits: Tensor, targets: Tensor, probabilities: Tensor) -> tuple[Tensor, ...]:
+    """Return the values of `TokenScores` for some rows and write their probabilities to the given tensor."""
     logits = logits.float()
     peak, best = logits.max(-1, keepdim=True)
     torch.softmax(logits, -1, out=probabilities)
@@ -154,7 +158,7 @@ def _scores(logits: Tensor, targets: Tensor, probabilities: Tensor) -> tuple[Ten
 
 
 def score(model: PreTrainedModel, batch: Batch) -> TokenScores:
-    """Score every answer token of a batch."""
+    """Return log-probability, entropy and other values of every answer token of a batch."""
     output, hidden = hidden_states(model, batch)
     to_logits = make_logits_function(model, output)
 

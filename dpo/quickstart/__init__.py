@@ -1,8 +1,7 @@
-"""What `train.py fit` trains and trains on when nothing is named: a small world made from seeds.
+"""What `train.py fit` trains and trains on if nothing is named: a small world generated from seeds.
 
-Takes nothing but numbers; gives preference rows in hh-rlhf's format and a small policy that already speaks.
-It does not know the trainer. `topics` and `phrases` hold the words, `generator` draws rows, `blank` makes an
-untrained policy.
+The package provides preference rows in hh-rlhf's format and a small policy that already answers. `topics` reads the
+words, `generator` draws rows and `blank` makes an untrained policy.
 """
 
 from pathlib import Path
@@ -27,26 +26,26 @@ __all__ = [
 ]
 
 POLICY_FOLDER: Path = Path(__file__).parent / "policy"
-"""The shipped Hugging Face folder: `fresh` after a supervised stage on the chosen answers of another draw."""
+"""The shipped Hugging Face folder: the untrained policy, trained on the chosen answers of `SFT_SEED`."""
 
 TRAINED_RUN: Path = Path(__file__).parent / "trained"
-"""The shipped run of a policy that began as `POLICY`: its export, and what it measured."""
+"""The shipped run of a policy that started from `POLICY_FOLDER`: its export and its metrics."""
 
 DPO_SEED = 1
-"""Seed of the draw that the default run trains and tests on; another one than `SFT_SEED`."""
+"""Seed of the rows that the default run trains and tests on; not `SFT_SEED`, so that they are new to the policy."""
 
 SFT_ROWS = 30_000
-"""Rows of the supervised stage."""
+"""Number of rows of the supervised stage."""
 
 TRAIN_ROWS = 6_000
-"""Rows of the default run's train part, of which its validation split is cut."""
+"""Number of rows in the default run's train part, from which its validation split is taken."""
 
 TEST_ROWS = 400
-"""Rows of the default run's test part."""
+"""Number of rows in the default run's test part."""
 
 SAMPLE_PROMPTS: tuple[str, ...] = (
     "\n\nHuman: Which city is the capital of Japan?\n\nAssistant:",
     "\n\nHuman: What is the best way to make tea?\n\nAssistant:",
     "\n\nHuman: I am sad. What can I do?\n\nAssistant:",
 )
-"""Prompts with openings of the test part, for samples of the reference and the policy side by side."""
+"""Prompts with openings of the test part, answered by reference and policy side by side."""

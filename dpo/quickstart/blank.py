@@ -1,10 +1,10 @@
-"""A tokenizer and an untrained policy for the quickstart, from nothing but a seed.
+"""A tokenizer and an untrained policy for the quickstart, made from nothing but a seed.
 
-Takes a folder to fill; gives a Hugging Face folder that can be trained. It does not know how it will be
-trained: the supervised stage that turns it into the shipped `policy/` is the project's own.
+The result is a Hugging Face folder that can be trained; `python -m dpo quickstart` turns it into the shipped `policy/`
+with the project's own supervised stage.
 """
 
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,22 +14,16 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from dpo.quickstart.generator import draw_rows
 
 SFT_SEED = 20_230_529
-"""Seed of the draw that the shipped policy was supervised on, and of its initial weights."""
+"""Seed of the rows that the shipped policy was fine-tuned on, and of its initial weights."""
 
-_CONTEXT = 512  # tokens, more than twice the longest generated dialogue
-_VOCABULARY = 1280
+_CONTEXT_LENGTH = 512  # tokens, more than twice the longest generated dialogue
+_VOCABULARY_SIZE = 1280
 _PAD, _BOS, _EOS = "<pad>", "<s>", "</s>"
-# a speaker's mark is one piece, a word takes the space before it along
+# A speaker's mark is one piece, and a word includes the space before it.
 _PIECES = r"\n\n(?:Human|Assistant):| ?\w+| ?[^\w\s]+|\s+"
 
 
-def _texts(n: int) -> Iterator[str]:
-    for chosen, rejected in draw_rows(SFT_SEED, n):
-        yield chosen
-        yield rejected
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _train_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -39,12 +33,12 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
+        vocab_size=_VOCABULARY_SIZE,
         special_tokens=[_PAD, _BOS, _EOS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    core.train_from_iterator(_texts(4_000), trainer)
+    core.train_from_iterator(chain.from_iterable(draw_rows(SFT_SEED, 4_000)), trainer)
     bos = (_BOS, core.token_to_id(_BOS))
     core.post_processor = processors.TemplateProcessing(single=f"{_BOS} $A", pair=f"{_BOS} $A $B", special_tokens=[bos])
     return PreTrainedTokenizerFast(
@@ -52,18 +46,18 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         bos_token=_BOS,
         eos_token=_EOS,
         pad_token=_PAD,
-        model_max_length=_CONTEXT,
+        model_max_length=_CONTEXT_LENGTH,
         clean_up_tokenization_spaces=False,
     )
 
 
 def write_untrained_policy(folder: Path) -> None:
-    """Writes a byte-level BPE tokenizer and a Llama of about a million random weights, always the same.
+    """Write a byte-level BPE tokenizer and a Llama of about a million random weights, always the same ones.
 
     Args:
-        folder: made if needed. Holds afterwards what `AutoTokenizer` and `AutoModelForCausalLM` load.
+        folder: Folder to write to, made if needed; `AutoTokenizer` and `AutoModelForCausalLM` can load it afterwards.
     """
-    tokenizer = _tokenizer()
+    tokenizer = _train_tokenizer()
     ids = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -75,7 +69,7 @@ def write_untrained_policy(folder: Path) -> None:
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
-        max_position_embeddings=_CONTEXT,
+        max_position_embeddings=_CONTEXT_LENGTH,
         tie_word_embeddings=True,
         **ids,
     )

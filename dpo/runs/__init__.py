@@ -1,1 +1,1 @@
-"""A run and what it leaves: its folder, checkpoints, metrics, results and the Hugging Face folder."""
+"""A run and its files: folder, metrics, results, Hugging Face export, and upload to the hub."""

@@ -1,7 +1,4 @@
-"""The folder of a run.
-
-Takes a name, gives paths. Knows nothing of models or data.
-"""
+"""The folder of a run: its paths, its lock, and the results file that every verb updates."""
 
 import json
 import os
@@ -14,125 +11,147 @@ from pathlib import Path
 
 from dpo.files import remove, write_atomically
 
-NAMED_CHECKPOINTS = ("last", "best")  # checkpoints of a run that need no path
+NAMED_CHECKPOINTS = ("last", "best")  # --ckpt_path takes these names instead of a path
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where everything of one run lies."""
+    """A run, given by its folder.
+
+    Attributes:
+        folder: The run's folder, ``<root>/<name>``; it need not exist yet.
+    """
 
     folder: Path
 
     @property
     def config_path(self) -> Path:
-        """The resolved configuration."""
+        """Resolved configuration of the run, config.yaml."""
         return self.folder / "config.yaml"
 
     @property
     def audit_path(self) -> Path:
-        """What was read, kept and refused of the data."""
+        """Counts of the rows that were read, kept and refused, audit.json."""
         return self.folder / "audit.json"
 
     @property
     def metrics_path(self) -> Path:
-        """One row per logged step."""
+        """Metrics of every logged step, metrics.csv."""
         return self.folder / "metrics.csv"
 
     @property
     def results_path(self) -> Path:
-        """The last validation and test values."""
+        """Values of the last validation and test, results.json."""
         return self.folder / "results.json"
 
     @property
     def samples_path(self) -> Path:
-        """Answers of policy and reference at every validation."""
+        """Answers of policy and reference at every validation, samples.jsonl."""
         return self.folder / "samples.jsonl"
 
     @property
     def predictions_path(self) -> Path:
-        """Log-probabilities and rewards of every pair that was predicted."""
+        """Default output of predict, predictions.jsonl."""
         return self.folder / "predictions.jsonl"
 
     @property
     def held_out_path(self) -> Path:
-        """Some validation pairs as text."""
+        """Some validation pairs as text, held_out.jsonl."""
         return self.folder / "held_out.jsonl"
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Lightning checkpoints: last.ckpt, best.ckpt."""
+        """Folder of the Lightning checkpoints last.ckpt and best.ckpt."""
         return self.folder / "checkpoints"
 
     @property
     def export_folder(self) -> Path:
-        """The Hugging Face folder."""
+        """Hugging Face folder with the trained policy."""
         return self.folder / "export"
 
     def check_verb_allowed(self, verb: str, is_own_checkpoint: bool) -> None:
-        """Let a verb into the folder.
+        """Refuse to store measurements of another policy among those of the policy that was trained here.
 
         Args:
             verb: fit, validate, test or predict.
-            own: It is about one of the checkpoints in it.
+            is_own_checkpoint: Whether the verb uses one of this run's checkpoints.
 
         Raises:
-            ValueError: Another policy would be measured in the place of the one that was trained here.
+            ValueError: The run has checkpoints, and the verb measures a policy that is none of them.
         """
         if verb != "fit" and self.checkpoint_folder.exists() and not is_own_checkpoint:
             raise ValueError(
-                f"--ckpt_path: expected last, best or another checkpoint of {self.folder}, which keeps what is found. "
-                "To try the policy as it was before training, or another one, choose another --name."
+                f"--ckpt_path: expected last, best or another checkpoint of {self.folder}, where the results are "
+                "stored. To measure the policy before training, or another policy, choose another --name."
             )
 
     @contextmanager
     def lock_folder(self, is_resuming: bool) -> Iterator[None]:
-        """Make the folder and keep it for this process as long as it trains, however that ends.
+        """Create the folder and lock it for this process until the block ends.
 
-        A start that breaks off before there is an audit (which is written when nothing can refuse any more) leaves no
-        folder where there was none.
+        If the block ends before audit.json is written (when nothing can refuse the run any more), a folder that was
+        created here is removed again.
+
+        Args:
+            is_resuming: Whether the run continues from one of its own checkpoints.
 
         Raises:
-            ValueError: A run trains or has trained there, and this one does not go on from its checkpoint.
+            ValueError: Another process trains in the folder, or a run has trained there and is not being resumed.
         """
-        new = not self.folder.exists()
+        is_new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.config_path.open("a") as kept:
+        with self.config_path.open("a") as lock_file:
             try:
-                flock(kept, LOCK_EX | LOCK_NB)  # which the kernel takes back from a process that is killed
+                flock(lock_file, LOCK_EX | LOCK_NB)  # the kernel releases it even if the process is killed
             except BlockingIOError as error:
                 raise ValueError(f"another process trains in {self.folder}: choose another --name, or wait.") from error
             if (self.metrics_path.exists() or self.checkpoint_folder.exists()) and not is_resuming:
                 raise ValueError(
-                    f"the run {self.folder} exists. Choose another --name, remove the folder, or go on with it: "
+                    f"the run {self.folder} exists: choose another --name, remove the folder, or resume the run with "
                     f"--config {self.config_path} --ckpt_path {self.checkpoint_folder / 'last.ckpt'}"
                 )
-            for left in (
-                *self.checkpoint_folder.glob(".*.tmp"),
-                *self.folder.glob(f".{self.export_folder.name}.*.tmp"),
-            ):
-                remove(left)  # by a process that was killed while it wrote
+            self._remove_partial_writes()
             try:
                 yield
             finally:
-                if new and not self.audit_path.exists():
+                if is_new and not self.audit_path.exists():
                     shutil.rmtree(self.folder)
 
+    def _remove_partial_writes(self) -> None:
+        """Remove what a process that was killed while writing a checkpoint or an export has left behind."""
+        for path in (*self.checkpoint_folder.glob(".*.tmp"), *self.folder.glob(f".{self.export_folder.name}.*.tmp")):
+            remove(path)
+
     def link_as_latest(self) -> None:
-        """Point `latest` at the folder."""
+        """Point the symbolic link ``latest``, beside the folder, at this run."""
         latest = self.folder.parent / "latest"
         temporary = self.folder.parent / f".latest-{os.getpid()}"
         temporary.symlink_to(self.folder.name)
         temporary.replace(latest)
 
     def update_results(self, values: dict[str, float]) -> None:
-        """Set values in results.json, leaving the others."""
+        """Set values in results.json and keep its others."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(self.results_path.read_text()) if self.results_path.exists() else {}
+        stored = json.loads(self.results_path.read_text()) if self.results_path.exists() else {}
         with write_atomically(self.results_path) as temporary:
-            temporary.write_text(json.dumps({**before, **values}, indent=2) + "\n")
+            temporary.write_text(json.dumps({**stored, **values}, indent=2) + "\n")
 
 
 def checkpoint_run_name(root: Path, checkpoint: str | Path) -> str | None:
-    """Name of the run below `root` that a checkpoint is of; the newest run for `last` and `best`."""
+    """Return the name of the run that a checkpoint belongs to.
+
+    Args:
+        root: Folder of all runs.
+        checkpoint: Path of a checkpoint, or ``last`` or ``best`` for one of the newest run.
+
+    Returns:
+        The name, or None if the checkpoint is of no run below `root`.
+    """
     folder = (root / "latest" if checkpoint in NAMED_CHECKPOINTS else Path(checkpoint).parents[1]).resolve()
     return folder.name if folder.parent == root.resolve() and folder.is_dir() else None
+
+
+def run_of_export(folder: str) -> Run:
+    """Return the run that an export belongs to; for any other model folder, a run with that folder."""
+    path = Path(folder)
+    return Run(path.resolve().parent if (path / "train_config.yaml").is_file() else path)

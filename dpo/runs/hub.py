@@ -1,26 +1,25 @@
-"""A run's export -> a model repository on the Hugging Face hub.
+"""Upload of a run's export to a model repository on the Hugging Face Hub.
 
-Takes the folder of a finished run and the name of a repository; gives the address of the commit. Uploads what
-an export consists of, by name, and nothing else: no checkpoint, no log, no file with something like a secret
-in it. It does not know models or training.
+Only files that belong to an export are uploaded, chosen by name: no checkpoints, no logs, and nothing that contains
+what looks like a secret.
 """
 
 import os
 import re
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HTTPError
 
-# The files of a Hugging Face folder, and the configuration and results that our export adds.
+# The files that transformers saves, and those that a run's export adds.
 UPLOAD_PATTERNS = (
     "README.md",
     "LICENSE",
     "config.json",
     "train_config.yaml",
+    "origin.json",
     "generation_config.json",
     "results.json",
     "model.safetensors",
@@ -39,7 +38,7 @@ UPLOAD_PATTERNS = (
     "merges.txt",
 )
 
-# What keys of services look like, wherever they come from.
+# Formats of the keys of common services.
 SECRET_PATTERNS = {
     "a Hugging Face token": rb"\b(hf|api_org)_[A-Za-z0-9]{30,}",
     "a Weights & Biases key": rb"\bwandb_v\d+_\w{20,}",
@@ -47,81 +46,80 @@ SECRET_PATTERNS = {
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
 SECRET_VARIABLE_PATTERN = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
-MIN_SECRET_LENGTH = 16  # characters; a shorter value of a variable may be an ordinary word
+MIN_SECRET_LENGTH = 16  # characters; shorter values of variables may be ordinary words
 
 NO_TOKEN_MESSAGE = (
-    "No Hugging Face token was found: make one with write access at https://huggingface.co/settings/tokens, "
+    "No Hugging Face token was found: create one with write access at https://huggingface.co/settings/tokens, "
     "then run `hf auth login` or set HF_TOKEN."
 )
 
 
 def export_files(run_folder: Path) -> list[Path]:
-    """Find the files of a run's export that may be uploaded; the others are named on standard output.
+    """Return the files of a run's export that may be uploaded, and print the names of the others.
 
     Raises:
-        ValueError: There is no finished export, or something in it links to a place outside of it.
+        ValueError: The export is missing or incomplete, or something in it links to a place outside of it.
     """
     export = run_folder.resolve() / "export"
     entries = sorted(export.rglob("*"))
     for entry in (export, *entries):
         if entry.is_symlink() and not entry.resolve().is_relative_to(export):
-            raise ValueError(f"{entry} links to a place outside of the export: put the file itself there.")
-    everything = [entry for entry in entries if entry.is_file()]
-    files = [f for f in everything if f.parent == export and any(fnmatchcase(f.name, p) for p in UPLOAD_PATTERNS)]
+            raise ValueError(f"{entry} links to a place outside of the export: replace the link by the file itself.")
+    all_files = [entry for entry in entries if entry.is_file()]
+    files = [file for file in all_files if file.parent == export and any(map(file.match, UPLOAD_PATTERNS))]
     names = {file.name for file in files}
-    if not {"README.md", "config.json"} <= names or not any(n.endswith(".safetensors") for n in names):
+    if not {"README.md", "config.json"} <= names or not any(name.endswith(".safetensors") for name in names):
         raise ValueError(
-            f"Expected a card, a configuration and weights in {export}, found {sorted(names) or 'nothing'}: "
+            f"Expected a model card, a configuration and weights in {export}, found {sorted(names) or 'nothing'}: "
             "`python train.py fit` writes them at the end of a run."
         )
-    left_out = [str(file.relative_to(export)) for file in everything if file not in files]
-    if left_out:
-        print(f"Left out, no part of an export: {', '.join(left_out)}")
+    skipped = [str(file.relative_to(export)) for file in all_files if file not in files]
+    if skipped:
+        print(f"Not uploaded, because they are not part of an export: {', '.join(skipped)}")
     return files
 
 
 def refuse_secrets(files: Sequence[Path], environment: Mapping[str, str]) -> None:
-    """Check that no file holds what looks like a key, or the value of a variable that is named like one.
+    """Refuse files that contain what looks like a key, or the value of an environment variable named like one.
 
     Raises:
-        ValueError: One does. The message names the file and the kind of secret, never the secret.
+        ValueError: A file does. The message names the file and the kind of secret, never the secret itself.
     """
     for file in files:
-        text = _text(file)
-        for kind in _secrets_in(text, environment):
-            raise ValueError(f"{file} holds {kind}. Nothing was uploaded: take it out and push again.")
+        secret_kind = next(_secrets_in(_searchable_bytes(file), environment), None)
+        if secret_kind:
+            raise ValueError(f"{file} contains {secret_kind}. Nothing was uploaded: remove it and push again.")
 
 
-def _text(file: Path) -> bytes:
-    """A file's bytes; of safetensors only the header, which holds names and free metadata."""
+def _searchable_bytes(file: Path) -> bytes:
+    """Return a file's bytes; of safetensors only the header, which holds tensor names and free-form metadata."""
     with file.open("rb") as stream:
-        if file.suffix == ".safetensors":
-            return stream.read(int.from_bytes(stream.read(8), "little"))
-        return stream.read()
+        size = int.from_bytes(stream.read(8), "little") if file.suffix == ".safetensors" else -1
+        return stream.read(size)
 
 
-def _secrets_in(text: bytes, environment: Mapping[str, str]) -> Iterator[str]:
-    yield from (f"what looks like {kind}" for kind, pattern in SECRET_PATTERNS.items() if re.search(pattern, text))
+def _secrets_in(content: bytes, environment: Mapping[str, str]) -> Iterator[str]:
+    yield from (f"what looks like {kind}" for kind, pattern in SECRET_PATTERNS.items() if re.search(pattern, content))
     for name, value in environment.items():
-        if SECRET_VARIABLE_PATTERN.search(name) and len(value) >= MIN_SECRET_LENGTH and value.encode() in text:
+        if SECRET_VARIABLE_PATTERN.search(name) and len(value) >= MIN_SECRET_LENGTH and value.encode() in content:
             yield f"the value of the environment variable {name}"
 
 
 def push(run_folder: Path, repo_id: str, *, private: bool, api: HfApi) -> str:
-    """Upload a run's export in one commit: all of it is there afterwards, or nothing.
+    """Upload a run's export in one commit, so that the repository has all of it or nothing.
 
     Args:
-        run: folder of a finished run, `runs/<name>`.
-        to: repository, `user/name`; it is made if it does not exist.
-        private: only the owner sees it. An existing public repository is refused then, not used.
-        api: the hub, with its address and token.
+        run_folder: Folder of a finished run, ``runs/<name>``.
+        repo_id: The repository, ``user/name``; it is created if it does not exist.
+        private: Make the repository visible to its owner only; an existing public one is refused.
+        api: Client of the hub, with its address and token.
 
     Returns:
-        Address of the commit.
+        URL of the commit.
 
     Raises:
-        ValueError: The export is not fit for publication (`export_files`, `refuse_secrets`), or `to` is no
-            repository's name, or is public although `private` was asked for.
+        ValueError: The export cannot be published (see `export_files` and `refuse_secrets`), `repo_id` is not the name
+            of a repository, or the repository is public although `private` was asked for.
         OSError: The hub refused the request or could not be reached.
     """
     if repo_id.count("/") != 1:
@@ -132,23 +130,25 @@ def push(run_folder: Path, repo_id: str, *, private: bool, api: HfApi) -> str:
         repository = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         if private and not api.model_info(repository).private:
             raise ValueError(f"{repository} exists and is public. Nothing was uploaded: choose another name.")
+        # Not HfApi.upload_folder, which with hf_xet may upload in several commits.
         operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files]
         return api.create_commit(repository, operations, commit_message="Upload policy").commit_url
     except (HTTPError, OSError, RuntimeError) as error:
-        reason = error.__cause__ or error  # a file's upload fails as RuntimeError with the reason behind it
+        # huggingface_hub raises RuntimeError when the upload of a single file fails; its cause says why.
+        reason = error.__cause__ or error
         raise OSError(f"The upload to {repo_id} at {api.endpoint} failed: {reason}") from error
 
 
 def main(arguments: Sequence[str]) -> None:
     """Upload a run's export, with its model card, to the Hugging Face hub."""
     parser = ArgumentParser(
-        prog="python -m dpo push",
+        prog="dpo push",
         description=main.__doc__,
-        epilog="HF_ENDPOINT names another hub; for one without Xet storage set HF_HUB_DISABLE_XET=1 as well.",
+        epilog="Set HF_ENDPOINT to use another hub, and HF_HUB_DISABLE_XET=1 if it has no Xet storage.",
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run, runs/<name>")
-    parser.add_argument("--to", required=True, help="repository, user/name; made if it does not exist")
-    parser.add_argument("--private", action="store_true", help="only you can see the repository")
+    parser.add_argument("--to", required=True, help="repository, user/name; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make the repository visible only to you")
     options = parser.parse_args(arguments)
     token = get_token()
     if token is None:

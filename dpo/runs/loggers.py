@@ -1,6 +1,7 @@
-"""Where metrics go: metrics.csv always, Weights & Biases online or offline.
+"""Loggers of a run: metrics.csv, and Weights & Biases online or offline.
 
-Takes names and values at a step. Knows nothing of what they mean.
+Lightning's own CSVLogger writes a row per call and deletes the file of a run that resumes; `MetricsCSV` joins the calls
+of a step in one row and continues the file.
 """
 
 import csv
@@ -18,40 +19,41 @@ from dpo.runs.folder import Run
 
 
 class MetricsCSV(Logger):
-    """A file with one row per step: `step`, then every metric in the order of its first appearance."""
+    """A CSV file with one row per step: `step`, then every metric in the order of its first appearance."""
 
     def __init__(self, path: Path) -> None:
-        """Log into this file."""
+        """Log to the file at `path`."""
         super().__init__()
         self.path = path
         self.columns = ["step"]
-        self.last_row: dict[str, Any] = {}  # the newest row, and where it begins in the file
-        self.last_row_offset = 0
+        self.last_row: dict[str, Any] = {}
+        self.last_row_offset = 0  # bytes; where the last row begins in the file
 
     @property
     def name(self) -> str:
-        """Of the logger."""
+        """Name of the logger."""
         return "csv"
 
     @property
     def version(self) -> str:
-        """Unused: the run has a name."""
+        """Empty: the run's folder already has a name of its own."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """The folder of the run."""
+        """Folder of the run."""
         return str(self.path.parent)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the configuration lies beside the file."""
+        """Do nothing: the configuration is in config.yaml beside the file."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add values to the row of a step, in any number of calls.
+        """Add values to the row of a step; a step may be logged in several calls.
 
-        An earlier step than the newest is that one: Lightning's own callbacks count from 0 what we count from 1.
+        A step before the last row's is taken as the last row's: Lightning's own callbacks count steps from 0, the
+        stages from 1.
         """
         assert step is not None
         step = max(step, self.last_row.get("step", 0))
@@ -59,9 +61,9 @@ class MetricsCSV(Logger):
             self.last_row_offset = self.path.stat().st_size if self.path.exists() else 0
             self.last_row = {"step": step}
         self.last_row |= metrics
-        new = [name for name in metrics if name not in self.columns]
-        if new or not self.last_row_offset:
-            self.columns += new
+        new_columns = [name for name in metrics if name not in self.columns]
+        if new_columns or not self.last_row_offset:
+            self.columns += new_columns
             self._rewrite([row for row in read_metrics(self.path) if int(row["step"]) < step])
         with self.path.open("r+", newline="") as file:
             file.truncate(self.last_row_offset)
@@ -70,17 +72,17 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def rewind_to_step(self, step: int) -> None:
-        """Go on behind a step: later rows are of steps that are taken again."""
-        rows: list[dict[str, Any]] = [{**row, "step": int(row["step"])} for row in read_metrics(self.path)]
-        kept = [row for row in rows if row["step"] <= step]
+        """Remove all rows after a step, so that these steps can be logged again."""
+        rows = read_metrics(self.path)
+        kept_rows = [row for row in rows if int(row["step"]) <= step]
         if rows:
             self.columns = list(rows[0])
-            self._rewrite(kept[:-1])
-        if kept:
-            self.last_row = kept[-1]
+            self._rewrite(kept_rows[:-1])
+        if kept_rows:
+            self.last_row = {**kept_rows[-1], "step": int(kept_rows[-1]["step"])}
             self.log_metrics({}, self.last_row["step"])
 
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
         with write_atomically(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
@@ -89,7 +91,7 @@ class MetricsCSV(Logger):
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv; none where there is no file."""
+    """Return the rows of a metrics.csv, or no rows if the file does not exist."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -97,13 +99,17 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 def wandb_logger(run: Run) -> WandbLogger:
-    """Online where a key is set or the user is logged in, otherwise offline; WANDB_MODE decides where it is set."""
+    """Return a Weights & Biases logger for a run.
+
+    It is online if WANDB_MODE says so, or, without that variable, if an API key is set or the user is logged in;
+    otherwise it writes offline files into the run's folder.
+    """
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     if mode == "offline":
         rank_zero_info(
             f"Weights & Biases is offline; to upload the curves later: wandb sync {run.folder / 'wandb'}/offline-run-*"
         )
-    quiet = wandb.Settings(silent=mode == "offline", console="off")
-    logger = WandbLogger(name=run.folder.name, project="dpo", save_dir=run.folder, mode=mode, settings=quiet)
-    logger._wandb_init.pop("anonymous")  # Lightning passes it on, and wandb remarks that it does nothing
+    settings = wandb.Settings(silent=mode == "offline", console="off")
+    logger = WandbLogger(name=run.folder.name, project="dpo", save_dir=run.folder, mode=mode, settings=settings)
+    logger._wandb_init.pop("anonymous")  # Lightning passes this option on, and wandb warns that it has no effect
     return logger

@@ -1,7 +1,4 @@
-"""The table of results: what training and validation gave at every validation, as text, Markdown and CSV.
-
-Takes the rows of metrics.csv, and gives back all that a run has left. Knows nothing of how it was made.
-"""
+"""The table of a run's results as text, Markdown and CSV, and a run's files as JSON values for the server."""
 
 import csv
 import json
@@ -11,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from dpo.files import write_atomically
 from dpo.runs.folder import Run
@@ -26,32 +23,38 @@ TABLE_METRICS = (
     "logps/rejected",
     "logits/chosen",
     "logits/rejected",
-    "perplexity",  # of a supervised stage
+    "perplexity",  # only supervised fine-tuning logs it
 )
-MAX_METRIC_ROWS = 500  # rows of metrics.csv
-TableRows = list[tuple[str, ...]]  # the first is the header
+MAX_METRIC_ROWS = 500  # most rows of metrics.csv that `read_artifacts` returns
+TableRows = list[tuple[str, ...]]
+"""A table as text; the first row is the header."""
 
 
 def results_table(metrics_path: Path) -> TableRows:
-    """A header and one row per validation: step, training loss, validation loss, then those `METRICS` that there are.
+    """Return the table of results from a metrics.csv.
 
-    The training loss is that of the last logged step before. Without validations, the logged training steps.
+    Its columns are the step, the training loss at the last logged step up to there, the validation loss, and those
+    `TABLE_METRICS` that were logged. It has a row per validation, or, without validations, per logged training step.
     """
     rows = read_metrics(metrics_path)
     stage = "val" if any(row.get("val/loss") for row in rows) else "train"
     names = [name for name in TABLE_METRICS if any(row.get(f"{stage}/{name}") for row in rows)]
     table: TableRows = [("step", "training loss", "validation loss", *names)]
-    loss = ""
+    training_loss = ""
     for row in rows:
-        loss = row.get("train/loss") or loss
+        training_loss = row.get("train/loss") or training_loss
         if row[f"{stage}/loss"]:
-            validation = row["val/loss"] if stage == "val" else ""
-            table.append((row["step"], loss, validation, *(row[f"{stage}/{name}"] for name in names)))
+            losses = (training_loss, row.get("val/loss", ""))
+            table.append((row["step"], *losses, *(row[f"{stage}/{name}"] for name in names)))
     return table
 
 
 def write_results(run: Run) -> TableRows:
-    """Write results.csv and results.md into a run, from its metrics.csv."""
+    """Write results.csv and results.md from a run's metrics.csv.
+
+    Returns:
+        The table in them.
+    """
     rows = results_table(run.metrics_path)
     with write_atomically(run.folder / "results.csv") as temporary, temporary.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
@@ -61,82 +64,87 @@ def write_results(run: Run) -> TableRows:
 
 
 def results_markdown(metrics_path: Path) -> str:
-    """The table in Markdown with its remarks."""
-    return "\n".join(
-        [markdown_table(results_table(metrics_path)), *(f"{remark}\n" for remark in results_remarks(metrics_path))]
-    )
+    """Return the table of results in Markdown, followed by its remarks."""
+    remarks = [f"{remark}\n" for remark in results_remarks(metrics_path)]
+    return "\n".join([markdown_table(results_table(metrics_path)), *remarks])
 
 
 def results_remarks(metrics_path: Path) -> Iterator[str]:
-    """What the table does not show: that training went on behind the last validation, and what is a tie."""
+    """Yield what the table does not show: steps after the last validation, and steps at which all pairs are ties."""
     rows = read_metrics(metrics_path)
-    validated = [row["step"] for row in rows if row.get("val/loss")]
-    if validated and validated[-1] != rows[-1]["step"]:
-        yield f"The last validation was at step {validated[-1]}, the policy is that of step {rows[-1]['step']}."
-    stage = "val" if validated else "train"
+    validated_steps = [row["step"] for row in rows if row.get("val/loss")]
+    if validated_steps and validated_steps[-1] != rows[-1]["step"]:
+        yield f"The last validation was at step {validated_steps[-1]}, the policy is that of step {rows[-1]['step']}."
+    stage = "val" if validated_steps else "train"
     for row in rows:
-        found = [row.get(f"{stage}/rewards/{name}", "") for name in ("accuracies", "margins")]
-        if all(found) and not any(map(float, found)):
+        values = [row.get(f"{stage}/rewards/{name}", "") for name in ("accuracies", "margins")]
+        if all(values) and not any(map(float, values)):
             yield f"At step {row['step']} policy and reference are equal: every pair is a tie, and counts as 0."
 
 
 def markdown_table(rows: TableRows) -> str:
-    """The table in Markdown, numbers to four digits."""
+    """Return a table in Markdown, with numbers to four decimal places."""
     header, *values = rows
-    lines = [header, ["---:"] * len(header), *map(_short, values)]
+    lines = [header, ["---:"] * len(header), *map(_rounded, values)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def print_results(rows: TableRows, title: str, remarks: Iterable[str] = ()) -> None:
-    """Print the newest rows, and remarks below; on a narrow terminal a step is a column."""
+    """Print the newest rows of a table and remarks below it; on a narrow terminal, rows become columns."""
     console = Console()
     header, *values = rows
-    short = [header, *map(_short, values[-20:])]
-    if console.width < 185:
-        short = list(zip(header, *short[1:][-4:], strict=True))
-    table = Table(title=title)
-    for name in short[0]:
-        table.add_column(name, justify="right")
-    for line in short[1:]:
-        table.add_row(*line)
+    printed = [header, *map(_rounded, values[-20:])]
+    if console.width < 185:  # characters; less does not fit a column for every metric
+        printed = list(zip(header, *printed[1:][-4:], strict=True))
+    table = Table(*(Column(name, justify="right") for name in printed[0]), title=title)
+    for row in printed[1:]:
+        table.add_row(*row)
     console.print(table, *remarks, sep="\n")
 
 
 def print_metric_values(values: Mapping[str, float], stage: str) -> None:
-    """Print what a validation or test measured, one metric a line."""
-    table = Table("metric", title=f"Results of the {'validation' if stage == 'val' else stage} pairs")
-    table.add_column("value", justify="right")
+    """Print the metrics of a validation or test, one a line.
+
+    Args:
+        values: Values by metric name; those of other stages are left out.
+        stage: ``val`` or ``test``, the prefix of the names.
+    """
+    title = f"Results of the {'validation' if stage == 'val' else stage} pairs"
+    table = Table("metric", Column("value", justify="right"), title=title)
     for name, value in values.items():
         if name.startswith(f"{stage}/"):
             table.add_row(name, f"{value:.4f}")
     Console().print(table)
 
 
-def _short(row: tuple[str, ...]) -> tuple[str, ...]:
+def _rounded(row: tuple[str, ...]) -> tuple[str, ...]:
     return row[0], *(f"{float(value):.4f}" if value else "" for value in row[1:])
 
 
 def read_artifacts(run: Run) -> dict[str, Any]:
-    """What a run left, as far as it is there: the table, the metrics, the last values, held-out pairs and its options.
+    """Return the contents of a run's files as JSON values; what is missing is empty.
 
-    Numbers that are not finite are None; of long metrics some rows are left out.
+    Numbers that are not finite become None. If there are more than `MAX_METRIC_ROWS` metrics rows, only every n-th is
+    returned.
     """
-    header, *rows = csv.reader(_text(run.folder / "results.csv").splitlines() or [""])
+    header, *rows = csv.reader(_read_text(run.folder / "results.csv").splitlines() or [""])
     metrics = read_metrics(run.metrics_path)
+    stride = math.ceil(len(metrics) / MAX_METRIC_ROWS) or 1
     return {
         "name": run.folder.name,
         "results": {"header": header, "rows": rows},
-        "metrics": [_numbers(row) for row in metrics[:: -(-len(metrics) // MAX_METRIC_ROWS) or 1]],
-        "values": _numbers(json.loads(_text(run.results_path) or "{}")),
-        "held_out": [json.loads(line) for line in _text(run.held_out_path).split("\n") if line],
-        "config": _text(run.config_path),
+        "metrics": [_finite_numbers(row) for row in metrics[::stride]],
+        "values": _finite_numbers(json.loads(_read_text(run.results_path) or "{}")),
+        # split("\n"), not splitlines(): dialogues may contain other line separators, such as U+2028.
+        "held_out": [json.loads(line) for line in _read_text(run.held_out_path).split("\n") if line],
+        "config": _read_text(run.config_path),
     }
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
-def _numbers(row: Mapping[str, Any]) -> dict[str, float | None]:
+def _finite_numbers(row: Mapping[str, Any]) -> dict[str, float | None]:
     numbers = {name: float(value or "nan") for name, value in row.items()}
     return {name: number if math.isfinite(number) else None for name, number in numbers.items()}

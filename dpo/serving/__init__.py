@@ -1,6 +1,6 @@
-"""A trained run -> a page and an API where the policy and its reference answer and are compared.
+"""A web page and an OpenAI-compatible API in which a trained policy and its reference answer side by side.
 
-In the order of a request: `server` starts and stops it all, `guard` stands in front, `app` has the routes, `schema`
-says what a request may hold, `text` turns messages into tokens and back, `service` counts and scores, `engine` runs
-many requests at a time through one model, `reply` says their tokens in OpenAI's form. Training imports none of it.
+A request passes through `security` (authentication, limits, timeouts), `app` (routes), `schema` (validation),
+`tokenization` (text to tokens and back), `service` (both models, scoring), `engine` (batched generation) and `reply`
+(responses in OpenAI's format). `server` loads the models and runs the process. Training imports none of this.
 """

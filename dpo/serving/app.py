@@ -1,6 +1,6 @@
-"""The routes: HTTP in, HTTP out.
+"""The HTTP routes.
 
-Takes a `Service`; gives the application that `guard` stands in front of. What goes wrong is told in OpenAI's form.
+Every error is answered with a JSON body in OpenAI's format. `security.RequestGuard` wraps the application built here.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from dpo.runs import results
+from dpo.runs.folder import run_of_export
 from dpo.serving.reply import CompletionReply
 from dpo.serving.schema import APIError, ChatRequest, CompareRequest, CompletionRequest, ScoreRequest
 from dpo.serving.service import ACTIVE_REQUESTS, CACHE_USED_RATIO, ENGINE_ALIVE, InferenceService, JsonObject
@@ -29,7 +30,7 @@ PAGE_CSP = (
 )
 
 
-async def _service(request: Request) -> InferenceService:  # async: FastAPI would run it in a thread
+async def _service(request: Request) -> InferenceService:  # async, or FastAPI would call it in a thread
     return request.app.state.service  # type: ignore[no-any-return]
 
 
@@ -37,10 +38,10 @@ ServiceDependency = Annotated[InferenceService, Depends(_service)]
 
 
 async def _admitted(service: ServiceDependency) -> AsyncIterator[InferenceService]:
-    """Hold one of the slots while a request is answered."""
+    """Hold one of the service's slots while a request is answered."""
     service.require_ready()
     if service.active_requests >= service.slots:
-        raise APIError(429, f"{service.slots} requests are being answered: try again", "too_many_requests")
+        raise APIError(429, f"{service.slots} requests are already being answered: try again", "too_many_requests")
     service.active_requests += 1
     try:
         yield service
@@ -50,29 +51,28 @@ async def _admitted(service: ServiceDependency) -> AsyncIterator[InferenceServic
 
 AdmittedService = Annotated[InferenceService, Depends(_admitted)]
 ERROR_RESPONSES: dict[int | str, JsonObject] = {
-    kind: {"description": "What is wrong, as OpenAI tells it"} for kind in ("4XX", "5XX")
+    status: {"description": "An error in OpenAI's format."} for status in ("4XX", "5XX")
 }
 router = APIRouter(responses=ERROR_RESPONSES)
 
 
 @router.post("/v1/chat/completions")
 async def post_chat_completion(service: AdmittedService, body: ChatRequest) -> Response:
-    """Answer messages."""
+    """Answer a conversation given as messages."""
     prompt = await service.run_in_tokenizer(service.codec.encode_prompt, None, body.messages)
-    limit = body.max_completion_tokens or body.max_tokens
-    return await _answer(
-        CompletionReply(service, body, prompt, limit, (body.top_logprobs or 0) if body.logprobs else None)
-    )
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return await _respond(CompletionReply(service, body, prompt, max_tokens, top_logprobs))
 
 
 @router.post("/v1/completions")
 async def post_completion(service: AdmittedService, body: CompletionRequest) -> Response:
-    """Go on with a text; OpenAI's default is 16 tokens."""
+    """Continue a text, by 16 tokens unless `max_tokens` is given (OpenAI's default)."""
     prompt = await service.run_in_tokenizer(service.codec.encode_raw, body.prompt)
-    return await _answer(CompletionReply(service, body, prompt, body.max_tokens or 16, body.logprobs))
+    return await _respond(CompletionReply(service, body, prompt, body.max_tokens or 16, body.logprobs))
 
 
-async def _answer(reply: CompletionReply) -> Response:
+async def _respond(reply: CompletionReply) -> Response:
     if reply.body.stream:
         return StreamingResponse(reply.stream_events(), media_type="text/event-stream")
     return JSONResponse(await reply.full_response())
@@ -80,29 +80,29 @@ async def _answer(reply: CompletionReply) -> Response:
 
 @router.post("/v1/score")
 async def post_score(service: AdmittedService, body: ScoreRequest) -> JsonObject:
-    """The log-prob of answers under both models, and their rewards."""
+    """Return the log-probabilities of answers under both models, in nats, and their implicit rewards."""
     examples = await service.run_in_tokenizer(
         lambda: [service.codec.encode_example(body, answer) for answer in body.answers]
     )
     answers = await service.score_examples(examples, body.tokens)
-    return {"object": "score", "beta": service.origin.beta, "answers": answers}
+    return {"object": "score", "beta": service.served.beta, "answers": answers}
 
 
 @router.post("/v1/compare")
 async def post_compare(service: AdmittedService, body: CompareRequest) -> JsonObject:
-    """Which of two answers the policy prefers, and how surely."""
-    example = service.codec.encode_example
+    """Return which of two answers the policy prefers, and with what probability."""
     examples = await service.run_in_tokenizer(
-        lambda: [example(pair, pair.chosen, pair.rejected) for pair in body.pairs]
+        lambda: [service.codec.encode_example(pair, pair.chosen, pair.rejected) for pair in body.pairs]
     )
     answers = await service.score_examples(examples, body.tokens)
-    pairs = [_compared(*both) for both in zip(answers[::2], answers[1::2], strict=True)]
-    return {"object": "compare", "beta": service.origin.beta, "pairs": pairs}
+    pairs = [_compare(chosen, rejected) for chosen, rejected in zip(answers[::2], answers[1::2], strict=True)]
+    return {"object": "compare", "beta": service.served.beta, "pairs": pairs}
 
 
-def _compared(chosen: JsonObject, rejected: JsonObject) -> JsonObject:
+def _compare(chosen: JsonObject, rejected: JsonObject) -> JsonObject:
     margin = chosen["reward"] - rejected["reward"]
-    probability = math.exp(min(margin, 0.0)) / (1 + math.exp(-abs(margin)))  # logistic; small ones keep their digits
+    # The logistic function, written so that exp cannot overflow and small probabilities keep their digits.
+    probability = math.exp(min(margin, 0.0)) / (1 + math.exp(-abs(margin)))
     preferred = None if margin == 0 else "chosen" if margin > 0 else "rejected"
     verdict = {"margin": margin, "probability": probability, "preferred": preferred}
     return verdict | {"chosen": chosen, "rejected": rejected}
@@ -110,35 +110,35 @@ def _compared(chosen: JsonObject, rejected: JsonObject) -> JsonObject:
 
 @router.get("/v1/models")
 async def get_models(service: ServiceDependency) -> JsonObject:
-    """Both models."""
-    listed = [{"id": name, "object": "model", "created": 0, "owned_by": "local"} for name in service.engines]
-    return {"object": "list", "data": listed}
+    """List the two models, `policy` and `reference`."""
+    models = [{"id": name, "object": "model", "created": 0, "owned_by": "local"} for name in service.engines]
+    return {"object": "list", "data": models}
 
 
 @router.get("/v1/run")
 async def get_run(service: ServiceDependency) -> JsonObject:
-    """The models, and what the training run left behind."""
-    made = service.origin
-    left = await asyncio.to_thread(results.read_artifacts, made.run)
-    return left | {"policy": made.policy_path, "reference": made.reference_path, "note": made.reference_note}
+    """Return where the models came from, and the results of the training run."""
+    served = service.served
+    run = await asyncio.to_thread(results.read_artifacts, run_of_export(served.policy_path))
+    return run | {"policy": served.policy_path, "reference": served.reference_path, "note": served.reference_note}
 
 
 @router.get("/health")
 async def get_health() -> JsonObject:
-    """The process answers."""
+    """Report that the process answers requests."""
     return {"status": "ok"}
 
 
 @router.get("/ready")
 async def get_readiness(service: ServiceDependency) -> JsonObject:
-    """Both models answer."""
+    """Report that both models are running; status 503 while one is not."""
     service.require_ready()
     return {"ready": True}
 
 
 @router.get("/metrics")
 async def get_metrics(service: ServiceDependency) -> Response:
-    """For Prometheus."""
+    """Return the metrics in Prometheus' text format."""
     for name, engine in service.engines.items():
         ACTIVE_REQUESTS.labels(name).set(len(engine.result_queues))
         CACHE_USED_RATIO.labels(name).set(engine.cache_usage)
@@ -149,37 +149,47 @@ async def get_metrics(service: ServiceDependency) -> Response:
 @router.get("/", include_in_schema=False)
 @router.get("/{name}", include_in_schema=False)
 async def get_page(name: str = "index.html") -> Response:
-    """A file of the page; there are no paths. Only what carries the nonce of this reply may run or style it."""
+    """Return a file of the web page.
+
+    The files are in memory, so no path can lead out of the folder. The browser runs only scripts and applies only
+    styles that carry this response's nonce.
+    """
     if name not in PAGE_FILES:
         raise APIError(404, "no such page", "not_found")
     nonce = secrets.token_urlsafe(16)
-    content, kind = PAGE_FILES[name].replace(b"__NONCE__", nonce.encode()), CONTENT_TYPES[name.rsplit(".", 1)[-1]]
-    return Response(content, headers={"content-security-policy": PAGE_CSP.format(nonce)}, media_type=kind)
+    content = PAGE_FILES[name].replace(b"__NONCE__", nonce.encode())
+    content_type = CONTENT_TYPES[name.rsplit(".", 1)[-1]]
+    return Response(content, headers={"content-security-policy": PAGE_CSP.format(nonce)}, media_type=content_type)
 
 
 def error_response(error: Exception) -> Response:
-    """What the client is told of an error; of one that is ours, nothing but that."""
+    """Return the response to an error in OpenAI's format; an unexpected error reveals nothing about itself."""
     match error:
         case APIError():
-            fault = error
+            api_error = error
         case HTTPException():
-            fault = APIError(error.status_code, error.detail, "http_error")
+            api_error = APIError(error.status_code, error.detail, "http_error")
         case RequestValidationError():
-            first = error.errors()[0]
-            place = () if first["type"] == "json_invalid" else first["loc"][1:]
-            field = ".".join(map(str, place))[:200].encode("ascii", "backslashreplace").decode()
-            said = "not supported" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-            fault = APIError(400, f"{field or 'body'}: {said}", first["type"], field or None)
+            api_error = _validation_error(error)
         case _:
-            fault = APIError(500, "internal error", "internal_error")
-    return JSONResponse(fault.body, fault.status_code, fault.headers)
+            api_error = APIError(500, "internal error", "internal_error")
+    return JSONResponse(api_error.body, api_error.status_code, api_error.headers)
+
+
+def _validation_error(error: RequestValidationError) -> APIError:
+    """Describe the first invalid field; a field name sent by the client may be long or no valid Unicode."""
+    first = error.errors()[0]
+    location = () if first["type"] == "json_invalid" else first["loc"][1:]
+    field = ".".join(map(str, location))[:200].encode("ascii", "backslashreplace").decode()
+    message = "not supported" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    return APIError(400, f"{field or 'body'}: {message}", first["type"], field or None)
 
 
 def build_app(service: InferenceService) -> FastAPI:
-    """The application."""
+    """Return the application that serves both models and the page."""
     app = FastAPI(title="dpo-lightning", lifespan=service.lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    for kind in (HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(kind, lambda _, error: error_response(error))
+    for exception_class in (HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(exception_class, lambda _, error: error_response(error))
     app.include_router(router)
     return app

@@ -1,7 +1,4 @@
-"""What stands in front of the application: who may ask, how much, and for how long.
-
-Takes any ASGI application. All is read, checked and limited here; a request ends when its client leaves.
-"""
+"""What stands between the network and the application: authentication, size limits, timeouts, security headers."""
 
 import asyncio
 import hmac
@@ -16,7 +13,9 @@ from dpo.serving.schema import APIError
 from dpo.serving.service import REQUEST_COUNTER
 
 MAX_BODY_BYTES = 2**20
-HEAD_TIMEOUT_SECONDS = BODY_TIMEOUT_SECONDS = SEND_TIMEOUT_SECONDS = 10
+HEAD_TIMEOUT_SECONDS = 10
+BODY_TIMEOUT_SECONDS = 10
+SEND_TIMEOUT_SECONDS = 10
 LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1", "[::1]"}
 PUBLIC_PATHS = {"/", "/health", "/ready", *(f"/{name}" for name in PAGE_FILES)}
 SECURITY_HEADERS = {
@@ -31,60 +30,69 @@ SECURITY_HEADERS = {
 
 
 class RequestGuard:
-    """Pure ASGI: it costs a function call per chunk.
+    """ASGI middleware that checks each request, reads its body, and cancels it when the client disconnects.
 
-    Without a key everybody who reaches the port may ask, but only by a name of this machine: a page of another site
-    that had its name point here (DNS rebinding) sends its own.
+    Without a key, anybody who reaches the port may send requests, but only to a host name of this machine. A foreign
+    web page whose domain was made to resolve to this machine (DNS rebinding) sends its own host name. Starlette's
+    TrustedHostMiddleware would refuse that with a plain-text 400; API clients get 421 and a JSON error here.
+
+    It is plain ASGI rather than Starlette's BaseHTTPMiddleware because it runs for every chunk of a stream.
+
+    Args:
+        app: The application to protect.
+        key: The key that clients must send, or None.
     """
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
-        self.app, self.expected_authorization = app, f"Bearer {key}".encode() if key else b""
+        self.app = app
+        self.expected_authorization = f"Bearer {key}".encode() if key else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or refuse in words."""
+        """Pass a request on to the application, or refuse it with an error."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         app = self.app
+        unread: list[Message] = []
         try:
             self._check(scope["method"], scope["path"], dict(scope["headers"]))
-            unread: list[Message] = [{"type": "http.request", "body": await _body(receive)}]
-        except APIError as fault:
-            app, unread = error_response(fault), []
+            unread.append({"type": "http.request", "body": await _read_body(receive)})
+        except APIError as error:
+            app = error_response(error)
 
         async def replay() -> Message:
-            return unread.pop() if unread else await asyncio.Future()  # that the client left is not for it to notice
+            return unread.pop() if unread else await asyncio.Future()  # disconnects are handled here, not by the app
 
-        async def guarded(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 route = scope.get("route")
                 REQUEST_COUNTER.labels(route.path if route else "other", message["status"]).inc()
                 message["headers"] = list((SECURITY_HEADERS | dict(message["headers"])).items())
             await send(message)
 
-        answering, leaving = asyncio.ensure_future(app(scope, replay, guarded)), asyncio.create_task(_left(receive))
-        answering.add_done_callback(lambda _: leaving.cancel())
-        leaving.add_done_callback(lambda _: answering.cancel())
+        response = asyncio.ensure_future(app(scope, replay, send_with_headers))
+        disconnect = asyncio.create_task(_wait_for_disconnect(receive))
+        response.add_done_callback(lambda _: disconnect.cancel())
+        disconnect.add_done_callback(lambda _: response.cancel())
         with suppress(asyncio.CancelledError):
-            await answering
+            await response
 
     def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
-        host = headers.get(b"host", b"").decode("latin-1").lower()
-        if not self.expected_authorization and re.sub(r":\d+$", "", host) not in LOOPBACK_HOSTS:
-            raise APIError(421, "this name is not served here", "unknown_host")
-        given = headers.get(b"authorization", b"")
-        if (
-            self.expected_authorization
-            and path not in PUBLIC_PATHS
-            and not hmac.compare_digest(given, self.expected_authorization)
-        ):
-            raise APIError(401, "expected the server's key: Authorization: Bearer KEY", "invalid_api_key")
-        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-        if method == "POST" and kind != b"application/json":
+        host = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1").lower())
+        if not self.expected_authorization and host not in LOOPBACK_HOSTS:
+            message = "without a key, this server answers only to the host names localhost, 127.0.0.1 and [::1]"
+            raise APIError(421, message, "unknown_host")
+        if self.expected_authorization and path not in PUBLIC_PATHS:
+            authorization = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(authorization, self.expected_authorization):  # takes equally long for any key
+                raise APIError(401, "expected the server's key: Authorization: Bearer KEY", "invalid_api_key")
+        content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        if method == "POST" and content_type != b"application/json":
             raise APIError(415, "expected content-type application/json", "unsupported_media_type")
 
 
-async def _body(receive: Receive) -> bytes:
-    body, more = b"", True
+async def _read_body(receive: Receive) -> bytes:
+    body = b""
+    more = True
     try:
         async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
             while more:
@@ -98,33 +106,34 @@ async def _body(receive: Receive) -> bytes:
     return body
 
 
-async def _left(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's protocol, which lets go whoever sends no head or reads no reply.
+    """uvicorn's HTTP protocol with timeouts for clients that send no request head or do not read the response.
 
-    Its own time-out, between requests, is here one on the first head too, and on the whole of every head.
+    uvicorn applies its keep-alive timeout between requests only, and any byte resets it. Here it also applies to the
+    first head of a connection, and each head must be complete within it.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The first head is due."""
+        """Start the timeout for the first head."""
         super().connection_made(transport)
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
-        """As it was, but that the time goes on until a head is complete."""
+        """Process data as uvicorn does, but let the timeout run on until a head is complete."""
         self.conn.receive_data(data)
         self.handle_events()
 
     def pause_writing(self) -> None:
-        """The client does not read."""
+        """Start the timeout for a client that does not read."""
         super().pause_writing()
         self.send_timeout = self.loop.call_later(SEND_TIMEOUT_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It does."""
+        """Stop that timeout, as the client reads again."""
         super().resume_writing()
         self.send_timeout.cancel()

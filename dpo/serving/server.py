@@ -1,6 +1,6 @@
-"""Start and stop: reads the models, binds the port, ends in time.
+"""Load the models, listen on the port, and shut down in time.
 
-Takes the options of `serve.py`, where they are described. Knows nothing of requests.
+The options come from `dpo.cli.serve`, which describes them.
 """
 
 import asyncio
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 import uvicorn
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from dpo import quickstart
 from dpo.data.tokenization import PairEncoder
 from dpo.models.cpu import limit_onednn_cache
-from dpo.models.loading import ModelLoader, read_end_ids
+from dpo.models.loading import ModelLoader, context_length, read_end_ids
+from dpo.models.origin import ServedPolicy, find_policy, load_policy_and_reference
 from dpo.models.prompt_sharing import vocabulary_size
-from dpo.runs.export import PolicyOrigin, load_policy_and_reference, read_origin
 from dpo.serving.app import build_app
 from dpo.serving.engine import GenerationEngine
 from dpo.serving.security import HEAD_TIMEOUT_SECONDS, LOOPBACK_HOSTS, RequestGuard, TimedProtocol
@@ -27,106 +27,125 @@ from dpo.serving.service import InferenceService
 from dpo.serving.tokenization import NO_LENGTH_LIMIT, TextCodec
 
 LATEST_EXPORT = Path("runs/latest/export")
-DEFAULT_MAX_CONTEXT = 4096  # tokens, where --max-context does not say
-STREAM_GRACE_SECONDS, SHUTDOWN_SECONDS = 4.0, 6  # seconds after the signal
+DEFAULT_MAX_CONTEXT = 4096  # tokens
+STREAM_GRACE_SECONDS = 4.0  # from the signal until running streams are ended with an error
+SHUTDOWN_SECONDS = 6  # from the signal until remaining connections are closed
 
 
-def find_origin(options: Namespace) -> PolicyOrigin:
-    """Policy and reference; a ValueError says what to type where there is no run, or nothing to compare it with."""
-    if options.demo:
-        return read_origin(str(quickstart.TRAINED_RUN / "export"), options.reference)
+def find_served_policy(options: Namespace) -> ServedPolicy:
+    """Return which policy to serve and which reference to compare it with.
+
+    Raises:
+        ValueError: There is no run yet, or no known reference; the message says what to type.
+    """
     if options.model is None and not LATEST_EXPORT.is_dir():
         raise ValueError(
             "There is no trained run yet.\n  make fit    trains the built-in example (about two minutes)\n"
-            "  python serve.py --demo    serves a run of it that is shipped\n"
+            "  python serve.py --demo    serves the trained example that is shipped\n"
             "  python serve.py --model FOLDER --reference FOLDER_OR_HUB_ID    serves other models"
         )
-    return read_origin(options.model or str(LATEST_EXPORT), options.reference)
+    return find_policy(options.model or str(LATEST_EXPORT), options.reference)
 
 
 def load_service(options: Namespace) -> InferenceService:
-    """Read both models and put them to work; a ValueError says what is missing or does not fit together."""
-    slots, context = (
-        options.max_concurrency,
-        DEFAULT_MAX_CONTEXT if options.max_context is None else options.max_context,
-    )
-    if slots < 1 or context < 2 or not 0 <= options.port < 2**16:
-        least = "--max-concurrency of at least 1, --max-context of at least 2 tokens"
-        raise ValueError(f"Expected {least} and --port of 0 to 65535.")
-    found = find_origin(options)
-    both = load_policy_and_reference(found)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    """Load policy and reference, and build the service around them.
+
+    Raises:
+        ValueError: An option is out of range, a model is missing, or the two models do not fit together.
+    """
+    slots = options.max_concurrency
+    max_context = DEFAULT_MAX_CONTEXT if options.max_context is None else options.max_context
+    if slots < 1 or max_context < 2 or not 0 <= options.port < 2**16:
+        raise ValueError(
+            "Expected --max-concurrency of at least 1, --max-context of at least 2 tokens and --port of 0 to 65535, "
+            f"got {slots}, {max_context} and {options.port}."
+        )
+    served = find_served_policy(options)
+    models = load_policy_and_reference(served)
+    _place(models, options.device, options.dtype)
+    sizes = {name: vocabulary_size(model) for name, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"Policy and reference must share a vocabulary; their sizes are {sizes}.")
+    limit = min(context_length(model) or max_context for model in models.values())
+    if options.max_context and max_context > limit:
+        raise ValueError(f"--max-context: expected at most {limit} tokens, the models' limit, got {max_context}.")
+    context = min(max_context, limit)
+    tokenizer = ModelLoader().load_tokenizer(served.policy_path)
+    encoder = PairEncoder(tokenizer, NO_LENGTH_LIMIT, served.format, read_end_ids(served.policy_path))
+    engines = {name: GenerationEngine(model, slots, context) for name, model in models.items()}
+    return InferenceService(served, engines, TextCodec(encoder, context), slots)
+
+
+def _place(models: dict[str, PreTrainedModel], device: str, dtype: str) -> None:
+    """Move frozen models to a device and a data type."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        for model in both.values():
-            torch.nn.Module.to(model.requires_grad_(False), device=device, dtype=getattr(torch, options.dtype))
+        for model in models.values():
+            torch.nn.Module.to(model.requires_grad_(False), device=device, dtype=getattr(torch, dtype))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {error}") from error
-    sizes = {name: vocabulary_size(model) for name, model in both.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"policy and reference must share a vocabulary; their sizes are {sizes}.")
-    configs = [model.config.get_text_config() for model in both.values()]
-    known = min(getattr(config, "max_position_embeddings", context) for config in configs)  # some know no limit
-    if options.max_context and context > known:
-        raise ValueError(f"--max-context: expected at most {known} tokens, which both models know, got {context}.")
-    context = min(context, known)
-    text = TextCodec(
-        PairEncoder(
-            ModelLoader().load_tokenizer(found.policy_path),
-            NO_LENGTH_LIMIT,
-            found.format,
-            read_end_ids(found.policy_path),
-        ),
-        context,
-    )
-    engines = {name: GenerationEngine(model, slots, context) for name, model in both.items()}
-    return InferenceService(found, engines, text, slots)
 
 
 class InferenceServer(uvicorn.Server):
-    """uvicorn's server, which says where it is and lets streams end before it goes."""
+    """A uvicorn server that prints its address, and gives running streams time to end before it stops.
+
+    Args:
+        service: The models to serve.
+        host: Address to listen on.
+        port: Port to listen on; 0 for any free one.
+        key: The key that clients must send, or None.
+
+    Raises:
+        ValueError: Other machines can reach `host`, and there is no key.
+    """
 
     def __init__(self, service: InferenceService, host: str, port: int, key: str | None) -> None:
         if key is None and host not in LOOPBACK_HOSTS:
             raise ValueError(f"--host {host} is reachable from other machines: set a key in DPO_API_KEY first.")
         config = uvicorn.Config(
             RequestGuard(build_app(service), key), host, port, http=TimedProtocol, ws="none", log_level="warning",
-            access_log=False, server_header=False, timeout_keep_alive=HEAD_TIMEOUT_SECONDS, timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            access_log=False, server_header=False, timeout_keep_alive=HEAD_TIMEOUT_SECONDS,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )  # fmt: skip
         super().__init__(config)
         self.service = service
 
     @property
     def base_url(self) -> str:
-        """Where it is, once it is there."""
+        """The address of the running server, with the port that it got."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where."""
+        """Listen, and print what is served at which address."""
         await super().startup(sockets)
         if self.started:
-            made = self.service.origin
-            told = (
-                ("policy", made.policy_path),
-                ("reference", made.reference_path),
-                ("note", made.reference_note),
-                ("at", self.base_url),
-            )
-            print("\n".join(f"{name:10} {value}" for name, value in told if value), flush=True)
+            served = self.service.served
+            lines = {
+                "policy": served.policy_path,
+                "reference": served.reference_path,
+                "note": served.reference_note,
+                "at": self.base_url,
+            }
+            print("\n".join(f"{name:10} {value}" for name, value in lines.items() if value), flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for what is being said, which later ends with an error."""
+        """Wait for running streams, and end those that take longer than `STREAM_GRACE_SECONDS` with an error."""
         for engine in self.service.engines.values():
             asyncio.get_running_loop().call_later(STREAM_GRACE_SECONDS, engine.abort_requests)
         await super().shutdown(sockets)
 
 
 def serve(options: Namespace) -> None:
-    """Serve until a signal; a ValueError says why it cannot start."""
+    """Serve until a signal ends the process.
+
+    Raises:
+        ValueError: The server cannot start with these options; the message says what to change.
+    """
     for name in ("transformers", "ContinuousBatchingLogger"):
         logging.getLogger(name).setLevel(logging.ERROR)
     disable_progress_bar()
     limit_onednn_cache()
-    InferenceServer(
-        load_service(options), options.host, options.port, os.environ.pop("DPO_API_KEY", None) or None
-    ).run()
+    key = os.environ.pop("DPO_API_KEY", None) or None
+    InferenceServer(load_service(options), options.host, options.port, key).run()

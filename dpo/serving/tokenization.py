@@ -1,7 +1,7 @@
-"""What the client wrote -> token ids, as in training; tokens -> text that may be shown.
+"""Conversion between the text of requests and token ids.
 
-Dialogues are read as rows of the data are (`Columns`) and become tokens through the `Encoder` that made the training
-data. Knows no model.
+Dialogues are parsed like rows of the training data (`Columns`) and tokenized by the same `PairEncoder`, so that the
+model sees here what it saw in training.
 """
 
 from collections.abc import Sequence
@@ -17,92 +17,117 @@ from dpo.models.batch import Example
 from dpo.serving.schema import APIError, ChatMessage, PromptRequest
 
 _T = TypeVar("_T")
-REFUSAL_MESSAGES = {"system_without_template": "the model has learned no system messages: leave them out"}
-NO_LENGTH_LIMIT = 2**40  # tokens: what is too long is refused here, never cut
+REFUSAL_MESSAGES = {"system_without_template": "this model was not trained with system messages: leave them out"}
+NO_LENGTH_LIMIT = 2**40  # tokens; the server refuses what is too long, and truncates nothing
 
 
 class TextCodec:
-    """Makes tokens for models that read `context` of them; the encoder is that of the training, but cuts nothing."""
+    """Converts text to tokens and back.
+
+    Args:
+        encoder: The encoder of the training data, but without a length limit.
+        context: Maximum tokens of prompt and answer together.
+    """
 
     def __init__(self, encoder: PairEncoder, context: int) -> None:
-        self.encoder, self.context, self.tokenizer = encoder, context, encoder.tokenizer
+        self.encoder = encoder
+        self.context = context
+        self.tokenizer = encoder.tokenizer
         self.control_pattern = control_token_pattern(encoder.tokenizer, encoder.end_ids, ())
 
     def encode_prompt(self, prompt: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
-        """Ids up to where the answer begins."""
-        return self._fitting(
-            _used(self.encoder.encode(DialoguePair(_history(prompt, messages), *PROBE_ANSWERS))).prompt, answer=1
-        )
+        """Return the token ids of a prompt, up to where the answer begins."""
+        encoded = _accepted(self.encoder.encode(DialoguePair(_history(prompt, messages), *PROBE_ANSWERS)))
+        return self._fitting(encoded.prompt, answer_length=1)
 
     def encode_raw(self, prompt: str) -> list[int]:
-        """Ids of a text as it is."""
+        """Return the token ids of a text as it is, without a dialogue format."""
         if self.control_pattern.search(prompt):
-            raise APIError(400, "the text spells a control token of the model", "control_token_in_text", "prompt")
-        return self._fitting(self.tokenizer(prompt, verbose=False)["input_ids"], answer=1)
+            raise APIError(400, "the prompt contains a control token of the model", "control_token_in_text", "prompt")
+        return self._fitting(self.tokenizer(prompt, verbose=False)["input_ids"], answer_length=1)
 
     def encode_example(self, request: PromptRequest, *answers: str) -> Example:
-        """One answer, or two that are tokenised together as in training."""
-        chosen, *other = (f" {answer.lstrip(' ')}" for answer in answers)
-        pair = DialoguePair(_history(request.prompt, request.messages), chosen, other[0] if other else f"{chosen}.")
-        encoded = _used(self.encoder.encode(pair))
+        """Return the tokens of one answer, or of two that are tokenized together as in training."""
+        chosen, *others = (f" {answer.lstrip(' ')}" for answer in answers)
+        # The encoder takes pairs of different answers; what stands in for a missing one is dropped again below.
+        rejected = others[0] if others else f"{chosen}."
+        pair = DialoguePair(_history(request.prompt, request.messages), chosen, rejected)
+        encoded = _accepted(self.encoder.encode(pair))
         ids = (encoded.chosen, encoded.rejected)[: len(answers)]
         return Example("request", self._fitting(encoded.prompt, max(map(len, ids))), ids)
 
-    def _fitting(self, prompt: list[int], answer: int) -> list[int]:
-        if not prompt or len(prompt) + answer > self.context:
-            given = f"{len(prompt)} of the prompt and at least {answer} of the answer"
-            raise APIError(400, f"expected 2 to {self.context} tokens, got {given}", "context_length_exceeded")
+    def _fitting(self, prompt: list[int], answer_length: int) -> list[int]:
+        if not prompt or len(prompt) + answer_length > self.context:
+            got = f"{len(prompt)} in the prompt and at least {answer_length} in the answer"
+            raise APIError(400, f"expected 2 to {self.context} tokens, got {got}", "context_length_exceeded")
         return prompt
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """The text that each token adds; empty where a character or the answer ends."""
+        """Return the text that each token adds: "" for a special token, and until a character is complete."""
         return StreamDecoder(self).decode_tokens(ids)
 
 
 def _history(prompt: str | None, messages: Sequence[ChatMessage] | None) -> Turns:
-    """What is to be answered: a question, hh-rlhf's text of a dialogue, or messages."""
-    whole = prompt and prompt.startswith(HUMAN_MARKER) and prompt.endswith(ASSISTANT_MARKER)
-    if prompt and any(mark in prompt for mark in TURN_MARKERS) and not whole:
-        raise APIError(
-            400, f"expected a dialogue from {HUMAN_MARKER!r} to {ASSISTANT_MARKER!r}", "bad_prompt", "prompt"
-        )
-    return _used(Columns().parse_history({"prompt": prompt or [message.model_dump() for message in messages or ()]}))
+    """Return the turns to be answered, from a question, a dialogue in hh-rlhf's text format, or messages."""
+    is_dialogue = prompt and prompt.startswith(HUMAN_MARKER) and prompt.endswith(ASSISTANT_MARKER)
+    if prompt and any(marker in prompt for marker in TURN_MARKERS) and not is_dialogue:
+        message = f"expected a dialogue that begins with {HUMAN_MARKER!r} and ends with {ASSISTANT_MARKER!r}"
+        raise APIError(400, message, "bad_prompt", "prompt")
+    row = {"prompt": prompt or [message.model_dump() for message in messages or ()]}
+    return _accepted(Columns().parse_history(row))
 
 
-def _used(read: _T | Refusal) -> _T:
-    if isinstance(read, Refusal):
-        raise APIError(400, REFUSAL_MESSAGES.get(read, f"the dialogue cannot be used: {read.replace('_', ' ')}"), read)
-    return read
+def _accepted(result: _T | Refusal) -> _T:
+    if isinstance(result, Refusal):
+        message = REFUSAL_MESSAGES.get(result, f"the dialogue cannot be used: {result.replace('_', ' ')}")
+        raise APIError(400, message, result)
+    return result
 
 
 class StreamDecoder:
-    """Tokens -> text, holding back what could still become a stop string."""
+    """Decodes an answer token by token, and holds back text that may turn out to begin a stop string.
+
+    Args:
+        codec: Has the tokenizer.
+        prompt: Token ids before the answer; without their context, the first token would lose its leading space.
+        stops: Strings that end the answer and are not shown.
+        skip_space: Drop one space at the start of the answer.
+
+    Attributes:
+        held_text: Decoded text that has not been released; once stopped, the stop string and what follows it.
+        is_stopped: Whether a stop string has occurred.
+    """
 
     def __init__(
         self, codec: TextCodec, prompt: Sequence[int] = (), stops: Sequence[str] = (), skip_space: bool = False
     ) -> None:
-        self.backend, self.stops, self.skip_space = codec.tokenizer.backend_tokenizer, stops, skip_space
+        self.backend = codec.tokenizer.backend_tokenizer
+        self.stops = stops
+        self.skip_space = skip_space
         self.decode_stream = DecodeStream(skip_special_tokens=True)
-        self.decode_tokens(prompt[-4:])  # so that the first token of the answer keeps its space
-        self.held_text, self.is_stopped = "", False
+        self.decode_tokens(prompt[-4:])
+        self.held_text = ""
+        self.is_stopped = False
 
     def decode_tokens(self, tokens: Sequence[int]) -> list[str]:
-        """What each token adds."""
+        """Return the text that each token adds."""
         return [self.decode_stream.step(self.backend, token) or "" for token in tokens]
 
-    def release_text(self, words: Sequence[str], last: bool) -> str:
-        """Text that may be shown after these words."""
-        self.held_text += "".join(words)
+    def release_text(self, new_texts: Sequence[str], last: bool) -> str:
+        """Add new text, and return as much as may be shown now: nothing of a stop string or what may begin one."""
+        self.held_text += "".join(new_texts)
         if self.skip_space and self.held_text:
-            self.held_text, self.skip_space = self.held_text.removeprefix(" "), False
-        found = [at for at in map(self.held_text.find, self.stops) if at >= 0]
-        self.is_stopped = bool(found)
+            self.held_text = self.held_text.removeprefix(" ")
+            self.skip_space = False
+        stop_positions = [position for position in map(self.held_text.find, self.stops) if position >= 0]
+        self.is_stopped = bool(stop_positions)
         keep = 0 if last else max((_overlap(self.held_text, stop) for stop in self.stops), default=0)
-        end = min(found, default=len(self.held_text) - keep)
-        shown, self.held_text = self.held_text[:end], self.held_text[end:]
-        return shown
+        end = min(stop_positions, default=len(self.held_text) - keep)
+        released = self.held_text[:end]
+        self.held_text = self.held_text[end:]
+        return released
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,126 +1,97 @@
-"""What every stage of training shares: a policy, one optimizer step over micro-batches, means logged at steps.
+"""What every training stage shares: a policy, one optimizer step over micro-batches, means logged at steps.
 
-Takes `Step`s, gives gradients and metrics. A stage (`dpo.training.dpo.DPO`, `dpo.training.sft.SFT`) says what the
-examples of a micro-batch cost and by what their sum is divided. Checkpoints hold what training changes: weights that
-are frozen (a base under an adapter, a reference) are read again from where they came from. Knows nothing of text or
-files.
+A stage (`dpo.training.dpo.DPO`, `dpo.training.sft.SFT`) defines the loss of every example and what the sum of a step
+is divided by. It runs in any Lightning Trainer.
 """
 
-from abc import ABC, abstractmethod
+import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import lightning as L
 import torch
-from jsonargparse import lazy_instance
+from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dpo.data.sampler import Step
-from dpo.models.batch import Batch
+from dpo.models.batch import Batch, Example
 from dpo.models.loading import ModelLoader, prepare_layers
 from dpo.models.lora import Adapter, AsLoaded
 from dpo.models.prompt_sharing import share_if_exact
+from dpo.training.hyperparameters import to_plain
+from dpo.training.inference import PolicyModule
 from dpo.training.metrics import DerivedMetric, MetricMeans
 from dpo.training.nonfinite import FiniteMonitor
-from dpo.training.position import loop_state_after_step
-from dpo.training.schedules import validate_optimizer
+from dpo.training.schedules import default_optimizer, validate_optimizer
 
 
-class PartialCheckpointModule(L.LightningModule):
-    """A module that saves the weights that training changes."""
-
-    def __init__(self) -> None:
-        """Let Lightning accept checkpoints that do not hold everything; `load_state_dict` checks what they must."""
-        super().__init__()
-        self.strict_loading = False
-
-    def checkpointed_names(self) -> set[str]:
-        """Names of the weights that training changes, which are those in a checkpoint; all others are read again."""
-        return {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """What training changes."""
-        changing = self.checkpointed_names()
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in changing}
-
-    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
-        """All that training changes must be there, and nothing else.
-
-        Raises:
-            ValueError: Weights are missing, left over, or of another shape.
-        """
-        changing, ours = self.checkpointed_names(), super().state_dict()
-        missing, left_over = sorted(changing - state.keys()), sorted(state.keys() - changing)
-        misfits = sorted(name for name in changing & state.keys() if state[name].shape != ours[name].shape)
-        if missing or left_over or misfits:
-            raise ValueError(
-                f"this checkpoint is of another model: weights missing {missing[:3]}, left over {left_over[:3]}, of "
-                f"other shapes {misfits[:3]}. Give the --model.policy and --model.adapter that the run began with."
-            )
-        return super().load_state_dict(state, strict=False, assign=assign)
-
-
-DEFAULT_ADAPTER: Adapter = lazy_instance(AsLoaded)  # the default of the command line, made when it is used
-
-
-class Stage(PartialCheckpointModule, ABC):
+class Stage(PolicyModule):
     """A stage of training a policy.
 
     Attributes:
-        answers: What an example of this stage holds: sides of a pair, in this order.
-        metrics: Names of what `losses` adds to the means.
-        derived: What is logged besides, as a function of a mean.
-        policy: The model that is trained; there from `configure_model` on.
+        answer_sides: Sides of a preference pair that an example of this stage holds, in this order.
+        metric_names: Metrics that `losses` adds to the means.
+        derived_metrics: Metrics computed from a mean.
     """
 
     answer_sides: tuple[str, ...]
     metric_names: tuple[str, ...]
     derived_metrics: Mapping[str, DerivedMetric] = MappingProxyType({})
-    policy: PreTrainedModel
 
     def __init__(
         self,
         policy: str = "quickstart",
-        adapter: Adapter = DEFAULT_ADAPTER,
+        adapter: Adapter = AsLoaded(),  # noqa: B008  # frozen
         sharing: bool = True,
         gradient_checkpointing: bool = False,
         compile: bool = False,
         preflight: bool = True,
         trust_remote_code: bool = False,
         pickled_weights: bool = False,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        """Choose what is trained, and how; models are read when the trainer sets up.
+        """Choose what is trained and how; models are read when the trainer sets up, or on first use.
 
         Args:
-            policy: Folder or hub id of the causal language model to train; `quickstart` is the one in the package. Also
-                of a LoRA adapter, which is then trained on.
-            adapter: What of it trains: all (or the adapter that it is), or an adapter that is added.
+            policy: Folder or hub id of the causal language model to train, or of a LoRA adapter to train further;
+                ``quickstart`` is the small one in the package.
+            adapter: Which weights train: all of them (or those of the adapter that the policy is), or a new adapter.
             sharing: Compute every prompt once for all its answers, where that is exact for the model.
-            gradient_checkpointing: Keep only the inputs of every layer and compute the rest again in the backward pass.
+            gradient_checkpointing: Keep only the inputs of every layer and recompute the rest in the backward pass.
             compile: Compile every layer with torch.compile.
-            preflight: Check before the first step what must hold before it.
+            preflight: Check models and data before the first step.
             trust_remote_code: Run Python code that comes with a model. Only for models that you trust.
             pickled_weights: Also read weights that are not safetensors. Only for models that you trust.
-            optimizer: Makes the optimizer of the parameters it is given.
-            lr_scheduler: Makes the learning rate schedule of an optimizer; it advances every optimizer step.
+            optimizer: Makes the optimizer from parameters. Default: AdamW, learning rate 1e-6, no weight decay.
+            lr_scheduler: Makes the learning rate schedule from the optimizer; it advances every optimizer step.
 
         Raises:
+            TypeError: The policy is an object instead of a path.
             ValueError: The optimizer does not take its options.
         """
         super().__init__()
+        if not isinstance(policy, str | Path):
+            raise TypeError(
+                f"policy: expected a folder or hub id, got a {type(policy).__name__}. Save the model with "
+                "save_pretrained (and its tokenizer beside it) and give the folder."
+            )
+        self.policy_path = str(policy)
         self.adapter = adapter
         self.loader = ModelLoader(trust_remote_code, pickled_weights)
-        self.policy_path, self.sharing, self.preflight = policy, sharing, preflight
-        self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile
-        self.optimizer, self.lr_scheduler = validate_optimizer(optimizer), lr_scheduler
+        self.sharing = sharing
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compile_layers = compile
+        self.preflight = preflight
+        self.optimizer = validate_optimizer(optimizer)
+        self.lr_scheduler = lr_scheduler
         self.train_means, self.val_means, self.test_means = (
             MetricMeans(self.metric_names, self.derived_metrics) for _ in range(3)
         )
@@ -130,19 +101,38 @@ class Stage(PartialCheckpointModule, ABC):
     @property
     @abstractmethod
     def card_summary(self) -> str:
-        """How the policy is trained, as a predicate: "fine-tuned on ..."."""
+        """How the policy is trained, as a predicate for the model card: "fine-tuned on ..."."""
 
     @abstractmethod
-    def losses(self, batch: Batch, means: MetricMeans) -> Tensor:
-        """The loss of every example of a micro-batch; everything else about it goes into the means."""
+    def losses(self, batch: Batch, means: MetricMeans) -> Float[Tensor, " examples"]:
+        """Return the loss of every example of a micro-batch, and add its metrics to the means."""
 
     @abstractmethod
     def loss_denominator(self, step: Step) -> int:
-        """By what the sum of the losses of a whole optimizer step is divided."""
+        """Return what the sum of the losses of a whole optimizer step is divided by."""
 
-    @abstractmethod
-    def models_by_role(self) -> dict[str, PreTrainedModel]:
-        """Every model there is, by its role."""
+    def plain_options(self) -> dict[str, Any]:
+        """Return the constructor's arguments as plain values."""
+        return {
+            "policy": self.policy_path,
+            "adapter": to_plain(self.adapter),
+            "sharing": self.sharing,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "compile": self.compile_layers,
+            "preflight": self.preflight,
+            "trust_remote_code": self.loader.trust_remote_code,
+            "pickled_weights": self.loader.pickled_weights,
+            "lr_scheduler": to_plain(self.lr_scheduler),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save nothing that comes after a step that was not finite."""
+        self.finite_monitor.raise_if_nonfinite()
+        super().on_save_checkpoint(checkpoint)
+
+    def setup(self, stage: str) -> None:
+        """Refuse precisions and strategies under which a step would not be exact."""
+        check_trainer_support(self.trainer)
 
     def configure_model(self) -> None:
         """Read the policy, once."""
@@ -153,22 +143,22 @@ class Stage(PartialCheckpointModule, ABC):
                 prepare_layers(model, self.compile_layers, self.gradient_checkpointing and role == "policy")
 
     def prepare_models(self) -> None:
-        """Let every model share prompts where that is exact."""
+        """Let every model share prompts between answers where that is exact."""
         for role, model in self.models_by_role().items():
             reason = share_if_exact(model) if self.sharing else "--model.sharing is false"
             if reason:
-                rank_zero_info(f"The {role} runs every answer as a sequence of its own: {reason}.")
+                rank_zero_info(f"Prompts are not shared between the answers of the {role}: {reason}.")
 
     def configure_optimizers(self) -> Any:
-        """The optimizer of the parameters that train, and its schedule.
+        """Return the optimizer of the trainable parameters, and its schedule.
 
         Raises:
-            ValueError: There are none.
+            ValueError: No parameter is trainable.
         """
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        if not trained:
+        trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        if not trainable:
             raise ValueError("the policy is frozen: expected parameters that need a gradient, got none. Unfreeze it.")
-        optimizer = self.optimizer(trained)
+        optimizer = self.optimizer(trainable)
         if self.lr_scheduler is None:
             return optimizer
         return {
@@ -176,57 +166,57 @@ class Stage(PartialCheckpointModule, ABC):
             "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
         }
 
-    def training_step(self, step: Step, batch_idx: int) -> Tensor:
-        """The sum of the losses over the total of the optimizer step, so that no way of cutting it changes it.
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Make a step of a list of examples, which a user's own loader gives (``collate_fn=list``).
 
-        Devices average their gradients and Lightning divides by the accumulated batches: both are multiplied away.
-        The backward pass of every micro-batch but the last is run here, so that one graph is alive at a time.
+        Raises:
+            TypeError: The batch is of another kind.
+        """
+        if isinstance(batch, list | tuple) and batch and all(isinstance(each, Example) for each in batch):
+            parts = self.trainer.world_size * (self.trainer.accumulate_grad_batches if self.trainer.training else 1)
+            return Step.from_examples(batch, parts)
+        if not hasattr(batch, "to"):
+            raise TypeError(
+                f"expected batches of dpo.Example (collate_fn=list) or the data modules of dpo, got {type(batch)}."
+            )
+        return batch
+
+    def training_step(self, step: Step, batch_idx: int) -> Tensor:
+        """Return the sum of the losses divided by the denominator of the whole optimizer step.
+
+        However the step is cut, loss and gradient are the same: devices average their gradients and Lightning divides
+        by the accumulated batches, so both are multiplied away. The backward pass of every micro-batch but the last
+        runs here, so that one graph is alive at a time.
         """
         scale = self.trainer.world_size / self.loss_denominator(step)
         *others, last = step.micro_batches
         for batch in others:
-            self.trainer.strategy.backward(self._watched(batch).sum() * scale, None)
-        return self._watched(last).sum() * scale * self.trainer.accumulate_grad_batches
+            self.trainer.strategy.backward(self._monitored_losses(batch).sum() * scale, None)
+        return self._monitored_losses(last).sum() * scale * self.trainer.accumulate_grad_batches
 
-    def _watched(self, batch: Batch) -> Tensor:
+    def _monitored_losses(self, batch: Batch) -> Tensor:
         losses = self.losses(batch, self.train_means)
         self.finite_monitor.add_losses(batch.ids, losses)
         return losses
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let no number that is not finite reach the weights.
+        """Keep numbers that are not finite from the weights.
 
-        A fused optimizer skips such a step, and all after it, on the device; the host asks at the next logged step or
-        checkpoint. Any other is stopped here.
+        A fused optimizer skips such a step, and all later ones, on the device; the host asks at the next logged step or
+        checkpoint. Any other optimizer is stopped here.
 
         Raises:
-            NonFinite: With the ids of the examples of this step that it came from.
+            NonFiniteError: With the ids of the examples of this step that are to blame.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         scaled = self.trainer.scaler is not None  # float16: the scaler skips a step whose gradient overflows
         norm = torch.zeros_like(self.grad_norm) if scaled else self.grad_norm
-        broken = self.finite_monitor.close_step(self.trainer.global_step + 1, norm)
+        nonfinite = self.finite_monitor.close_step(self.trainer.global_step + 1, norm)
         if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaled:  # torch's mark of a fused one
-            optimizer.found_inf = broken  # type: ignore[attr-defined]
+            optimizer.found_inf = nonfinite  # type: ignore[attr-defined]
         else:
             self.finite_monitor.raise_if_nonfinite()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save nothing that comes after a step that was skipped, and the place among the data after the last step."""
-        self.finite_monitor.raise_if_nonfinite()
-        self._count_steps(checkpoint["loops"])
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Find that place also in a checkpoint of an earlier version, which has Lightning's own counters."""
-        self._count_steps(checkpoint["loops"])
-
-    def _count_steps(self, loops: dict[str, Any]) -> None:
-        loops["fit_loop"] = loop_state_after_step(loops["fit_loop"], self.trainer.accumulate_grad_batches)
-
-    def on_train_epoch_start(self) -> None:
-        """Begin an epoch that a checkpoint has not begun as any other: it is no restart within one."""
-        self.trainer.fit_loop.epoch_loop.restarting = False
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -238,22 +228,37 @@ class Stage(PartialCheckpointModule, ABC):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def on_fit_start(self) -> None:
+        """Check models and data before the first step.
+
+        Raises:
+            PreflightError: Something does not hold.
+        """
+        if self.preflight:
+            from dpo.training.preflight import run_preflight  # which knows the stages
+
+            run_preflight(self)
+
     def on_train_start(self) -> None:
-        """Begin with no gradients.
+        """Begin without gradients.
 
         Raises:
             ValueError: The last optimizer step of an epoch would be cut short.
         """
         self.zero_grad()
         batches, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
-        if batches % accumulate:
+        if batches != float("inf") and batches % accumulate:
             raise ValueError(
                 "--trainer.limit_train_batches: expected a multiple of --trainer.accumulate_grad_batches "
                 f"{accumulate}, got {batches} batches an epoch: the last optimizer step would lack pairs."
             )
 
+    def on_train_epoch_start(self) -> None:
+        """Begin an epoch that a checkpoint has not begun like any other: it is no restart within one."""
+        self.trainer.fit_loop.epoch_loop.restarting = False
+
     def optimizer_zero_grad(self, *_: object) -> None:
-        """Nothing: Lightning calls this after `training_step`, which has already left gradients behind."""
+        """Do nothing: Lightning calls this after `training_step`, which has already left gradients behind."""
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -265,31 +270,35 @@ class Stage(PartialCheckpointModule, ABC):
     def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
         """Log the means since the last logged step."""
         if is_logged_step(self.trainer, batch_idx):
-            self._report_training()
+            self._log_training()
 
     def on_train_epoch_end(self) -> None:
         """Log what the last steps of the run have left."""
         ends = self.trainer.current_epoch + 1 == self.trainer.max_epochs
         ends |= self.trainer.should_stop or self.trainer.global_step == self.trainer.max_steps
         if ends and self.train_means.counts.any():
-            self._report_training()
+            self._log_training()
 
-    def _report_training(self) -> None:
+    def _log_training(self) -> None:
         self.finite_monitor.raise_if_nonfinite()
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_means("train", self.train_means, {"learning_rate": rate, "grad_norm": self.grad_norm.item()})
 
     def log_means(self, stage: str, means: MetricMeans, extra: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Log means under the names of a stage, at the number of optimizer steps taken, and start them anew."""
+        """Log means under the name of a stage, at the number of optimizer steps taken, and reset them."""
         measured = {name: value.item() for name, value in means.compute().items()}
         values = {f"{stage}/{name}": value for name, value in {**measured, **extra}.items()}
         means.reset()
-        self.log_dict(values, logger=False, sync_dist=True)
-        for logger in self.loggers if not self.trainer.sanity_checking else ():
+        fits = self.trainer.state.fn == "fit"
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*you have no logger configured|You called `self.log", UserWarning)
+            # In a fit, Lightning would count batches where we count optimizer steps.
+            self.log_dict(values, logger=not fits, sync_dist=True)
+        for logger in self.loggers if fits and not self.trainer.sanity_checking else ():
             logger.log_metrics(values, step=self.trainer.global_step)
 
     def validation_step(self, step: Step, batch_idx: int) -> None:
-        """Evaluate examples; no graph is kept."""
+        """Measure examples without a gradient."""
         for batch in step.micro_batches:
             self.losses(batch, self.val_means)
 
@@ -298,7 +307,7 @@ class Stage(PartialCheckpointModule, ABC):
         self.log_means("val", self.val_means)
 
     def test_step(self, step: Step, batch_idx: int) -> None:
-        """Evaluate examples; no graph is kept."""
+        """Measure examples without a gradient."""
         for batch in step.micro_batches:
             self.losses(batch, self.test_means)
 
@@ -308,7 +317,7 @@ class Stage(PartialCheckpointModule, ABC):
 
 
 def is_logged_step(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether an optimizer step that is to be logged has just ended with this batch."""
+    """Return whether an optimizer step that is to be logged has just ended with this batch."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets but does not declare it
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step % every == 0
 

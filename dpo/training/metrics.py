@@ -1,7 +1,7 @@
-"""What is logged of a batch, as sums and counts, so that no batch size and no number of devices can move a mean.
+"""Metrics of preference training, as sums and counts.
 
-Takes the scores of a batch under policy and reference and the losses of its pairs; gives named means. Names and
-definitions are those the field knows from TRL; every mean is over all pairs (or scored tokens) since the last reset.
+Sums and counts add up over micro-batches and devices, so a mean depends on neither batch size nor number of devices.
+Names and definitions are those of TRL. Every mean is over all pairs (or answer tokens) since the last reset.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +18,7 @@ from dpo.models.batch import Batch
 from dpo.models.scoring import TokenScores
 
 DerivedMetric = tuple[str, Callable[[Tensor], Tensor]]
+"""Name of a mean, and a function of that mean."""
 METRIC_NAMES = (
     "loss",
     "rewards/chosen",
@@ -45,13 +46,22 @@ def sums_and_counts(
     rewards: Tensor,
     names: tuple[str, ...] = METRIC_NAMES,
 ) -> tuple[Float[Tensor, " names"], Float[Tensor, " names"]]:
-    """The sum and the count of every named metric over one batch.
+    """Return the sum and the count of every named metric over one batch.
 
-    Per pair: loss, rewards, margins, accuracies (chosen reward strictly above the rejected one), logps (summed over an
-    answer's tokens, nats), length (tokens), displaced (the policy holds the chosen answer less likely than the
-    reference does).
-    Per token: logits (vocabulary mean of the raw logits), entropy (nats, both answers), token_accuracy (the chosen
-    answer's token was the most probable one), nll/chosen (nats).
+    Means over pairs: loss; rewards of chosen and rejected answers, their margins and accuracies (the chosen reward is
+    strictly higher); logps (summed over the tokens of an answer, nats); length (tokens); displaced (the chosen answer
+    is less likely under the policy than under the reference).
+
+    Means over answer tokens: logits (mean of the raw logits over the vocabulary); entropy (of both answers, nats);
+    token_accuracy (the token of the chosen answer is the most probable one); nll/chosen (nats).
+
+    Args:
+        batch: The pairs.
+        policy: Scores of their answer tokens under the policy.
+        logps: Their log-probabilities under policy and reference.
+        losses: Loss of every pair.
+        rewards: Implicit rewards, pairs x 2.
+        names: Metrics to return, in this order.
     """
     logits, hits, entropy = (
         sum_per_answer(values, batch.lengths).unflatten(0, (-1, 2)).double().sum(0)
@@ -83,7 +93,7 @@ def sums_and_counts(
 
 
 class MetricMeans(Metric):
-    """Named means, as one vector of sums and one of counts that add up over batches and devices."""
+    """Named means, held as a vector of sums and a vector of counts that add up over batches and devices."""
 
     full_state_update = False
     sums: Tensor
@@ -92,18 +102,24 @@ class MetricMeans(Metric):
     def __init__(
         self, names: tuple[str, ...] = METRIC_NAMES, derived_metrics: Mapping[str, DerivedMetric] = MappingProxyType({})
     ) -> None:
-        """Start from nothing; `derived` makes further values of the means: name -> (name of a mean, function)."""
+        """Start with sums and counts of zero.
+
+        Args:
+            names: Names of the means, in the order of the vectors.
+            derived_metrics: Metrics that are computed from one of the means, by name.
+        """
         super().__init__()
-        self.names, self.derived_metrics = names, derived_metrics
+        self.names = names
+        self.derived_metrics = derived_metrics
         self.add_state("sums", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sums: Tensor, counts: Tensor) -> None:
-        """Add one batch."""
+        """Add the sums and counts of one batch."""
         self.sums += sums
         self.counts += counts
 
     def compute(self) -> dict[str, Tensor]:
-        """Name -> mean."""
+        """Return every mean and derived metric by name."""
         means = dict(zip(self.names, (self.sums / self.counts).unbind(), strict=True))
         return means | {name: function(means[source]) for name, (source, function) in self.derived_metrics.items()}

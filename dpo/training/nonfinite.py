@@ -1,7 +1,7 @@
-"""Numbers that are not finite must not reach the weights.
+"""Detection of losses and gradients that are not finite, before they reach the weights.
 
-Takes the losses of the pairs of an optimizer step and its gradient norm; raises with the ids of the pairs that are to
-blame. Knows nothing of models.
+The check runs on the device; the host waits for its result only at logged steps and checkpoints. The error names the
+pairs whose loss was not finite.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,13 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What went into the gradient of one optimizer step: its norm, and ids and losses of every micro-batch."""
+    """What went into the gradient of one optimizer step.
+
+    Attributes:
+        step: Number of the optimizer step, from 1.
+        grad_norm: Norm of its gradient.
+        micro_batch_losses: Ids and losses of the pairs of every micro-batch.
+    """
 
     step: int
     grad_norm: Tensor
@@ -24,7 +30,13 @@ class StepRecord:
 
 
 class FiniteMonitor:
-    """What has gone into gradients since the last check. Only `check` waits for the device."""
+    """Losses and gradient norms since the last check; only `raise_if_nonfinite` waits for the device.
+
+    Attributes:
+        micro_batch_losses: Ids and losses of the pairs of the current step.
+        step_records: Optimizer steps that have ended since the last check.
+        nonfinite_flag: 1, on the device, once a step had a value that is not finite; else 0.
+    """
 
     def __init__(self) -> None:
         self.micro_batch_losses: list[tuple[tuple[str, ...], Tensor]] = []
@@ -32,11 +44,19 @@ class FiniteMonitor:
         self.nonfinite_flag = torch.zeros(())
 
     def add_losses(self, ids: tuple[str, ...], losses: Tensor) -> None:
-        """Remember the losses of these pairs."""
+        """Add the losses of a micro-batch to the current step."""
         self.micro_batch_losses.append((ids, losses.detach()))
 
     def close_step(self, step: int, grad_norm: Tensor) -> Tensor:
-        """End a step. 1, on the device, if anything of it is not finite, or of any step before it; else 0."""
+        """End the current step.
+
+        Args:
+            step: Number of the optimizer step, from 1.
+            grad_norm: Norm of its gradient.
+
+        Returns:
+            1, on the device, if this or an earlier step has a value that is not finite; else 0.
+        """
         self.step_records.append(StepRecord(step, grad_norm, self.micro_batch_losses))
         finite = grad_norm.isfinite()
         for _, losses in self.micro_batch_losses:
@@ -46,29 +66,25 @@ class FiniteMonitor:
         return self.nonfinite_flag
 
     def raise_if_nonfinite(self) -> None:
-        """Forget the steps that have ended, if all of them are finite.
+        """Wait for the device, and discard the steps that have ended if all of their values are finite.
 
         Raises:
-            NonFinite: One is not; with the ids of the first.
+            NonFiniteError: A value is not finite; the message names the first such step and its pairs.
         """
         if self.nonfinite_flag:
-            raise NonFiniteError(next(message for message in map(_message, self.step_records) if message))
+            raise NonFiniteError(next(filter(None, map(_describe_nonfinite, self.step_records))))
         self.step_records.clear()
 
 
-def _message(taken: StepRecord) -> str:
-    """What is wrong with a step; empty if nothing is."""
-    every = [
-        (row, bool(good))
-        for ids, losses in taken.micro_batch_losses
-        for row, good in zip(ids, losses.isfinite(), strict=True)
-    ]
-    bad = [row for row, good in every if not good]
-    if not bad and taken.grad_norm.isfinite():
+def _describe_nonfinite(record: StepRecord) -> str:
+    """Return what is not finite in a step, and for which pairs; empty if everything is finite."""
+    ids = [pair_id for batch_ids, _ in record.micro_batch_losses for pair_id in batch_ids]
+    finite = [is_finite for _, losses in record.micro_batch_losses for is_finite in losses.isfinite().tolist()]
+    bad_ids = [pair_id for pair_id, is_finite in zip(ids, finite, strict=True) if not is_finite]
+    if not bad_ids and record.grad_norm.isfinite():
         return ""
     return (
-        f"step {taken.step}: the {'loss' if bad else 'gradient'} is not finite for the pairs "
-        f"{', '.join(bad or [row for row, _ in every])}. The weights are those before this step and the last "
-        "checkpoint is intact. Try a smaller --optimizer.lr, --trainer.precision 32-true or bf16-mixed, or look at "
-        "these rows."
+        f"step {record.step}: the {'loss' if bad_ids else 'gradient'} is not finite for the pairs "
+        f"{', '.join(bad_ids or ids)}. The weights are still those from before this step and the last checkpoint is "
+        "intact. Try a smaller --optimizer.lr, --trainer.precision 32-true or bf16-mixed, or check these rows."
     )

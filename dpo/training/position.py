@@ -1,8 +1,8 @@
-"""Where a run stands: what a checkpoint says of Lightning's loops, as a function of the optimizer steps taken.
+"""The position of a run among its data, as a function of the optimizer steps taken.
 
-Lightning saves its counters as they are at the moment of saving. Restored, they repeat data once a run has been stopped
-at the end of an epoch and then again, and lose the gradients of an accumulation window that was half done. Saved as
-they are right after the last optimizer step, they name one place among the data.
+Lightning saves its loop counters as they are at the moment of saving. Restored, they repeat data once a run has been
+stopped at the end of an epoch and then again, and they lose the gradients of an accumulation window that was half
+done. Checkpoints of ours hold the counters as they are right after the last optimizer step, which name one position.
 """
 
 from typing import Any
@@ -12,51 +12,64 @@ OPTIMIZER_PROGRESS_KEY = f"{EPOCH_LOOP_PREFIX}automatic_optimization.optim_progr
 
 
 def loop_state_after_step(loop_state: dict[str, Any], accumulate: int) -> dict[str, Any]:
-    """The state of a fit loop right after its last optimizer step.
+    """Return the state of Lightning's fit loop right after its last optimizer step.
 
     Args:
-        loop: State of Lightning's fit loop at any moment of training, or what this function made of one.
+        loop_state: State of the fit loop at any moment of training, or what this function made of one.
         accumulate: Batches per optimizer step.
 
     Returns:
-        The state with other counters. Batches of an unfinished accumulation window count as not read; an epoch counts
-        as ended with its last step.
+        The state with other counters: batches of an unfinished accumulation window count as not read, and an epoch
+        has ended with its last step.
     """
-    epochs, batches, steps = (
-        loop_state["epoch_progress"]["total"],
-        loop_state[f"{EPOCH_LOOP_PREFIX}batch_progress"],
-        loop_state[OPTIMIZER_PROGRESS_KEY],
-    )
-    ended, taken = epochs["processed"], steps["optimizer"]["step"]["total"]["completed"]
-    read = batches["total"]["ready"]
-    position = 0
-    if epochs["started"] > ended:  # inside an epoch
-        position = steps["optimizer"]["step"]["current"]["completed"] * accumulate
-        read += position - batches["current"]["ready"]
+    epochs = loop_state["epoch_progress"]["total"]
+    batches = loop_state[f"{EPOCH_LOOP_PREFIX}batch_progress"]
+    steps = loop_state[OPTIMIZER_PROGRESS_KEY]["optimizer"]["step"]
+    epochs_ended = epochs["processed"]
+    batches_read = batches["total"]["ready"]
+    position = 0  # batches read of the epoch that has begun
+    if epochs["started"] > epochs_ended:
+        position = steps["current"]["completed"] * accumulate
+        batches_read += position - batches["current"]["ready"]
     if batches["is_last_batch"] and position == batches["current"]["ready"]:
-        ended, position = ended + 1, 0
-    in_epoch = position // accumulate
-    begun = ended + (position > 0)
-    # Inside an epoch the last batch is not completed: Lightning completes it on resuming, and validates no second time.
+        epochs_ended += 1
+        position = 0
+    # Inside an epoch the last batch is left uncompleted: Lightning completes it when it resumes, and does not validate
+    # a second time.
     pending = int(position > 0)
-    epoch = {"ready": begun, "started": begun, "processed": ended, "completed": ended}
+    epoch = _counters(epochs_ended + pending, processed=epochs_ended, completed=epochs_ended)
+    step = {"total": _counters(steps["total"]["completed"]), "current": _counters(position // accumulate)}
     batch = {
-        name: {"ready": count, "started": count, "processed": count, "completed": count - pending}
-        for name, count in (("total", read), ("current", position))
+        "total": _counters(batches_read, completed=batches_read - pending),
+        "current": _counters(position, completed=position - pending),
+        "is_last_batch": False,
     }
-    counted = {
-        name: {"ready": count, "started": count, "completed": count}
-        for name, count in (("total", taken), ("current", in_epoch))
-    }
-    plain = {name: {"ready": count["ready"], "completed": count["ready"]} for name, count in counted.items()}
-    none = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
+    not_begun = {"total": _counters(0), "current": _counters(0), "is_last_batch": False}
     return {
         **loop_state,
-        f"{EPOCH_LOOP_PREFIX}val_loop.batch_progress": {"total": none, "current": none, "is_last_batch": False},
         "epoch_progress": {"total": epoch, "current": epoch},
-        f"{EPOCH_LOOP_PREFIX}batch_progress": {**batch, "is_last_batch": False},
-        f"{EPOCH_LOOP_PREFIX}scheduler_progress": plain,
-        f"{EPOCH_LOOP_PREFIX}state_dict": {"_batches_that_stepped": taken - pending},
-        OPTIMIZER_PROGRESS_KEY: {"optimizer": {"step": plain, "zero_grad": counted}},
-        "state_dict": {**loop_state["state_dict"], "combined_loader": [{"position": position}]},
+        f"{EPOCH_LOOP_PREFIX}batch_progress": batch,
+        f"{EPOCH_LOOP_PREFIX}val_loop.batch_progress": not_begun,
+        f"{EPOCH_LOOP_PREFIX}scheduler_progress": step,
+        f"{EPOCH_LOOP_PREFIX}state_dict": {"_batches_that_stepped": steps["total"]["completed"] - pending},
+        OPTIMIZER_PROGRESS_KEY: {"optimizer": {"step": step, "zero_grad": step}},
+        "state_dict": {**loop_state["state_dict"], **_loader_states(loop_state["state_dict"], position)},
+    }
+
+
+def _loader_states(saved: dict[str, Any], position: int) -> dict[str, Any]:
+    """Return the states of the loaders, with the position in those of `StepLoader`; a user's own stay as they are."""
+    if "combined_loader" not in saved:
+        return {}
+    states = [{"position": position} if set(state) == {"position"} else state for state in saved["combined_loader"]]
+    return {"combined_loader": states}
+
+
+def _counters(ready: int, processed: int | None = None, completed: int | None = None) -> dict[str, int]:
+    """Return Lightning's four counters of one kind of event."""
+    return {
+        "ready": ready,
+        "started": ready,
+        "processed": ready if processed is None else processed,
+        "completed": ready if completed is None else completed,
     }

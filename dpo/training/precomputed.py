@@ -1,8 +1,7 @@
-"""A reference whose log-probabilities are computed once, and read from a file by every run after.
+"""A reference whose log-probabilities are computed once and then read from a file, without its model in memory.
 
-Takes a fixed reference and the rows of a stage; gives a `Comparison` that keeps no model. A file is named by all that
-decides its numbers, so it serves any loss, beta, learning rate and resumed run, but no other reference and no other
-rows. Knows nothing of losses.
+A file belongs to what decides its values: reference, rows and precision. So one file serves every loss, beta, learning
+rate and resumed run, but never another reference or other rows.
 """
 
 import hashlib
@@ -43,25 +42,22 @@ from dpo.models.loading import ModelLoader
 from dpo.models.reference import DISTANCE_ROUNDING, Copy, FrozenReference, Reference, ReferenceModel, logp_tolerance
 from dpo.models.scoring import score
 
-SPLITS_BY_STAGE = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("test",),
-}  # of each stage that reads the cache
+SPLITS_BY_STAGE = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+"""The splits whose values a stage reads; stages that are not named use the model."""
 RECHECKED_ROWS = 8  # rows that are scored again whenever a file is read
-DEFAULT_MAX_TOKENS = 16384  # of a forward pass, where the data sets no bound
+DEFAULT_MAX_TOKENS = 16384  # of a forward pass, if the data set no limit
 
 
 @dataclass(frozen=True)
 class StageRows:
-    """The rows of a stage.
+    """All rows of the splits of a stage.
 
     Attributes:
-        examples: Them, in the order of the data.
-        costs: Tokens of each.
-        ids: Hash of the id of each.
-        lengths: Tokens of its answers.
-        tokens: SHA-256 over all ids and tokens, whatever their order.
+        examples: The rows, split after split.
+        token_counts: Tokens of every row, prompt and answers.
+        id_hashes: Hash of the id of every row.
+        answer_lengths: Tokens of every answer, rows x answers.
+        tokens_sha256: SHA-256 of all ids and tokens; it does not depend on the order of the rows.
     """
 
     examples: ConcatDataset[Example]
@@ -72,55 +68,64 @@ class StageRows:
 
 
 def index_stage_rows(parts: Sequence[ExampleDataset]) -> StageRows:
-    """Look at every row once.
+    """Read every row of some splits once, to hash it and to measure its answers.
 
     Raises:
-        ValueError: Two of them have the same id.
+        ValueError: Two rows have the same id.
     """
     examples: ConcatDataset[Example] = ConcatDataset(parts)  # type: ignore[arg-type]  # map-style without the base
-    ids = np.empty(len(examples), np.int64)
+    id_hashes = np.empty(len(examples), np.int64)
     lengths = np.empty((len(examples), len(examples[0].answers)), np.int32)
-    total = 0
+    hash_sum = 0  # a sum, so that the order of the rows does not matter
     for row in track(range(len(examples)), "Hashing rows", transient=True):
         example = examples[row]
-        ids[row] = hash_row_id(example.id)
+        id_hashes[row] = hash_row_id(example.id)
         lengths[row] = [len(answer) for answer in example.answers]
         text = json.dumps([example.id, list(example.prompt), *map(list, example.answers)])
-        total += int.from_bytes(hashlib.sha256(text.encode()).digest())
-    if len(np.unique(ids)) < len(ids):
-        raise ValueError("--model.reference Cached finds rows by their ids: expected different ones, got one twice.")
-    costs = np.concatenate([np.asarray(part.token_counts) for part in parts])
-    return StageRows(examples, costs, ids, lengths, f"{total % 2**256:064x}")
+        hash_sum += int.from_bytes(hashlib.sha256(text.encode()).digest())
+    if len(np.unique(id_hashes)) < len(id_hashes):
+        raise ValueError("--model.reference Cached finds rows by their ids: expected unique ids, got one id twice.")
+    token_counts = np.concatenate([np.asarray(part.token_counts) for part in parts])
+    return StageRows(examples, token_counts, id_hashes, lengths, f"{hash_sum % 2**256:064x}")
 
 
 @torch.no_grad()
 def score_rows_into_file(
     model: PreTrainedModel, rows: StageRows, file: Path, key: CacheKey, max_tokens: int, trainer: L.Trainer
 ) -> None:
-    """Score every row and write the file; every process scores its part of the rows into it.
+    """Score every row and write the file. Every process scores a share of the rows and writes into the same file.
+
+    Args:
+        model: The reference.
+        rows: The rows of the stage.
+        file: The file to create.
+        key: What decides the values.
+        max_tokens: Maximum tokens of a forward pass, which only a single row may exceed.
+        trainer: Its processes share the work.
 
     Raises:
         ValueError: A log-probability is not finite.
     """
     order = np.argsort(rows.id_hashes)
-    totals = rows.answer_lengths.sum(-1, dtype=np.int64)
+    value_counts = rows.answer_lengths.sum(-1, dtype=np.int64)
     if trainer.is_global_zero:
         allocate_cache_file(file, key, rows.id_hashes[order], rows.answer_lengths[order])
     trainer.strategy.barrier("allocated")
     columns = map_cache_file(file, "r+")
-    starts = np.empty_like(totals)
+    starts = np.empty_like(value_counts)
     starts[order] = columns["starts"]
+    packs = pack_rows_by_tokens(rows.token_counts, max_tokens)
     with Progress(transient=True, disable=not trainer.is_global_zero) as bar:
         task = bar.add_task("Reference log-probabilities", total=int(rows.token_counts.sum()))
-        for pack in islice(
-            pack_rows_by_tokens(rows.token_counts, max_tokens), trainer.global_rank, None, trainer.world_size
-        ):
+        for pack in islice(packs, trainer.global_rank, None, trainer.world_size):
             batch = collate([rows.examples[row] for row in pack]).to(model.device)
             logps = score(model, batch).logps.float().cpu()
             if not logps.isfinite().all():
-                raise ValueError(f"log-probabilities of the reference are not finite: look at {', '.join(batch.ids)}.")
-            for row, part in zip(pack, logps.split(totals[pack].tolist()), strict=True):
-                columns["values"][starts[row] : starts[row] + totals[row]] = part.numpy()
+                raise ValueError(
+                    f"log-probabilities of the reference are not finite: check the rows {', '.join(batch.ids)}."
+                )
+            for row, values in zip(pack, logps.split(value_counts[pack].tolist()), strict=True):
+                columns["values"][starts[row] : starts[row] + value_counts[row]] = values.numpy()
             bar.advance(task, float(rows.token_counts[pack].sum()) * trainer.world_size)
     trainer.strategy.barrier("computed")
     if trainer.is_global_zero:
@@ -128,125 +133,153 @@ def score_rows_into_file(
 
 
 class CachedReference(ReferenceModel):
-    """A reference of which only its log-probabilities are left."""
+    """A reference whose log-probabilities are in a file.
+
+    Attributes:
+        source: The reference with its model; None once the values of a stage are known.
+        columns: The values, once they are known.
+    """
 
     columns: ColumnArrays
 
     def __init__(self, source: FrozenReference, folder: str | None) -> None:
-        """Take a reference, whose model leaves memory in `prepare`."""
+        """Take a reference, whose model stays in memory until `prepare_for_stage`.
+
+        Args:
+            source: The reference.
+            folder: Folder of the files; by default the cache folder, with names that depend on their content.
+        """
         super().__init__()
         self.source: FrozenReference | None = source
         self.folder = Path(folder).expanduser() if folder else None
-        self.description, self.sha256 = f"{source.description}, cached", source.sha256
-        self.initial_distance = max(source.initial_distance, DISTANCE_ROUNDING)  # its values come out of other batches
+        self.description = f"{source.description}, cached"
+        self.sha256 = source.sha256
+        # Values of a file come from other batches than those they are compared in.
+        self.initial_distance = max(source.initial_distance, DISTANCE_ROUNDING)
 
     @property
     def owned_models(self) -> dict[str, PreTrainedModel]:
-        """None from `prepare` on."""
+        """The model of the reference by its role; nothing once it has left memory."""
         return self.source.owned_models if self.source else {}
 
     @torch.no_grad()
     def prepare_for_stage(self, module: L.LightningModule) -> None:
-        """Find or compute the values of all rows of the stage, compare some with the model, and let the model go.
+        """Read or compute the values of all rows of the stage, check some with the model, and drop the model.
 
         Raises:
-            ValueError: A file is not what it must be; the message says why.
+            ValueError: The file cannot be used; the message says why.
         """
-        trainer, data = module.trainer, module.trainer.datamodule  # type: ignore[attr-defined]
+        trainer = module.trainer
+        data = trainer.datamodule  # type: ignore[attr-defined]
         stage = trainer.state.fn.value  # type: ignore[union-attr]  # a stage is running
         if self.source is None or stage not in SPLITS_BY_STAGE:
             return
         assert isinstance(data, PairData)
-        made: Any = trainer.precision_plugin.convert_module(self.source.to(trainer.strategy.root_device))
-        rows = index_stage_rows(
-            [data.pairs_by_split[split] for split in SPLITS_BY_STAGE[stage] if split in data.pairs_by_split]
-        )
-        key = CacheKey(made.sha256, rows.tokens_sha256, f"{trainer.precision} {made.model.dtype}")
+        source: Any = trainer.precision_plugin.convert_module(self.source.to(trainer.strategy.root_device))
+        splits = [data.pairs_by_split[split] for split in SPLITS_BY_STAGE[stage] if split in data.pairs_by_split]
+        rows = index_stage_rows(splits)
+        key = CacheKey(source.sha256, rows.tokens_sha256, f"{trainer.precision} {source.model.dtype}")
         name = f"{stage}.safetensors" if self.folder else f"reference-{key.short_hash}.safetensors"
         file = (self.folder or cache_folder()) / name
         with trainer.precision_plugin.forward_context():
-            ensure_cache_file(made.model, rows, file, key, data.max_tokens or DEFAULT_MAX_TOKENS, trainer)
-            columns = load_cache_file(file, key)
-            verify_cached_logps(columns, made.model, rows, file)
-        self.columns, self.source = columns, None
+            ensure_cache_file(source.model, rows, file, key, data.max_tokens or DEFAULT_MAX_TOKENS, trainer)
+            self.columns = load_cache_file(file, key)
+            verify_cached_logps(self.columns, source.model, rows, file)
+        self.source = None
 
     def forward(self, batch: Batch) -> Float[Tensor, " scored"]:
-        """log p of every scored token, nats: from the file, or by the model where no rows are known in advance."""
+        """Return log p of every scored token in nats: from the file, or by the model if no rows are known yet."""
         return self.source(batch) if self.source else lookup_logps(self.columns, batch)
 
 
 def lookup_logps(columns: ColumnArrays, batch: Batch) -> Float[Tensor, " scored"]:
-    """The values of every scored token of a batch.
+    """Return the values of every scored token of a batch.
 
     Raises:
-        ValueError: A row is not in the file, or its answers have other lengths there.
+        ValueError: A row is not in the file, or has answers of other lengths there.
     """
-    wanted = np.array([hash_row_id(name) for name in batch.ids])
+    wanted = np.array([hash_row_id(row_id) for row_id in batch.ids])
     rows = np.minimum(np.searchsorted(columns["ids"], wanted), len(columns["ids"]) - 1)
     lengths = np.reshape(batch.lengths, (len(rows), -1))
-    there = (columns["ids"][rows] == wanted) & (columns["lengths"][rows] == lengths).all(-1)
-    if not there.all():
-        missing = [name for name, good in zip(batch.ids, there, strict=True) if not good]
+    matches = (columns["ids"][rows] == wanted) & (columns["lengths"][rows] == lengths).all(-1)
+    if not matches.all():
+        missing = [row_id for row_id, is_match in zip(batch.ids, matches, strict=True) if not is_match]
         raise ValueError(
-            f"the cache holds nothing for {', '.join(missing[:5])} with answers of these lengths: expected the rows of "
-            "the stage that it was opened for. Run this stage as a command of its own."
+            f"the cache has no values for {', '.join(missing[:5])} with answers of these lengths: expected only rows "
+            "of the stage that it was opened for. Run this stage as a command of its own."
         )
-    parts = [columns["values"][a : a + n] for a, n in zip(columns["starts"][rows], lengths.sum(-1), strict=True)]
-    return torch.from_numpy(np.concatenate(parts)).to(batch.targets.device, non_blocking=True)
+    starts = columns["starts"][rows]
+    values = [columns["values"][start : start + n] for start, n in zip(starts, lengths.sum(-1), strict=True)]
+    return torch.from_numpy(np.concatenate(values)).to(batch.targets.device, non_blocking=True)
 
 
 def verify_cached_logps(columns: ColumnArrays, model: PreTrainedModel, rows: StageRows, file: Path) -> None:
-    """Score some rows again.
+    """Score some rows again and compare them with the file.
 
     Raises:
         ValueError: The model computes other values than those in the file.
     """
     sample = dict.fromkeys(np.linspace(0, len(rows.id_hashes) - 1, RECHECKED_ROWS).astype(int).tolist())
     batch = collate([rows.examples[row] for row in sample]).to(model.device)
-    found, limit = (score(model, batch).logps - lookup_logps(columns, batch)).abs().max().item(), logp_tolerance(model)
-    if not found <= limit:
+    error = (score(model, batch).logps - lookup_logps(columns, batch)).abs().max().item()
+    limit = logp_tolerance(model)
+    if not error <= limit:  # also true for NaN
         raise ValueError(
-            f"the cached log-probabilities in {file} are not used, the reference computes others here: expected a "
-            f"difference of at most {limit:g} nats a token in {len(batch)} rows, got {found:g}. Remove the file to "
-            "compute them anew."
+            f"the cached log-probabilities in {file} cannot be used: the reference computes other values here. "
+            f"Expected a difference of at most {limit:g} nats per token in {len(batch)} rows, got {error:g}. Remove "
+            "the file to compute them again."
         )
 
 
 def ensure_cache_file(
     model: PreTrainedModel, rows: StageRows, file: Path, key: CacheKey, max_tokens: int, trainer: L.Trainer
 ) -> None:
-    """Make the file if it is not there; of several runs at a time one makes it and the others wait."""
+    """Create the file if it does not exist. If several runs need it at once, one creates it and the others wait.
+
+    Args:
+        model: The reference.
+        rows: The rows of the stage.
+        file: The file.
+        key: What decides the values.
+        max_tokens: Maximum tokens of a forward pass, which only a single row may exceed.
+        trainer: Its processes share the work.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    first = trainer.is_global_zero
-    with WeakFileLock(f"{file}.lock") if first else nullcontext():
+    is_writer = trainer.is_global_zero
+    with WeakFileLock(f"{file}.lock") if is_writer else nullcontext():
         if trainer.strategy.broadcast(file.exists()):
             return
-        rank_zero_info(f"Reference: log-probabilities of {len(rows.id_hashes):,} rows go into {file}.")
-        with write_atomically(file) if first else nullcontext(file) as aside:
-            score_rows_into_file(model, rows, trainer.strategy.broadcast(aside), key, max_tokens, trainer)
+        rank_zero_info(f"Reference: writing log-probabilities of {len(rows.id_hashes):,} rows to {file}.")
+        with write_atomically(file) if is_writer else nullcontext(file) as temporary:
+            score_rows_into_file(model, rows, trainer.strategy.broadcast(temporary), key, max_tokens, trainer)
     trainer.strategy.barrier("cached")
 
 
 @dataclass(frozen=True)
 class Cached(Reference):
-    """Log-probabilities out of a file, computed once in one pass; no reference model is in memory while training.
+    """Log-probabilities of a fixed reference, computed once and kept in a file; no model is in memory while training.
 
     Attributes:
-        of: The reference they are of; it must be a fixed one.
-        folder: Where `fit.safetensors`, `validate.safetensors`, ... are or will be; by default files in ``$DPO_CACHE``
-            with names that say what they are of, so that every change of reference or rows has a file of its own.
+        of: The reference; it must not change during training.
+        folder: Folder of the files `fit.safetensors`, `validate.safetensors` and `test.safetensors`. By default the
+            files are in ``$DPO_CACHE`` under names that depend on their content, so that every change of the reference
+            or the rows leads to a file of its own.
     """
 
     of: Reference = field(default_factory=Copy)
     folder: str | None = None
 
     def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> CachedReference:
-        """Make the reference.
+        """Build the reference whose log-probabilities are cached.
 
         Raises:
-            ValueError: It is none that stays as it is.
+            ValueError: That reference changes during training, or is none.
         """
-        made = self.of.build_reference(policy, loader)
-        if not isinstance(made, FrozenReference):
-            raise ValueError(f"--model.reference Cached: expected a reference that stays as it is, got {self.of}.")
-        return CachedReference(made, self.folder)
+        source = self.of.build_reference(policy, loader)
+        if not isinstance(source, FrozenReference):
+            raise ValueError(f"--model.reference Cached: expected a reference that does not change, got {self.of}.")
+        return CachedReference(source, self.folder)
+
+    def compared_path(self, policy: str) -> str:
+        """Return the path of the reference whose log-probabilities are cached."""
+        return self.of.compared_path(policy)

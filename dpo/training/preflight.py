@@ -1,7 +1,7 @@
-"""What must hold before the first step, checked on real rows of the run.
+"""Checks of models, optimizer and data before the first training step, on pairs of the run itself.
 
-Takes the module, its optimizer and some training pairs; passes in silence or says what is wrong, expected, got and
-what to do. Most broken set-ups train without complaint; none of them passes here.
+Most broken setups train without an error. Each of them fails a check here, with what was expected, what was found and
+what to do.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from dpo.data.datamodule import PairData
 from dpo.losses import UnknownInitialLoss
 from dpo.models.attention import PREFIX_SHARED_NAME
 from dpo.models.batch import Batch, Example, collate
+from dpo.models.loading import context_length
 from dpo.models.prompt_sharing import (
     disable_prefix_sharing,
     score_or_raise,
@@ -30,230 +31,215 @@ from dpo.models.scoring import outermost_backbone
 from dpo.training.base import Stage
 from dpo.training.dpo import DPO, WHOLE_BATCH_HINT
 
-CHECKED_PAIRS, CHECKED_STEPS = 4, 100  # that are looked at
-# What rounding does to hidden states, in parts of the largest.
+CHECKED_PAIRS = 4  # pairs that are scored
+CHECKED_STEPS = 100  # optimizer steps among which the largest micro-batch is looked for
+# Largest effect of rounding on hidden states, relative to the largest of them.
 HIDDEN_STATE_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 class PreflightError(RuntimeError):
-    """Something that must hold before training does not."""
+    """A condition for training does not hold."""
 
 
-class Preflight(L.Callback):
-    """Checks a run before its first step, unless --model.preflight is false."""
+@torch.no_grad()
+def run_preflight(module: Stage) -> None:
+    """Run every check that the module's trainer and data allow, and log what holds.
 
-    def __init__(self, data: PairData) -> None:
-        """Check on pairs of this data."""
-        self.data = data
-
-    @torch.no_grad()
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Run every check.
-
-        Raises:
-            PreflightError: The first that failed.
-        """
-        assert isinstance(pl_module, Stage)
-        if not pl_module.preflight:
-            return
-        pairs = self.data.require_pairs("train")
+    Raises:
+        PreflightError: A check failed; the message is that of the first.
+    """
+    trainer = module.trainer
+    data = getattr(trainer, "datamodule", None)
+    passed = [*_check_weights(module), *_check_frozen(module, trainer.optimizers[0])]
+    if isinstance(data, PairData):
+        pairs = data.require_pairs("train")
         examples = [pairs[row] for row in range(min(CHECKED_PAIRS, len(pairs)))]
-        batch = collate(examples).to(pl_module.device)
-        passed = [*_answers(examples, self.data.encoder.end_ids), *_context(pl_module, self.data.max_length)]
-        passed += [*_vocabulary(pl_module, self.data), *_finite(pl_module), *_frozen(pl_module, trainer.optimizers[0])]
-        with trainer.precision_plugin.forward_context():
-            passed += [*_repeatable(pl_module, batch), *_scored(pl_module, batch), *_causal(pl_module, batch)]
-            passed += _shared(pl_module, self._largest_row().to(pl_module.device))
-            if isinstance(pl_module, DPO):
-                passed += _preferences(pl_module, batch, trainer, self.data.max_tokens)
-        rank_zero_info("Preflight: " + "; ".join(passed) + ".")
+        batch = collate(examples).to(module.device)
+        largest = _largest_batch(data).to(module.device)
+        passed += [*_check_answers(examples, data.encoder.end_ids), *_check_context(module, data.max_length)]
+        passed += _check_vocabulary(module, data)
+    else:
+        step = module.on_before_batch_transfer(next(iter(trainer.fit_loop._data_source.dataloader())), 0)
+        batch = largest = step.micro_batches[0].to(module.device)
+    with trainer.precision_plugin.forward_context():
+        passed += [*_check_repeatable(module, batch), *_check_scorer(module, batch), *_check_causal(module, batch)]
+        passed += _check_sharing(module, largest)
+        if isinstance(module, DPO):
+            passed += _check_whole_steps(module, trainer, getattr(data, "max_tokens", None))
+            if not trainer.ckpt_path:  # a resumed policy no longer equals its reference
+                passed += _check_start(module, batch)
+    rank_zero_info("Preflight: " + "; ".join(passed) + ".")
 
-    def _largest_row(self) -> Batch:
-        """The micro-batch of most tokens in the first steps: some errors begin far along a row."""
-        loader, pairs = self.data.train_dataloader(), self.data.pairs_by_split["train"]
-        rows = chain.from_iterable(micro_batches for micro_batches, _ in islice(loader.sampler, CHECKED_STEPS))
-        return collate([pairs[row] for row in max(rows, key=lambda rows: sum(pairs.token_counts[row] for row in rows))])
+
+def _largest_batch(data: PairData) -> Batch:
+    """Return the micro-batch with the most tokens of the first steps: some errors begin far along a row."""
+    loader = data.train_dataloader()
+    pairs = data.pairs_by_split["train"]
+    micro_batches = chain.from_iterable(rows for rows, _ in islice(loader.sampler, CHECKED_STEPS))
+    largest = max(micro_batches, key=lambda rows: sum(pairs.token_counts[row] for row in rows))
+    return collate([pairs[row] for row in largest])
 
 
-def _require(holds: bool, *, what: str, expected: object, got: object, do: str) -> None:
+def _require(holds: bool, otherwise: str) -> None:
     if not holds:
-        raise PreflightError(
-            f"preflight: {what}: expected {expected}, got {got}. {do} (--model.preflight false skips all checks.)"
-        )
+        raise PreflightError(f"preflight: {otherwise} (--model.preflight false skips all checks.)")
 
 
-def _answers(examples: list[Example], ends: tuple[int, ...]) -> Iterator[str]:
+def _check_answers(examples: list[Example], end_ids: tuple[int, ...]) -> Iterator[str]:
     for example in examples:
-        what = f"the answers of {example.id}"
-        early = [token for answer in example.answers for token in answer[:-1] if token in ends]
+        early_ends = [token for answer in example.answers for token in answer[:-1] if token in end_ids]
         _require(
-            not early, what=what, expected="no end of sequence before the last token", got=early, do="Look at this row."
+            not early_ends,
+            f"the answers of {example.id}: expected no end-of-sequence token before the last token, got {early_ends}. "
+            "Check this row of the data.",
         )
-        distinct = len({tuple(answer) for answer in example.answers}) == len(example.answers)
-        _require(distinct, what=what, expected="different token ids", got="the same", do="Raise --data.max_length.")
+        _require(
+            len({tuple(answer) for answer in example.answers}) == len(example.answers),
+            f"the answers of {example.id}: expected different token ids, got the same ids. Raise --data.max_length: "
+            "answers that are cut off may become equal.",
+        )
     yield "every answer ends once"
 
 
-def _context(module: Stage, max_length: int) -> Iterator[str]:
-    text = module.policy.config.get_text_config()  # GPT-2 and others have it under a name of their own
-    longest = getattr(text, "max_position_embeddings", None) or max_length
+def _check_context(module: Stage, max_length: int) -> Iterator[str]:
+    limit = context_length(module.policy) or max_length
     _require(
-        max_length <= longest,
-        what="--data.max_length",
-        expected=f"at most the {longest} positions that the policy was made for",
-        got=max_length,
-        do="Lower it.",
+        max_length <= limit,
+        f"--data.max_length: expected at most the {limit} positions that the policy supports, got {max_length}. "
+        "Lower it.",
     )
     yield f"{max_length} tokens fit the policy"
 
 
-def _vocabulary(module: Stage, data: PairData) -> Iterator[str]:
-    rows, tokens = vocabulary_size(module.policy), len(data.tokenizer)
-    # Read all pairs only where they may not fit: some tokenizers have tokens that no text becomes.
+def _check_vocabulary(module: Stage, data: PairData) -> Iterator[str]:
+    rows = vocabulary_size(module.policy)
+    tokens = len(data.tokenizer)
+    # Read all pairs only if some id may have no row: some tokenizers have tokens that no text is encoded to.
     largest = max(pairs.max_token_id for pairs in data.pairs_by_split.values()) if tokens > rows else 0
     _require(
         largest < rows,
-        what="the vocabulary",
-        expected=f"token ids below the {rows:,} rows of the policy's embedding",
-        got=f"{largest:,} out of a tokenizer of {tokens:,} tokens",
-        do="Give the policy the tokenizer that it was made with, or a row for every token.",
+        f"the vocabulary: expected token ids below the {rows:,} rows of the policy's embedding, got {largest:,} from a "
+        f"tokenizer of {tokens:,} tokens. Use the policy's own tokenizer, or add rows to the embedding.",
     )
-    yield f"a row of {rows:,} for every token"
+    yield f"every token id is below the {rows:,} rows of the embedding"
 
 
-def _finite(module: Stage) -> Iterator[str]:
+def _check_weights(module: Stage) -> Iterator[str]:
     models = module.models_by_role().items()
     broken = [f"{role} {name}" for role, m in models for name, p in m.named_parameters() if not p.isfinite().all()]
     _require(
         not broken,
-        what="the weights",
-        expected="finite numbers",
-        got=f"nan or inf in {broken[:3]}",
-        do="Take another checkpoint.",
+        f"the weights: expected finite numbers, got nan or inf in {broken[:3]}. Use another checkpoint.",
     )
     yield "all weights are finite"
 
 
-def _frozen(module: Stage, optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _check_frozen(module: Stage, optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     others = [model for role, model in module.models_by_role().items() if role != "policy"]
-    inside = [name for model in others for name, p in model.named_parameters() if p.requires_grad or id(p) in trained]
+    moving = [name for model in others for name, p in model.named_parameters() if p.requires_grad or id(p) in optimized]
     _require(
-        not inside,
-        what="the reference",
-        expected="frozen and not in the optimizer",
-        got=inside[:3],
-        do="Copy it instead of passing the policy itself.",
+        not moving,
+        f"the reference: expected frozen parameters that are not in the optimizer, got {moving[:3]}. "
+        "Use a copy of the policy, not the policy itself.",
     )
-    moving = [p for p in module.policy.parameters() if p.requires_grad and id(p) in trained]
+    trained = [p for p in module.policy.parameters() if p.requires_grad and id(p) in optimized]
     _require(
-        bool(moving), what="the policy", expected="parameters that the optimizer trains", got="none", do="Unfreeze it."
+        bool(trained),
+        "the policy: expected parameters that the optimizer trains, got none. Unfreeze the policy.",
     )
     rate = optimizer.param_groups[0]["lr"]
-    yield f"{sum(p.numel() for p in moving):,} parameters train at learning rate {rate:g}, all others are frozen"
+    yield f"{sum(p.numel() for p in trained):,} parameters train at learning rate {rate:g}, all others are frozen"
 
 
-def _repeatable(module: Stage, batch: Batch) -> Iterator[str]:
+def _check_repeatable(module: Stage, batch: Batch) -> Iterator[str]:
     first, second = (score_or_raise(module.policy, batch).logps for _ in range(2))
-    same = torch.equal(first, second)
     _require(
-        same,
-        what="two passes over one batch",
-        expected="equal bits",
-        got=_largest(first, second),
-        do="Some dropout or noise is on: turn it off in the model.",
+        torch.equal(first, second),
+        "two forward passes over one batch: expected equal log-probabilities, got a difference of "
+        f"{_max_difference(first, second):g} nats. Turn off dropout and noise in the model.",
     )
-    yield "two passes agree to the bit"
+    yield "two forward passes are bitwise identical"
 
 
-def _scored(module: Stage, batch: Batch) -> Iterator[str]:
-    found, limit = scoring_error(module.policy, batch.answer_sequences()[0]), logp_tolerance(module.policy)
+def _check_scorer(module: Stage, batch: Batch) -> Iterator[str]:
+    error = scoring_error(module.policy, batch.answer_sequences()[0])
+    limit = logp_tolerance(module.policy)
     _require(
-        found <= limit,
-        what="log-probabilities by the scorer and by the model's own forward pass",
-        expected=f"a difference of at most {limit:g} nats a token",
-        got=found,
-        do="Its way from hidden states to logits is one that is not known here: take another model.",
+        error <= limit,
+        "log-probabilities by the scorer and by the model's own forward pass: expected a difference of at most "
+        f"{limit:g} nats per token, got {error}. This model computes logits in a way the scorer cannot reproduce: use "
+        "another model.",
     )
-    yield f"the scorer gives the model's own log-probabilities (to {found:.0e})"
+    yield f"the scorer gives the model's own log-probabilities (to {error:.0e})"
 
 
-def _causal(module: Stage, batch: Batch) -> Iterator[str]:
-    row, limit = batch.answer_sequences()[0][None], HIDDEN_STATE_TOLERANCES[compute_dtype(module.policy)]
+def _check_causal(module: Stage, batch: Batch) -> Iterator[str]:
+    row = batch.answer_sequences()[0][None]
+    limit = HIDDEN_STATE_TOLERANCES[compute_dtype(module.policy)]
     with standard_attention(module.policy):
-        states, before = (
+        states, states_before = (
             outermost_backbone(module.policy)(input_ids=tokens, use_cache=False).last_hidden_state
             for tokens in (row, row[:, :-1])
         )
-    found = _largest(states[:, :-1], before) / states.abs().max().item()
+    error = _max_difference(states[:, :-1], states_before) / states.abs().max().item()
     _require(
-        found <= limit,
-        what="hidden states with the next token and without it",
-        expected=f"the same, to {limit:g}",
-        got=f"{found:.1e}",
-        do="The model sees what it is to predict: it is no causal language model.",
+        error <= limit,
+        f"hidden states with and without the next token: expected a relative difference of at most {limit:g}, got "
+        f"{error:.1e}. The model sees the tokens that it predicts, so it is not a causal language model.",
     )
     yield "no token sees the next"
 
 
-def _shared(module: Stage, batch: Batch) -> Iterator[str]:
+def _check_sharing(module: Stage, batch: Batch) -> Iterator[str]:
+    """Switch prompt sharing off in all models if it changes hidden states."""
     if module.policy.config._attn_implementation != PREFIX_SHARED_NAME:
         return
-    found = sharing_error(module.policy, batch)
-    if found <= HIDDEN_STATE_TOLERANCES[compute_dtype(module.policy)]:
-        yield f"shared prompts equal separate sequences (to {found:.0e})"
+    error = sharing_error(module.policy, batch)
+    if error <= HIDDEN_STATE_TOLERANCES[compute_dtype(module.policy)]:
+        yield f"shared prompts give the hidden states of separate sequences (to {error:.0e})"
         return
     for model in module.models_by_role().values():
         disable_prefix_sharing(model)
-    yield f"prompts are NOT shared, as hidden states would differ by {found:.1e}: every answer is a sequence of its own"
+    yield f"prompts are NOT shared between answers, as hidden states would differ by {error:.1e}"
 
 
-def _preferences(module: DPO, batch: Batch, trainer: L.Trainer, max_tokens: int | None) -> Iterator[str]:
+def _check_whole_steps(module: DPO, trainer: L.Trainer, max_tokens: int | None) -> Iterator[str]:
     if module.loss.needs_whole_batch:
         parts = trainer.world_size * trainer.accumulate_grad_batches
         _require(
             max_tokens is None and parts == 1,
-            what=f"{module.loss}, which sorts all pairs of an optimizer step together",
-            expected="every step in one piece",
-            got=f"--data.max_tokens {max_tokens}, {parts} devices times accumulated batches",
-            do=WHOLE_BATCH_HINT,
+            f"{module.loss} sorts all pairs of an optimizer step together: expected every step in one piece, got "
+            f"--data.max_tokens {max_tokens}, and {parts} devices times accumulated batches. {WHOLE_BATCH_HINT}",
         )
-        yield "every step is one piece"
-    if not trainer.ckpt_path:
-        yield from _start(module, batch)
+        yield "every optimizer step is one piece"
 
 
-def _start(module: DPO, batch: Batch) -> Iterator[str]:
+def _check_start(module: DPO, batch: Batch) -> Iterator[str]:
+    """Compare policy and reference, and the loss where they are equal with its known initial value."""
     _, logps = module.score_pairs(batch)
     expected = module.loss.initial_loss
     if module.loss.uses_reference:
-        apart, limit = (
-            _largest(logps.policy_token_logps, logps.reference_token_logps),
-            module.reference.initial_distance,
-        )
+        distance = _max_difference(logps.policy_token_logps, logps.reference_token_logps)
+        limit = module.reference.initial_distance * logp_tolerance(module.policy)
         _require(
-            apart <= limit * logp_tolerance(module.policy),
-            what="log-probabilities under the policy and under the reference that it equals",
-            expected=f"a difference of at most {limit * logp_tolerance(module.policy):g} nats a token",
-            got=apart,
-            do="The reference is not the policy.",
+            distance <= limit,
+            "log-probabilities under the policy and under a reference that should equal it: expected a difference of "
+            f"at most {limit:g} nats per token, got {distance}. The reference is not a copy of the policy.",
         )
-        yield f"policy and reference are {apart:.1g} nats a token apart"
+        yield f"policy and reference are {distance:.1g} nats per token apart"
         logps = replace(logps, reference_token_logps=logps.policy_token_logps)
     if isinstance(expected, UnknownInitialLoss):
         yield f"the loss at step 0 is not checked ({expected.reason})"
         return
     losses = module.loss(logps)
-    wrong = (losses - expected).abs().max().item()
     _require(
-        wrong <= 1e-6 * max(1, expected),
-        what="the loss at step 0",
-        expected=f"{expected:.6f}",
-        got=losses.tolist(),
-        do="The loss is not what it says.",
+        (losses - expected).abs().max().item() <= 1e-6 * max(1, expected),
+        f"the loss at step 0: expected {expected:.6f}, got {losses.tolist()}. The loss differs from its own "
+        "`initial_loss`: correct one of them.",
     )
     yield f"the loss is {expected:.6f}" + (" where they are equal" if module.loss.uses_reference else "")
 
 
-def _largest(first: Tensor, second: Tensor) -> float:
+def _max_difference(first: Tensor, second: Tensor) -> float:
     return (first - second).abs().max().item()

@@ -1,21 +1,32 @@
-"""Learning rate schedules that torch does not have in one piece, and a first look at an optimizer's options."""
+"""The default optimizer, an early check of an optimizer's options, and a schedule that torch lacks as one class."""
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+ADAMW_OPTIONS: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.0}
+"""Options of the default optimizer, `torch.optim.AdamW`, from Python and on the command line."""
+
+
+def default_optimizer(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
+    """Return AdamW with a learning rate of 1e-6 and no weight decay."""
+    return torch.optim.AdamW(parameters, **ADAMW_OPTIONS)
+
 
 class Warmup(LambdaLR):
-    """Linear warm-up, then constant, or linear decay to zero at `total_steps`.
+    """Linear warm-up, followed by a constant rate or by linear decay to zero.
 
     Args:
-        optimizer: Whose learning rate is scheduled.
-        warmup_steps: Optimizer steps until the full rate; the first step takes 1 / warmup_steps of it.
-        total_steps: Optimizer steps until zero. None: the rate stays.
+        optimizer: The optimizer whose learning rate is scheduled.
+        warmup_steps: Optimizer steps until the full rate; the first step uses 1 / warmup_steps of it.
+        total_steps: Optimizer steps until the rate is zero. None: the rate stays constant after the warm-up.
 
     Raises:
-        ValueError: The steps are negative, or the decay would end before the warm-up.
+        ValueError: `warmup_steps` is negative, or the decay would end before the warm-up.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 150, total_steps: int | None = None) -> None:
@@ -34,13 +45,13 @@ class Warmup(LambdaLR):
 
 
 def validate_optimizer(optimizer: OptimizerCallable) -> OptimizerCallable:
-    """The same, tried on one parameter: what is wrong with its options is known before anything is read.
+    """Return the optimizer's constructor after trying it on one parameter, before any model or data are read.
 
     Raises:
-        ValueError: Something is.
+        ValueError: The optimizer refuses its options.
     """
     try:
         optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
     except ValueError as error:
-        raise ValueError(f"--optimizer: expected options that it takes, got another value: {error}.") from error
+        raise ValueError(f"--optimizer: the optimizer refuses its options: {error}.") from error
     return optimizer

@@ -1,4 +1,4 @@
-"""The command line: every configuration as it stands, options by short names, wrong ones refused, four verbs."""
+"""The training command line: every configuration, options by short name, refused options, and the four verbs."""
 
 import json
 import os
@@ -10,12 +10,16 @@ import torch
 import yaml
 
 from dpo.cli import main as cli
-from dpo.cli.parser import QUICKSTART_CONFIG
+from dpo.cli.parser import CONFIG_FOLDER
 from dpo.runs.folder import Run
 from tests.support.runs import ROOT, Lab, checkpoint, metrics, pairs, policy
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 QUICK = ["--trainer.max_steps=1", "--data.val_fraction=0"]
+NAME_MESSAGE = (
+    "expected a folder name without slashes or spaces, not `latest` "
+    "(letters, digits, _ and, after the first character, .+-), got "
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def run(lab: Lab) -> Run:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # imported by torch's own compiler
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_runs_two_steps(lab: Lab, config: Path) -> None:
-    """With nothing but path and size overridden, and what would be compiled run as it is (see test_compile)."""
+    """Only paths and sizes are overridden; layers are not compiled here (see test_compile)."""
     if "QLoRA" in config.read_text() and not torch.cuda.is_available():
         pytest.skip("weights of four bits need a CUDA device and bitsandbytes")
     sizes = {
@@ -110,12 +114,12 @@ def test_another_model_is_the_reference(lab: Lab, capfd: pytest.CaptureFixture[s
     assert metrics(run)[0]["train/rewards/margins"] != 0.0
 
 
-def test_one_epoch_where_no_length_is_given(lab: Lab) -> None:
+def test_one_epoch_by_default(lab: Lab) -> None:
     assert len(metrics(lab.fit("length", "--data.val_fraction=0"))) == 24 / 4
 
 
 def refused(lab: Lab, capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What is said of a command line that does not run; it leaves nothing behind."""
+    """Return the error message of a command line that is refused and leaves no files."""
     before = sorted(lab.folder.iterdir())
     capsys.readouterr()
     try:
@@ -162,7 +166,7 @@ def test_unknown_options_and_classes_are_refused_by_name(
         ("--nothing=1", "error: unrecognized arguments: --nothing=1"),
     ],
 )
-def test_the_last_line_says_what_is_wrong(
+def test_the_last_line_names_the_error_and_close_matches(
     lab: Lab, capsys: pytest.CaptureFixture[str], word: str, expected: str
 ) -> None:
     assert refused(lab, capsys, word).splitlines()[-1].startswith(expected)
@@ -177,9 +181,9 @@ def test_the_last_line_says_what_is_wrong(
         ("--data.batch_size=0", "--data.batch_size: expected at least 1 pair, got 0"),
         ("--data.max_length=4", "--data.max_length: expected at least 8 tokens, got 4"),
         ("--data.val_fraction=1", "--data.val_fraction: expected a share from 0 to less than 1, got 1"),
-        ("--name=a/b", "name"),
-        ("--name=latest", "name"),
-        ("--name=..", "name"),
+        ("--name=a/b", NAME_MESSAGE + "'a/b'"),
+        ("--name=latest", NAME_MESSAGE + "'latest'"),
+        ("--name=..", NAME_MESSAGE + "'..'"),
     ],
 )
 def test_wrong_values_are_refused_with_a_message(
@@ -193,13 +197,11 @@ def test_options_of_the_optimizer_are_refused_before_anything_is_read(
     lab: Lab, capsys: pytest.CaptureFixture[str], word: str
 ) -> None:
     message = refused(lab, capsys, word, "--model.policy=/nowhere")
-    assert message.startswith("ValueError: --optimizer: expected options that it takes, got another value: Invalid")
+    assert message.startswith("ValueError: --optimizer: the optimizer refuses its options: Invalid")
 
 
 @pytest.mark.parametrize("way", ["short", "long", "configuration"])
-def test_a_tokenizer_of_its_own_is_refused(
-    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str
-) -> None:
+def test_a_tokenizer_option_is_refused(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str) -> None:
     config = tmp_path / "tokenizer.yaml"
     config.write_text("data: {class_path: HHRLHF, init_args: {tokenizer: gpt2}}")
     ways = {"short": "--data.tokenizer=gpt2", "long": "--data.init_args.tokenizer=gpt2"}
@@ -218,7 +220,7 @@ def test_a_tokenizer_of_its_own_is_refused(
         *((["--trainer.precision", name], f"got {name}. Weights are kept") for name in ("bf16-true", "64-true")),
     ],
 )
-def test_what_cannot_be_read_or_done_is_said(
+def test_what_cannot_be_read_or_done_is_refused_with_a_message(
     lab: Lab, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
 ) -> None:
     assert lab.main("fit", "--name=unreadable", *QUICK, *words) == 1
@@ -227,21 +229,21 @@ def test_what_cannot_be_read_or_done_is_said(
 
 
 @pytest.mark.parametrize("word", ["--data.path=/nowhere", "--model.policy=/nowhere", "--data.max_length=300"])
-def test_a_failed_start_takes_neither_name_nor_latest(lab: Lab, run: Run, word: str) -> None:
-    """Refused while data are read, while models are read, by the preflight."""
+def test_a_failed_start_leaves_no_folder_and_keeps_latest(lab: Lab, run: Run, word: str) -> None:
+    """Refused while reading data, while reading models, and by the preflight."""
     newest = os.readlink(lab.folder / "latest")
     assert lab.main("fit", "--name=retry", *QUICK, word) == 1
     assert not (lab.folder / "retry").exists()
     assert os.readlink(lab.folder / "latest") == newest
 
 
-def test_a_failed_start_takes_nothing_that_was_there(lab: Lab) -> None:
-    theirs = lab.folder / "theirs-before" / "notes.txt"
-    theirs.parent.mkdir()
-    theirs.write_text("mine")
-    assert lab.main("fit", "--name=theirs-before", *QUICK, "--data.path=/nowhere") == 1
-    assert theirs.read_text() == "mine"
-    lab.fit("theirs-before", *QUICK)
+def test_a_failed_start_keeps_files_that_were_there(lab: Lab) -> None:
+    notes = lab.folder / "with-notes" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    assert lab.main("fit", "--name=with-notes", *QUICK, "--data.path=/nowhere") == 1
+    assert notes.read_text() == "mine"
+    lab.fit("with-notes", *QUICK)
 
 
 def test_callbacks_and_loggers_of_the_user_are_added(lab: Lab) -> None:
@@ -250,8 +252,8 @@ def test_callbacks_and_loggers_of_the_user_are_added(lab: Lab) -> None:
         "--trainer.logger=CSVLogger",
         f"--trainer.logger.save_dir={lab.folder}",
     ]
-    run = lab.fit("added", *QUICK, *words, "--trainer.logger.name=theirs", "--trainer.logger.version=1")
-    assert "lr-AdamW" in (lab.folder / "theirs" / "version_1" / "metrics.csv").read_text()
+    run = lab.fit("added", *QUICK, *words, "--trainer.logger.name=extra", "--trainer.logger.version=1")
+    assert "lr-AdamW" in (lab.folder / "extra" / "version_1" / "metrics.csv").read_text()
     assert "train/loss" in metrics(run)[-1]
 
 
@@ -268,7 +270,7 @@ def test_validate_measures_a_checkpoint_again(lab: Lab, run: Run) -> None:
     run.results_path.unlink()
     assert lab.main("validate", "--name=one", "--ckpt_path=last") == 0
     assert results(run, "val") == pytest.approx(before, rel=1e-6)
-    assert run.metrics_path.read_bytes() == table, "what was logged while training stays"
+    assert run.metrics_path.read_bytes() == table, "what was logged during training stays"
 
 
 def test_test_measures_the_test_pairs(lab: Lab, run: Run) -> None:
@@ -290,16 +292,16 @@ def test_predict_writes_every_pair(lab: Lab, run: Run) -> None:
         assert mean == pytest.approx(measured[f"test/rewards/{name}"], rel=1e-5)
 
 
-def test_without_a_checkpoint_the_policy_as_it_is_given_is_measured(lab: Lab) -> None:
+def test_without_a_checkpoint_the_given_policy_is_measured(lab: Lab) -> None:
     assert lab.main("test", "--name=untrained") == 0
     assert results(Run(lab.folder / "untrained"), "test")["test/loss"] == pytest.approx(0.693147, abs=1e-6)
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_a_trained_run_keeps_values_of_its_own_checkpoints_only(
+def test_a_trained_run_stores_values_of_its_own_checkpoints_only(
     lab: Lab, run: Run, verb: str, tmp_path, capsys
 ) -> None:
-    """Those of the policy before training, or of another run's, would stand in its table and model card."""
+    """Values of the policy before training, or of another run, would end up in its results and model card."""
     before = run.results_path.read_bytes()
     foreign = shutil.copy(run.checkpoint_folder / "last.ckpt", tmp_path)
     for words in ([], [f"--ckpt_path={foreign}"]):
@@ -308,7 +310,7 @@ def test_a_trained_run_keeps_values_of_its_own_checkpoints_only(
     assert run.results_path.read_bytes() == before
 
 
-def test_measuring_is_not_training(lab: Lab, run: Run) -> None:
+def test_other_verbs_do_not_change_checkpoints_or_latest(lab: Lab, run: Run) -> None:
     newest = os.readlink(lab.folder / "latest")
     step = checkpoint(run)["global_step"]
     for verb in ("validate", "test", "predict"):
@@ -317,14 +319,14 @@ def test_measuring_is_not_training(lab: Lab, run: Run) -> None:
     assert os.readlink(lab.folder / "latest") == newest
 
 
-def test_fit_alone_is_the_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_without_options_trains_the_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
     monkeypatch.setattr("sys.argv", ["train.py"])
     monkeypatch.setattr(cli, "TrainingCLI", lambda *_, **__: seen.update(words=list(cli.sys.argv)) or exit(0))
     for words in (["fit"], ["fit", "--name", "x"], ["fit", "--trainer.max_steps=1"]):
         with pytest.raises(SystemExit):
             cli.main(words)
-        assert seen["words"] == ["train.py", "fit", "--config", str(QUICKSTART_CONFIG), *words[1:]]
+        assert seen["words"] == ["train.py", "fit", "--config", str(CONFIG_FOLDER / "quickstart.yaml"), *words[1:]]
     named = [["--config=x.yaml"], ["--data.path", "x"], ["--data.init_args.path=x"], ["--model.policy=x"]]
     named += [["--model.init_args.policy", "x"], ["--conf", "x.yaml"], ["-c", "x.yaml"]]
     for words in (*(["fit", *more] for more in named), ["test"]):

@@ -1,4 +1,4 @@
-"""Choosing classes by name: defaults of the one that was chosen, and who takes an option that it does not."""
+"""Classes chosen by name: their own defaults, and messages that name the classes which take a refused option."""
 
 import re
 from pathlib import Path
@@ -7,15 +7,12 @@ from pydoc import locate
 import pytest
 from jsonargparse import Namespace
 
+import dpo
 from dpo import losses
-from dpo.cli.main import SHORT_NAMES
-from dpo.cli.parser import MOVED, HintingParser, _leaves, sibling_classes
+from dpo.cli.parser import CONFIG_FOLDER, HintingParser, complete_arguments, sibling_classes
 from dpo.data.datamodule import TextData
 from dpo.losses import PreferenceLoss
-from dpo.models.lora import Adapter
-from dpo.models.reference import Reference
 from dpo.training.base import Stage
-from dpo.training.dpo import DPO
 
 SUM = [
     "--model.loss=Sum",
@@ -26,10 +23,10 @@ SMOOTHED = "'label_smoothing' is taken by AOT, AOTUnpaired, CPO, DPO, EXO, Robus
 
 
 def parse(words: list[str]) -> PreferenceLoss:
-    """The loss of a command line, or SystemExit."""
+    """Return the loss of a command line, or raise SystemExit."""
     parser = HintingParser(exit_on_error=True)
     parser.add_subclass_arguments(Stage, "model")
-    parser.set_defaults({"model": {"class_path": f"{DPO.__module__}.DPO"}})
+    parser.set_defaults({"model": {"class_path": "dpo.DPO"}})
     return parser.instantiate_classes(parser.parse_args(words)).model.loss
 
 
@@ -42,7 +39,7 @@ def parse(words: list[str]) -> PreferenceLoss:
         (["--model.loss=LengthNormalizedDPO"], losses.LengthNormalizedDPO()),
         (["--model.loss=RobustDPO", "--model.loss.beta=0.3"], losses.RobustDPO(0.3)),
         (["--model.loss.beta=0.3"], losses.DPO(0.3)),
-        (["--model.loss.beta=0.3", "--model.loss=SimPO"], losses.SimPO(0.3)),  # somebody has asked for it
+        (["--model.loss.beta=0.3", "--model.loss=SimPO"], losses.SimPO(0.3)),  # the option was given
         (["--model.loss=IPO", "--model.loss.divergence=ForwardKL"], losses.IPO(divergence=losses.ForwardKL())),
         (
             ["--model.loss=DPO", "--model.loss.divergence=Alpha", "--model.loss.divergence.alpha=0.2"],
@@ -72,7 +69,7 @@ def test_a_loss_is_chosen_by_name(words, expected) -> None:
         ),
     ],
 )
-def test_an_option_of_another_loss_is_refused_with_those_who_take_it(words, takers, capsys) -> None:
+def test_an_option_of_another_loss_is_refused_and_its_losses_are_named(words, takers, capsys) -> None:
     with pytest.raises(SystemExit):
         parse([f"--model.loss={words[0]}", *words[1:]])
     message = capsys.readouterr().err
@@ -80,8 +77,8 @@ def test_an_option_of_another_loss_is_refused_with_those_who_take_it(words, take
     assert "is not accepted" in message
 
 
-def test_a_message_is_not_lost_among_all_the_options(capsys) -> None:
-    """What stands before it is the way to them."""
+def test_a_message_is_printed_without_the_usage(capsys) -> None:
+    """Only a tip that names --help stands before it."""
     with pytest.raises(SystemExit):
         parse(["--nothing=1"])
     assert re.fullmatch(r"tip: .* --help\nerror: .*--nothing.*\n", capsys.readouterr().err)
@@ -112,7 +109,7 @@ CDPO = ["--model.loss=DPO", "--model.loss.label_smoothing=0.1"]
         (["--model.loss=LD", "--model.loss.loss=DPO", "--model.loss=DPO"], "'loss' was given for LD", "LD, WPO."),
         ([*SUM, "--model.loss=DPO"], "'losses' was given for Sum, and DPO in its place", "'losses' is taken by Sum."),
         (
-            # the type is a choice of several here: a class, or the path of a model
+            # This type is a union: a class, or the path of a model.
             ["--model.reference=Moving", "--model.reference.tau=5", "--model.reference=Copy"],
             "'tau' was given for Moving, and Copy in its place",
             "'tau' is taken by Moving.",
@@ -124,14 +121,14 @@ CDPO = ["--model.loss=DPO", "--model.loss.label_smoothing=0.1"]
         ),
     ],
 )
-def test_an_option_that_the_next_class_does_not_take_is_refused(words, lost, takers) -> None:
+def test_an_option_that_a_replacing_class_does_not_take_is_refused(words, lost, takers) -> None:
     with pytest.raises(SystemExit) as refused:
         parse(words)
     assert lost in str(refused.value)
     assert takers in str(refused.value)
 
 
-def test_a_configuration_over_another_loses_nothing(tmp_path) -> None:
+def test_a_second_configuration_drops_no_option_silently(tmp_path) -> None:
     files = []
     for name, loss in (
         ("a", "DPO, init_args: {beta: 0.3, label_smoothing: 0.1}"),
@@ -144,7 +141,7 @@ def test_a_configuration_over_another_loses_nothing(tmp_path) -> None:
     assert parse([f"--model={file}" for file in reversed(files)]) == losses.DPO(0.3, 0.1)
 
 
-def test_an_option_nested_in_one_that_is_not_accepted_is_refused_with_those_who_take_it(tmp_path, capsys) -> None:
+def test_a_nested_value_of_a_refused_option_is_refused_and_its_classes_are_named(tmp_path, capsys) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(
         "class_path: DPO\ninit_args: {loss: {class_path: NCA, init_args: {divergence: {class_path: Alpha}}}}"
@@ -154,33 +151,33 @@ def test_an_option_nested_in_one_that_is_not_accepted_is_refused_with_those_who_
     assert "'divergence' is taken by DPO, DiscoPOP," in capsys.readouterr().err
 
 
-def test_a_part_of_an_option_is_refused_with_those_who_take_it(capsys) -> None:
+def test_a_part_of_a_refused_option_is_refused_and_its_classes_are_named(capsys) -> None:
     parser = HintingParser(exit_on_error=True)
     parser.add_subclass_arguments(TextData, "data")
     with pytest.raises(SystemExit):
-        parser.parse_args(["--data=dpo.data.preferences.HHRLHF", "--data.columns.prompt=question"])
+        parser.parse_args(["--data=dpo.HHRLHF", "--data.columns.prompt=question"])
     assert "'columns' is taken by PreferencePairs." in capsys.readouterr().err
 
 
-def test_another_stage_says_what_it_leaves_out(caplog) -> None:
-    """Its defaults are nobody's choice, and not worth a word."""
+def test_another_stage_logs_the_options_that_it_drops(caplog) -> None:
+    """Dropped defaults are not logged."""
     caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
     parser = HintingParser(exit_on_error=True)
     parser.add_subclass_arguments(Stage, "model")
-    parser.set_defaults({"model": {"class_path": f"{DPO.__module__}.DPO"}})
-    parser.parse_args(["--model=dpo.training.sft.SFT"])
+    parser.set_defaults({"model": {"class_path": "dpo.DPO"}})
+    parser.parse_args(["--model=dpo.SFT"])
     assert not caplog.messages
-    parser.parse_args(["--model.loss=SPPO", "--model=dpo.training.sft.SFT"])
+    parser.parse_args(["--model.loss=SPPO", "--model=dpo.SFT"])
     assert caplog.messages == ["Left out: 'loss' was given for DPO, and SFT in its place does not take it."]
 
 
-def test_an_option_of_nobody_has_no_takers(capsys) -> None:
+def test_an_option_of_no_class_names_no_classes(capsys) -> None:
     with pytest.raises(SystemExit):
         parse(["--model.loss=IPO", "--model.loss.nothing=1"])
     assert "taken by" not in capsys.readouterr().err
 
 
-def test_relatives_are_the_final_classes_of_one_kind() -> None:
+def test_siblings_are_the_concrete_classes_below_one_base() -> None:
     assert {cls.__name__ for cls in sibling_classes("dpo.losses.divergences.Alpha")} == {
         "ReverseKL",
         "ForwardKL",
@@ -190,8 +187,8 @@ def test_relatives_are_the_final_classes_of_one_kind() -> None:
     assert list(sibling_classes("torch.optim.SGD")) == list(sibling_classes("nowhere.Nothing")) == []
 
 
-def moved(words: list[str], config: str, folder: Path) -> Namespace:
-    """What the parser makes of a configuration."""
+def parse_config(words: list[str], config: str, folder: Path) -> Namespace:
+    """Return the parsed options of a configuration."""
     parser = HintingParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(Stage, "model")
@@ -200,31 +197,60 @@ def moved(words: list[str], config: str, folder: Path) -> Namespace:
     return parser.parse_args([f"--config={folder / 'config.yaml'}", *words])
 
 
+EARLIER = {
+    "adapters": ["AsLoaded", "LoRA", "QLoRA"],
+    "reference": ["AdapterOff", "Copy", "Model", "Moving", "Nothing"],
+    "data": ["HHRLHF", "PreferencePairs"],
+    "prompts": ["Prompts"],
+    "module": ["DPO"],
+    "sft": ["SFT"],
+    "cached": ["Cached"],
+    "schedules": ["Warmup"],
+}
+
+
 def test_a_configuration_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    now = """
+    current = """
     model:
-      class_path: dpo.training.dpo.DPO
+      class_path: dpo.DPO
       init_args:
-        reference: {class_path: dpo.training.precomputed.Cached, init_args: {of: dpo.models.reference.Copy}}
-        adapter: {class_path: dpo.models.lora.LoRA}
+        reference: {class_path: dpo.Cached, init_args: {of: dpo.Copy}}
+        adapter: {class_path: dpo.LoRA}
         loss: {class_path: dpo.losses.IPO}
-    data: {class_path: dpo.data.preferences.HHRLHF}
+    data: {class_path: dpo.HHRLHF}
     """
-    before = now
-    for old, new in MOVED.items():
-        before = before.replace(new, old)
-    assert before.count("dpo.") == 6 and before != now
-    assert moved([], before, tmp_path) == moved([], now, tmp_path)
+    earlier = current
+    for module, names in EARLIER.items():
+        for name in names:
+            earlier = earlier.replace(f"dpo.{name}", f"dpo.{module}.{name}")
+    assert earlier.count("dpo.losses.IPO") == 1 and earlier.count("dpo.module.DPO") == 1
+    assert parse_config([], earlier, tmp_path) == parse_config([], current, tmp_path)
 
 
-def test_every_class_that_moved_is_where_it_is_said_to_be() -> None:
-    for old, new in MOVED.items():
-        found = locate(new)
-        assert found is not None and found.__module__ + "." + found.__name__ == new
-        assert old.rpartition(".")[2] == found.__name__
+@pytest.mark.parametrize("module", EARLIER)
+def test_earlier_class_paths_are_translated_on_the_command_line(module: str) -> None:
+    for name in EARLIER[module]:
+        (word,) = complete_arguments([f"--x={{class_path: dpo.{module}.{name}}}"])
+        assert word == f"--x={{class_path: dpo.{name}}}"
+        assert locate(f"dpo.{name}") is getattr(dpo, name)
+    assert complete_arguments(["dpo.precision.bfloat16_where_fast"]) == ["dpo.models.cpu.bfloat16_where_fast"]
 
 
-def test_every_class_that_can_be_chosen_has_its_earlier_path() -> None:
-    chosen = [*SHORT_NAMES, *_leaves(Reference), *_leaves(Adapter)]
-    ours = {f"{cls.__module__}.{cls.__name__}" for cls in chosen if cls.__module__.startswith("dpo.")}
-    assert ours <= set(MOVED.values())
+def test_class_paths_in_a_resolved_configuration_are_the_public_ones(tmp_path: Path) -> None:
+    parser = HintingParser(exit_on_error=False)
+    parser.add_subclass_arguments(Stage, "model")
+    parser.add_subclass_arguments(TextData, "data")
+    text = parser.dump(parser.parse_args(["--model=DPO", "--model.adapter=LoRA", "--data=HHRLHF"]))
+    paths = re.findall(r"class_path: (\S+)", text)
+    assert paths == ["dpo.DPO", "dpo.losses.DPO", "dpo.losses.ReverseKL", "dpo.LoRA", "dpo.HHRLHF"]
+
+
+def test_a_configuration_of_the_package_is_found_from_anywhere(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    packaged = str(CONFIG_FOLDER / "losses" / "ipo.yaml")
+    assert complete_arguments(["fit", "--config", "configs/losses/ipo.yaml"]) == ["fit", "--config", packaged]
+    assert complete_arguments(["fit", "--config=losses/ipo.yaml"]) == ["fit", f"--config={packaged}"]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "cpu.yaml").write_text("{}")
+    assert complete_arguments(["fit", "-c", "configs/cpu.yaml"])[-1] == "configs/cpu.yaml"  # the user's own wins
+    assert complete_arguments(["fit", "-c", "configs/nothing.yaml"])[-1] == "configs/nothing.yaml"

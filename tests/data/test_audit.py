@@ -1,3 +1,5 @@
+"""Audits: the counts of rows, and how they are shown."""
+
 import io
 import json
 
@@ -43,7 +45,7 @@ def test_counts() -> None:
     assert a.tokens["prompt"] == LengthSummary(
         mean=(10 + 20 + 60 + 30) / 4,
         median=(20 + 30) / 2,
-        p95=30 + (60 - 30) * (0.95 * 3 - 2),  # between the third and the fourth of four
+        p95=30 + (60 - 30) * (0.95 * 3 - 2),  # between the third and the fourth value
         max=60,
     )
     assert a.cut == {"turns_dropped": 2 / 4, "prompt_cut": 1 / 4, "chosen_cut": 1 / 4, "rejected_cut": 1 / 4}
@@ -59,7 +61,7 @@ def test_total_is_the_sum_of_the_subsets_and_nothing_is_missing() -> None:
         assert list(count.bad) == list(Fault)
 
 
-def test_an_uncounted_row_is_noticed() -> None:
+def test_an_unknown_verdict_raises() -> None:
     with pytest.raises(AssertionError):
         Audit.from_table("train", pa.Table.from_pylist([*ROWS, kept("b", 1, 1, 1) | {"verdict": "lost"}]))
 
@@ -84,7 +86,7 @@ def rendered(audit: Audit) -> list[list[str]]:
     return [line.split() for line in printed.get().splitlines()]
 
 
-def test_table_shows_what_happened_and_only_that() -> None:
+def test_table_shows_only_reasons_that_occurred() -> None:
     lines = rendered(AUDIT)
     for line in (
         ["read", "7", "1", "8"],

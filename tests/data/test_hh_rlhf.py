@@ -1,3 +1,5 @@
+"""`HHRLHF`: reading, the store of tokens, splits and steps."""
+
 import errno
 import gzip
 import json
@@ -11,10 +13,10 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from dpo.data import store
 from dpo.data.columns import PairRow
 from dpo.data.dialogue import DialoguePair, Refusal, parse_pair
-from dpo.data.formats import Fault
+from dpo.data.formats import Fault, read_rows
 from dpo.data.preferences import HHRLHF
 from dpo.data.sampler import Step
-from dpo.data.sources import BadRow, find_hh_files, read_pair_rows
+from dpo.data.sources import HH_COLUMNS, find_hh_files
 from dpo.data.tokenization import EncodedPair, PairEncoder
 from dpo.models.batch import Example
 from tests.support.data import ODD, ODD_FILE, OF_MESSAGES, byte_level
@@ -45,7 +47,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two subsets, of 40 and 10 rows for training, with 20 openings in all, and 3 rows for the test."""
+    """Two subsets of 40 and 10 training rows, with 20 openings in all, and 3 test rows each."""
     write(tmp_path / "data", "one", "train", [line(f"what is {i % 20}?", f" it is {i}") for i in range(40)])
     write(tmp_path / "data", "two", "train", [line(f"what is {i}?", f" two {i}") for i in range(10)])
     for subset in ("one", "two"):
@@ -54,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def ready(tokenizer: str, folder: Path | str, **options: object) -> HHRLHF:
-    data = HHRLHF(tokenizer, str(folder), **options)
+    data = HHRLHF(str(folder), tokenizer=tokenizer, **options)
     data.prepare_data()
     data.setup("fit")
     return data
@@ -88,22 +90,21 @@ BAD = {
 bad_lines = pytest.mark.parametrize(("bad", "fault"), BAD.items(), ids=range(len(BAD)))
 
 
-def test_every_fault_has_a_line() -> None:
+def test_every_fault_has_an_example() -> None:
     assert set(BAD.values()) == set(Fault)
 
 
 @bad_lines
-def test_a_bad_row_is_named(tmp_path: Path, bad: bytes, fault: Fault) -> None:
+def test_a_bad_row_yields_its_fault(tmp_path: Path, bad: bytes, fault: Fault) -> None:
     file = write(tmp_path, "a", "train", [GOOD, GOOD, bad])
     with file.open("rb") as raw:
-        *good, last = read_pair_rows(raw, file)
-    assert all(isinstance(row, PairRow) for row in good)
-    assert isinstance(last, BadRow)
-    assert (last.line, last.fault) == (3, fault)
+        *good, last = read_rows(raw, str(file), HH_COLUMNS.parse_row, skip_bad=True)
+    assert [type(row) for row in good] == [PairRow, PairRow]
+    assert last is fault
 
 
 @bad_lines
-def test_a_bad_row_stops_everything_and_leaves_nothing(
+def test_a_bad_row_stops_the_build_and_leaves_no_files(
     tokenizer: str, tmp_path: Path, cache: Path, bad: bytes, fault: Fault
 ) -> None:
     file = write(tmp_path, "a", "train", [GOOD, bad])
@@ -128,8 +129,11 @@ def test_bad_rows_can_be_skipped_and_are_counted(tokenizer: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(GOOD * 9, mtime=0)[:-9], "train.jsonl.gz, after line .*broken gzip.*Fetch the file again"),
-        (b"no gzip", "train.jsonl.gz, after line 0: broken gzip"),
+        (
+            gzip.compress(GOOD * 9, mtime=0)[:-9],
+            "train.jsonl.gz, after row .*file ended before .*Download the file",
+        ),
+        (b"no gzip", "train.jsonl.gz, after row 0: cannot be read .*Not a gzipped file"),
         (gzip.compress(b"", mtime=0), "train.jsonl.gz, line 1: the file is empty"),
         (b"", "train.jsonl.gz, line 1: the file is empty"),
     ],
@@ -144,7 +148,7 @@ def test_a_broken_file_is_never_skipped(
     assert list(cache.iterdir()) == []
 
 
-def test_plain_and_compressed_files_are_the_same(tokenizer: str, tmp_path: Path) -> None:
+def test_plain_and_compressed_files_give_the_same_examples(tokenizer: str, tmp_path: Path) -> None:
     write(tmp_path / "gz", "a", "train", [line("b"), line("c")])
     plain = tmp_path / "plain" / "a" / "train.jsonl"
     plain.parent.mkdir(parents=True)
@@ -152,11 +156,11 @@ def test_plain_and_compressed_files_are_the_same(tokenizer: str, tmp_path: Path)
     one, two = (ready(tokenizer, tmp_path / name, val_fraction=0.0) for name in ("gz", "plain"))
     assert examples(one, "train") == examples(two, "train")
     write(tmp_path / "plain", "a", "train", [line("b")])
-    with pytest.raises(ValueError, match=r"train\.jsonl\.gz and train\.jsonl are both there"):
+    with pytest.raises(ValueError, match=r"train\.jsonl\.gz and train\.jsonl both exist"):
         ready(tokenizer, tmp_path / "plain")
 
 
-def test_subsets_are_those_named_in_their_order(folder: Path) -> None:
+def test_subsets_are_read_in_the_given_order(folder: Path) -> None:
     assert [(s.subset, s.split) for s in find_hh_files(folder, None)] == [
         ("one", "train"), ("one", "test"), ("two", "train"), ("two", "test"),
     ]  # fmt: skip
@@ -167,15 +171,13 @@ def test_subsets_are_those_named_in_their_order(folder: Path) -> None:
         find_hh_files(folder / "one", None)
 
 
-def test_what_is_no_folder_is_looked_for_on_the_hub(tokenizer: str) -> None:
+def test_a_path_that_is_not_a_folder_is_looked_up_on_the_hub(tokenizer: str) -> None:
     for path in ("nobody/has-this", "no/such/folder"):
-        with pytest.raises(ValueError, match=f"'{path}' is no folder here, and the hub does not give it"):
+        with pytest.raises(ValueError, match=f"'{path}' is not a folder on this machine and cannot be read from"):
             ready(tokenizer, path)
 
 
-def test_of_the_hub_only_the_named_subsets_are_fetched(
-    tokenizer: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_given_subsets_are_downloaded(tokenizer: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def snapshot(repository: str, *, allow_patterns: list[str], repo_type: str, local_files_only: bool) -> str:
@@ -186,13 +188,13 @@ def test_of_the_hub_only_the_named_subsets_are_fetched(
     monkeypatch.setattr("dpo.data.sources.snapshot_download", snapshot)
     data = ready(tokenizer, "some/data", subsets=["two"])
     patterns = ("two/train.jsonl*", "two/test.jsonl*")
-    assert asked == [(False, *patterns), (True, *patterns)]  # fetched once, then found
+    assert asked == [(False, *patterns), (True, *patterns)]  # downloaded once, then read from the cache
     assert list(data.audits_by_split["train"].counts_by_subset) == ["two", "total"]
     with pytest.raises(ValueError, match="found one, two, not three"):
         ready(tokenizer, "some/data", subsets=["three"])
 
 
-# --- tokenised once --------------------------------------------------------------------------------------------------
+# --- tokenized once --------------------------------------------------------------------------------------------------
 
 
 def test_odd_rows_are_counted_under_their_reason(tokenizer: str, tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_odd_rows_are_counted_under_their_reason(tokenizer: str, tmp_path: Path)
     assert ids(data, "train") == [f"odd/train:{n}" for n in numbers]
 
 
-def test_examples_are_what_the_encoder_gives(tokenizer: str, tmp_path: Path) -> None:
+def test_examples_equal_the_encoder_output(tokenizer: str, tmp_path: Path) -> None:
     write(tmp_path, "odd", "train", [ODD_FILE.read_bytes()])
     data = ready(tokenizer, tmp_path, max_length=64, val_fraction=0.0)
     encoder = PairEncoder(byte_level(), 64)
@@ -220,14 +222,14 @@ def test_examples_are_what_the_encoder_gives(tokenizer: str, tmp_path: Path) -> 
         assert cost == len(expected.prompt) + len(expected.chosen) + len(expected.rejected)
 
 
-def test_the_second_time_nothing_is_tokenised_and_the_audit_is_shown_again(
+def test_an_existing_store_is_reused_and_its_audit_printed_again(
     tokenizer: str, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = ready(tokenizer, folder)
     shown = capsys.readouterr().out
     monkeypatch.setattr(store, "build_store", None)
     second = ready(tokenizer, folder, val_fraction=0.5, batch_size=2, max_tokens=None, seed=1)
-    assert capsys.readouterr().out == shown[shown.index("What was read of train") :]
+    assert capsys.readouterr().out == shown[shown.index("Rows of the train split") :]
     assert second.audits_by_split == first.audits_by_split
     (made,) = cache.iterdir()
     stored = json.loads((made / "audit.json").read_text())
@@ -238,7 +240,7 @@ def test_the_second_time_nothing_is_tokenised_and_the_audit_is_shown_again(
     "change",
     [{"max_length": 64}, {"limit": 3}, {"on_bad_row": "skip"}, {"subsets": ["one"]}, {"subsets": ["two", "one"]}],
 )
-def test_what_changes_the_rows_is_stored_apart(
+def test_options_that_change_the_rows_get_a_store_of_their_own(
     tokenizer: str, folder: Path, cache: Path, change: dict[str, object]
 ) -> None:
     ready(tokenizer, folder)
@@ -246,14 +248,14 @@ def test_what_changes_the_rows_is_stored_apart(
     assert len(list(cache.iterdir())) == 2
 
 
-def test_a_changed_file_is_tokenised_again(tokenizer: str, folder: Path) -> None:
+def test_a_changed_file_is_tokenized_again(tokenizer: str, folder: Path) -> None:
     before = ready(tokenizer, folder)
     write(folder, "two", "test", [line("new?")])
     after = ready(tokenizer, folder)
     assert (len(before.pairs_by_split["test"]), len(after.pairs_by_split["test"])) == (6, 4)
 
 
-def test_whoever_is_first_wins(tokenizer: str, folder: Path, cache: Path) -> None:
+def test_an_existing_store_is_not_replaced(tokenizer: str, folder: Path, cache: Path) -> None:
     data = ready(tokenizer, folder)
     (made,) = cache.iterdir()
     before = (made / "train.arrow").stat()
@@ -262,14 +264,14 @@ def test_whoever_is_first_wins(tokenizer: str, folder: Path, cache: Path) -> Non
     assert list(cache.iterdir()) == [made]
 
 
-def test_an_interrupted_build_leaves_nothing(
+def test_an_interrupted_build_leaves_no_files(
     tokenizer: str, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    data = HHRLHF(tokenizer, str(folder))
-    assert data.encoder.max_length == data.max_length  # made before it is broken
+    data = HHRLHF(str(folder), tokenizer=tokenizer)
+    assert data.encoder.max_length == data.max_length  # created before encode_batch is replaced
     monkeypatch.setattr(PairEncoder, "encode_batch", interrupt)
     with pytest.raises(KeyboardInterrupt):
         data.prepare_data()
@@ -283,7 +285,7 @@ def opening(example: Example) -> str:
     return byte_level().decode(example.prompt).split("\n\n")[1]
 
 
-def test_an_opening_is_never_in_both(tokenizer: str, folder: Path) -> None:
+def test_no_opening_is_in_both_train_and_val(tokenizer: str, folder: Path) -> None:
     sizes = []
     for val_fraction in (0.2, 0.5):
         data = ready(tokenizer, folder, val_fraction=val_fraction)
@@ -292,8 +294,8 @@ def test_an_opening_is_never_in_both(tokenizer: str, folder: Path) -> None:
         assert len(train | val) == 20
         assert len(data.pairs_by_split["train"]) + len(data.pairs_by_split["val"]) == 50
         sizes.append(ids(data, "val"))
-        assert len(data.pairs_by_split["test"]) == 6  # which is not cut
-    assert set(sizes[0]) < set(sizes[1])  # a larger share keeps what was held out
+        assert len(data.pairs_by_split["test"]) == 6  # the test split is never divided
+    assert set(sizes[0]) < set(sizes[1])  # a larger share holds out the same rows and more
 
 
 def test_without_a_validation_split(tokenizer: str, folder: Path) -> None:
@@ -304,7 +306,7 @@ def test_without_a_validation_split(tokenizer: str, folder: Path) -> None:
         data.setup("validate")
 
 
-def test_limit_is_of_each_file(tokenizer: str, folder: Path) -> None:
+def test_limit_applies_to_each_file(tokenizer: str, folder: Path) -> None:
     data = ready(tokenizer, folder, limit=2, val_fraction=0.0)
     assert ids(data, "train") == ["one/train:1", "one/train:2", "two/train:1", "two/train:2"]
     assert ids(data, "test") == ["one/test:1", "one/test:2", "two/test:1", "two/test:2"]
@@ -327,7 +329,7 @@ def test_steps_cover_the_pairs(tokenizer: str, folder: Path) -> None:
 
 
 class Count(LightningModule):
-    """Trains nothing and counts the pairs that it is given."""
+    """A module that trains nothing and counts its pairs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -355,7 +357,7 @@ QUIET = {
 
 @pytest.mark.parametrize("val_fraction", [0.0, 0.4])
 def test_lightning_runs_over_all_pairs(tokenizer: str, folder: Path, val_fraction: float) -> None:
-    data, module = HHRLHF(tokenizer, str(folder), val_fraction=val_fraction), Count()
+    data, module = HHRLHF(str(folder), tokenizer=tokenizer, val_fraction=val_fraction), Count()
     Trainer(max_epochs=1, accelerator="cpu", **QUIET).fit(module, datamodule=data)
     sizes = {name: len(pairs) for name, pairs in data.pairs_by_split.items()}
     assert module.seen["train"] == sizes["train"]
@@ -363,33 +365,33 @@ def test_lightning_runs_over_all_pairs(tokenizer: str, folder: Path, val_fractio
 
 
 def test_accumulated_batches_share_the_pairs_of_a_step(tokenizer: str, folder: Path) -> None:
-    data, module = HHRLHF(tokenizer, str(folder), batch_size=10, val_fraction=0.0), Count()
+    data, module = HHRLHF(str(folder), tokenizer=tokenizer, batch_size=10, val_fraction=0.0), Count()
     trainer = Trainer(max_epochs=1, accelerator="cpu", accumulate_grad_batches=2, **QUIET)
     trainer.fit(module, datamodule=data)
     assert (trainer.global_step, module.seen["train"]) == (50 / 10, 50)
 
 
-def test_no_pair_left_is_said(tokenizer: str, tmp_path: Path) -> None:
+def test_a_split_without_pairs_raises(tokenizer: str, tmp_path: Path) -> None:
     write(tmp_path, "a", "train", [line("b")])
     data = ready(tokenizer, tmp_path, val_fraction=0.0)
-    with pytest.raises(ValueError, match="No pair is left for 'test'"):
+    with pytest.raises(ValueError, match="No pairs are left for 'test'"):
         data.test_dataloader()
     data = ready(tokenizer, tmp_path, val_fraction=0.999999)
-    with pytest.raises(ValueError, match="No pair is left for 'train'"):
+    with pytest.raises(ValueError, match="No pairs are left for 'train'"):
         data.train_dataloader()
 
 
-def test_no_pair_left_is_said_by_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every row is refused: the text of hh-rlhf has no place for a system message."""
+def test_a_run_without_pairs_fails_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row is refused, because the text format of hh-rlhf has no system messages."""
     row = {"system": "Be brief.", "prompt": "a", "chosen": "b", "rejected": "c"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     words = ["--data=PreferencePairs", f"--data.path={tmp_path / 'a.jsonl'}", "--name=a"]
     assert Lab(tmp_path).main("fit", *words) == 1
-    assert "No pair is left for 'train'" in capsys.readouterr().err
+    assert "No pairs are left for 'train'" in capsys.readouterr().err
 
 
 def test_generated_data_is_the_default_and_stored_once(tokenizer: str, cache: Path) -> None:
-    first, second = HHRLHF(tokenizer), HHRLHF(tokenizer)
+    first, second = HHRLHF(tokenizer=tokenizer), HHRLHF(tokenizer=tokenizer)
     for data in (first, second):
         data.prepare_data()
         data.setup("fit")
@@ -400,19 +402,19 @@ def test_generated_data_is_the_default_and_stored_once(tokenizer: str, cache: Pa
     assert total.kept == total.read >= 1000
 
 
-def test_ends_of_the_generation_config_end_answers(tmp_path: Path) -> None:
+def test_end_tokens_of_the_generation_config_end_answers(tmp_path: Path) -> None:
     byte_level().save_pretrained(tmp_path)
-    assert HHRLHF(str(tmp_path)).encoder.end_ids == (0,)
+    assert HHRLHF(tokenizer=str(tmp_path)).encoder.end_ids == (0,)
     for ends, expected in ((2, (0, 2)), ([2, 0], (0, 2)), (None, (0,))):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-        assert HHRLHF(str(tmp_path)).encoder.end_ids == expected
+        assert HHRLHF(tokenizer=str(tmp_path)).encoder.end_ids == expected
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"subsets": []}, "subsets: expected some names, each once"),
-        ({"subsets": ["a", "a"]}, "subsets: expected some names, each once"),
+        ({"subsets": []}, "subsets: expected at least one name, each once"),
+        ({"subsets": ["a", "a"]}, "subsets: expected at least one name, each once"),
         ({"max_length": 7}, "max_length: expected at least 8 tokens, got 7"),
         ({"batch_size": 0}, "batch_size: expected at least 1 pair, got 0"),
         ({"max_tokens": 0}, "max_tokens: expected at least 1 token"),
@@ -422,9 +424,9 @@ def test_ends_of_the_generation_config_end_answers(tmp_path: Path) -> None:
         ({"seed": -1}, "seed: expected at least 0"),
     ],
 )
-def test_options_are_checked_at_once(options: dict[str, object], message: str) -> None:
+def test_invalid_options_raise_in_the_constructor(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=f"--data.{message}"):
-        HHRLHF("no-tokenizer", **options)
+        HHRLHF(tokenizer="no-tokenizer", **options)
 
 
 def test_real_rows_add_up(hh_rlhf: Path, pretrained: Path) -> None:
@@ -443,13 +445,13 @@ def test_real_rows_add_up(hh_rlhf: Path, pretrained: Path) -> None:
     )
 
 
-def test_a_disk_that_is_full_is_named(
+def test_a_full_disk_raises_an_error_with_the_path(
     tokenizer: str, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store.ArrowWriter, "write_batch", full)
-    with pytest.raises(OSError, match=rf"No space left on device: {cache}.* another folder: DPO_CACHE"):
+    with pytest.raises(OSError, match=rf"No space left on device: {cache}.* another folder with DPO_CACHE"):
         ready(tokenizer, folder)
     assert not list(cache.iterdir())

@@ -1,4 +1,4 @@
-"""`PreferencePairs`: preference data in every shape and format, columns by any name, mixtures, weights, margins."""
+"""`PreferencePairs`: shapes of rows, file formats, column names, remote files, mixtures, weights and margins."""
 
 import gzip
 import json
@@ -20,9 +20,9 @@ from pyarrow import parquet
 from dpo.data import store
 from dpo.data.columns import Columns, PairRow
 from dpo.data.dialogue import DialoguePair, Refusal, Role, Turn
-from dpo.data.formats import BadLineError, Fault
+from dpo.data.formats import BadLineError, Fault, read_rows
 from dpo.data.preferences import HHRLHF, Part, PreferencePairs, interleave_by_share
-from dpo.data.sources import HH_COLUMNS, BadRow, list_data_files, read_pair_rows
+from dpo.data.sources import list_data_files
 from dpo.models.batch import Example, collate
 from tests.support.data import CHATML, byte_level
 from tests.support.data import cache as cache  # every test has an empty cache of its own
@@ -56,15 +56,15 @@ SAME = {  # one pair in every shape
 
 
 def row(fields: dict[str, Any], columns: Columns = Columns()) -> PairRow:  # noqa: B008
-    return columns.parse_row(1, fields)
+    return columns.parse_row(fields)
 
 
 @pytest.mark.parametrize("fields", SAME.values(), ids=SAME)
 def test_a_pair_in_every_shape(fields: dict[str, Any]) -> None:
-    assert row(fields) == PairRow(1, PAIR)
+    assert row(fields) == PairRow(PAIR)
 
 
-def test_hh_text_is_kept_to_the_byte() -> None:
+def test_hh_text_is_preserved_byte_for_byte() -> None:
     said = "\n\nHuman:  a \n\nAssistant: b\n\nHuman:c\n\nAssistant:"
     found = row({"chosen": said + " yes\n", "rejected": said + "no"}).pair
     assert isinstance(found, DialoguePair)
@@ -103,7 +103,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_pair_is_named(change: dict[str, Any], reason: Refusal) -> None:
+def test_unusable_rows_are_refused_with_their_reason(change: dict[str, Any], reason: Refusal) -> None:
     assert row(SAME["text"] | change).pair == reason
 
 
@@ -124,7 +124,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
-def test_what_cannot_be_read_is_said(change: dict[str, Any], message: str) -> None:
+def test_unreadable_rows_raise_with_a_detail(change: dict[str, Any], message: str) -> None:
     with pytest.raises(BadLineError) as error:
         row(SAME["text"] | change)
     assert message in error.value.detail
@@ -140,7 +140,7 @@ def test_what_cannot_be_read_is_said(change: dict[str, Any], message: str) -> No
         (SAME["text"], Columns(margin="gap"), "gap"),
     ],
 )
-def test_wrong_columns_show_the_found_and_the_expected_ones(
+def test_a_missing_column_error_lists_found_and_expected_columns(
     fields: dict[str, Any], columns: Columns, missing: str
 ) -> None:
     with pytest.raises(BadLineError) as error:
@@ -150,10 +150,10 @@ def test_wrong_columns_show_the_found_and_the_expected_ones(
     assert error.value.detail.startswith(expected)
 
 
-def test_columns_of_other_names() -> None:
+def test_columns_can_have_other_names() -> None:
     columns = Columns("question", "good", "bad", weight="confidence", margin="")
     found = row({"question": USER, "good": ANSWER, "bad": "No idea.", "confidence": 0.5, "margin": "?"}, columns)
-    assert found == PairRow(1, PAIR, weight=0.5)
+    assert found == PairRow(PAIR, weight=0.5)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def many(n: int, first: int = 0, **more: object) -> list[dict[str, Any]]:
 
 
 def write(file: Path, rows: list[Any]) -> Path:
-    """In the format that the ending says."""
+    """Write rows in the format of the file's suffix."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".parquet":
         parquet.write_table(pa.Table.from_pylist(rows), file, row_group_size=2)
@@ -188,7 +188,7 @@ def write(file: Path, rows: list[Any]) -> Path:
 
 
 def ready(tokenizer: str, path: Any, **options: Any) -> PreferencePairs:
-    data = PreferencePairs(tokenizer, str(path) if isinstance(path, Path) else path, **options)
+    data = PreferencePairs(str(path) if isinstance(path, Path) else path, tokenizer=tokenizer, **options)
     data.prepare_data()
     data.setup("fit")
     return data
@@ -203,7 +203,7 @@ def prompts(data: PreferencePairs, name: str = "train") -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.parquet", "a.arrow"])
-def test_every_format_is_the_same(tokenizer: str, tmp_path: Path, name: str) -> None:
+def test_every_file_format_gives_the_same_examples(tokenizer: str, tmp_path: Path, name: str) -> None:
     rows = many(5, weight=0.5)
     expected = ready(tokenizer, write(tmp_path / "expected.jsonl", rows), val_fraction=0.0)
     found = ready(tokenizer, write(tmp_path / name, rows), val_fraction=0.0)
@@ -214,19 +214,19 @@ def test_every_format_is_the_same(tokenizer: str, tmp_path: Path, name: str) -> 
 def test_messages_in_parquet_and_a_folder_of_datasets(tokenizer: str, tmp_path: Path) -> None:
     rows = [{"chosen": [user(f"{i}?"), bot("a")], "rejected": [user(f"{i}?"), bot("b")]} for i in range(3)]
     write(tmp_path / "one" / "a.parquet", rows)
-    Dataset.from_list(rows).save_to_disk(tmp_path / "two")  # an Arrow stream, and descriptions beside
+    Dataset.from_list(rows).save_to_disk(tmp_path / "two")  # an Arrow stream, with JSON files that describe it
     one, two = (ready(tokenizer, tmp_path / name, val_fraction=0.0) for name in ("one", "two"))
     assert examples(one) == examples(two)
     assert len(examples(one)) == 3
 
 
-def test_a_json_file_may_hold_one_row_a_line(tokenizer: str, tmp_path: Path) -> None:
+def test_a_json_file_may_have_one_row_per_line(tokenizer: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("\n".join(map(json.dumps, many(3))) + "\n")
     assert len(examples(ready(tokenizer, tmp_path / "a.json", val_fraction=0.0))) == 3
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.json", "a.jsonl"])
-def test_a_broken_file_leaves_nothing(tokenizer: str, tmp_path: Path, cache: Path, name: str) -> None:
+def test_a_broken_file_leaves_no_tokens(tokenizer: str, tmp_path: Path, cache: Path, name: str) -> None:
     file = write(tmp_path / name, many(50))
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
@@ -234,8 +234,8 @@ def test_a_broken_file_leaves_nothing(tokenizer: str, tmp_path: Path, cache: Pat
     assert not list(cache.glob("tokens-*"))
 
 
-def test_hh_rlhf_is_read_alike(tokenizer: str, tmp_path: Path) -> None:
-    """The same layout through both leaves gives the same tokens; only the names of the rows differ."""
+def test_hh_rlhf_files_give_the_same_tokens_in_both_classes(tokenizer: str, tmp_path: Path) -> None:
+    """Only the ids of the rows differ."""
     rows = [
         {"chosen": f"\n\nHuman: {i}?\n\nAssistant: a", "rejected": f"\n\nHuman: {i}?\n\nAssistant: b"}
         for i in range(20)
@@ -243,7 +243,7 @@ def test_hh_rlhf_is_read_alike(tokenizer: str, tmp_path: Path) -> None:
     write(tmp_path / "data" / "part" / "train.jsonl.gz", rows)
     write(tmp_path / "data" / "part" / "test.jsonl.gz", rows[:3])
     ours = ready(tokenizer, tmp_path / "data")
-    theirs = HHRLHF(tokenizer, str(tmp_path / "data"))
+    theirs = HHRLHF(str(tmp_path / "data"), tokenizer=tokenizer)
     theirs.prepare_data()
     theirs.setup("fit")
     for name in ("train", "val", "test"):
@@ -252,8 +252,8 @@ def test_hh_rlhf_is_read_alike(tokenizer: str, tmp_path: Path) -> None:
         ]
 
 
-def test_splits_follow_from_names(tokenizer: str, tmp_path: Path) -> None:
-    folder = tmp_path / "test" / "data"  # above what is named: of no importance
+def test_the_split_follows_from_the_file_name(tokenizer: str, tmp_path: Path) -> None:
+    folder = tmp_path / "test" / "data"  # folder names above the given path do not count
     for number, name in enumerate(
         ["train-00000-of-00002", "train-00001-of-00002", "test_prefs-0", "dev/a", "validation", "contest", "latest"]
     ):
@@ -267,14 +267,14 @@ def test_splits_follow_from_names(tokenizer: str, tmp_path: Path) -> None:
     assert prompts(ready(tokenizer, folder / "validation.jsonl"), "test") == ["40", "41"]
 
 
-def test_an_opening_is_never_in_both(tokenizer: str, tmp_path: Path) -> None:
+def test_no_opening_is_in_both_train_and_val(tokenizer: str, tmp_path: Path) -> None:
     rows = [row | {"rejected": f"no {k}"} for k in range(2) for row in many(20)]
     data = ready(tokenizer, write(tmp_path / "a.jsonl", rows), val_fraction=0.3)
     assert not set(prompts(data, "train")) & set(prompts(data, "val"))
     assert len(prompts(data, "train")) + len(prompts(data, "val")) == 40
 
 
-def test_columns_are_of_the_key_and_of_the_message(tokenizer: str, tmp_path: Path, cache: Path) -> None:
+def test_columns_are_part_of_the_store_hash_and_the_message(tokenizer: str, tmp_path: Path, cache: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"question": row.pop("prompt"), **row} for row in many(3)])
     with pytest.raises(
         ValueError, match="no column 'prompt': expected prompt, chosen, rejected, found chosen, question"
@@ -295,23 +295,23 @@ def test_refused_rows_are_in_the_audit(tokenizer: str, tmp_path: Path) -> None:
     assert (counts.read, counts.kept) == (len(rows), 2)
 
 
-def test_nothing_there_is_said(tokenizer: str, tmp_path: Path) -> None:
+def test_missing_files_raise(tokenizer: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("no data")
     with pytest.raises(ValueError, match=r"expected files that end in .jsonl, .*found README.md"):
         ready(tokenizer, tmp_path)
     for path in ("nowhere.jsonl", "some/data", "some/data/x-*.parquet"):
-        with pytest.raises(ValueError, match=r"no file, folder or pattern .* is here, and it cannot"):
+        with pytest.raises(ValueError, match=r"no local file, folder or pattern .*, and it cannot"):
             ready(tokenizer, path)
     with pytest.raises(ValueError, match=r"--data.path: expected a file"):
-        PreferencePairs(tokenizer)
+        PreferencePairs(tokenizer=tokenizer)
 
 
-# --- elsewhere -------------------------------------------------------------------------------------------------------
+# --- remote files ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def elsewhere() -> Iterable[str]:
-    """Two shards behind an address."""
+    """The address of two remote shards."""
     files = fsspec.filesystem("memory")
     for number in range(2):
         with files.open(f"/shards/train-{number}.jsonl", "wb") as file:
@@ -320,10 +320,10 @@ def elsewhere() -> Iterable[str]:
     files.rm("/shards", recursive=True)
 
 
-def test_shards_elsewhere_are_read_where_they_are(
+def test_remote_shards_are_read_without_copying(
     tokenizer: str, elsewhere: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One after the other, some hundred rows at a time; only tokens and the list of files are stored."""
+    """Shards are read in turn, some hundred rows at a time; only tokens and the listing are stored."""
     sizes, encode = [], store.PairEncoder.encode_batch
     monkeypatch.setattr(
         store.PairEncoder, "encode_batch", lambda self, pairs: sizes.append(len(pairs)) or encode(self, pairs)
@@ -336,7 +336,7 @@ def test_shards_elsewhere_are_read_where_they_are(
     assert set(kinds) == {"tokens", "listings"}
 
 
-def test_without_a_network_the_tokens_are_found_again(
+def test_tokens_are_found_again_without_a_network(
     tokenizer: str, elsewhere: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = ready(tokenizer, elsewhere)
@@ -344,7 +344,7 @@ def test_without_a_network_the_tokens_are_found_again(
     def cut(_: str) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("dpo.data.sources._files", cut)
+    monkeypatch.setattr("dpo.data.sources._list_files", cut)
     assert examples(ready(tokenizer, elsewhere)) == examples(first)
 
 
@@ -355,7 +355,7 @@ def test_a_changed_shard_is_read_again(tokenizer: str, elsewhere: str) -> None:
     assert len(examples(ready(tokenizer, elsewhere, val_fraction=0.0))) == 601
 
 
-def test_a_data_set_of_the_hub_is_pinned_to_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_is_pinned_to_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     class Api:
@@ -364,11 +364,11 @@ def test_a_data_set_of_the_hub_is_pinned_to_its_revision(tmp_path: Path, monkeyp
             return type("Info", (), {"sha": "abc"})
 
     monkeypatch.setattr("dpo.data.sources.HfApi", Api)
-    monkeypatch.setattr("dpo.data.sources._files", lambda address: [("train", address, "1")])
+    monkeypatch.setattr("dpo.data.sources._list_files", lambda address: [("train", address, "1")])
     assert list_data_files("org/set", tmp_path, True) == [("train", "hf://datasets/org/set@abc", "1")]
     wanted = [("train", "hf://datasets/org/set@abc/data/train_prefs-*.parquet", "1")]
     assert list_data_files("org/set/data/train_prefs-*.parquet", tmp_path, True) == wanted
-    assert list_data_files("org/set/data/train_prefs-*.parquet", tmp_path, False) == wanted  # noted
+    assert list_data_files("org/set/data/train_prefs-*.parquet", tmp_path, False) == wanted  # from the saved listing
     assert asked == ["org/set", "org/set"]
 
 
@@ -393,15 +393,15 @@ def test_shares_decide_how_often_a_source_is_seen(tokenizer: str, tmp_path: Path
     seen = Counter(example.id for example in examples(data))
     assert {name: seen[f"a/train:{name}"] for name in range(1, 7)} == dict.fromkeys(range(1, 7), 1)
     assert [seen[f"b/train:{name}"] for name in (1, 2)] == [2, 2]  # 4 of 10
-    with pytest.raises(ValueError, match="a share above 0 for every part, or none for any"):
-        PreferencePairs(tokenizer, {"a": Part(files["a"], 3.0), "b": Part(files["b"])})
+    with pytest.raises(ValueError, match="a share above 0 for every part, or for none"):
+        PreferencePairs({"a": Part(files["a"], 3.0), "b": Part(files["b"])}, tokenizer=tokenizer)
     empty = str(write(tmp_path / "c.jsonl", many(1, chosen="No idea.")))
-    with pytest.raises(ValueError, match=r"--data.path.c: expected pairs to take a share of"):
+    with pytest.raises(ValueError, match=r"--data.path.c: expected files with usable pairs"):
         ready(tokenizer, {"a": Part(files["a"], 1.0), "c": Part(empty, 1.0)}, val_fraction=0.0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 60), st.floats(0.05, 20)), min_size=1, max_size=4))
-def test_mixing_leaves_out_nothing_and_keeps_to_the_shares(drawn: list[tuple[int, float]]) -> None:
+def test_mixing_keeps_every_row_and_the_shares(drawn: list[tuple[int, float]]) -> None:
     starts = np.cumsum([0, *(n for n, _ in drawn)])
     parts, shares = [np.arange(a, b) for a, b in zip(starts, starts[1:])], [share for _, share in drawn]  # noqa: B905 RUF007
     rows = interleave_by_share(parts, shares)
@@ -433,7 +433,7 @@ def test_weights_and_margins_reach_the_batch(tokenizer: str, tmp_path: Path) -> 
 
 def test_a_margin_is_given_for_all_pairs_or_for_none(tokenizer: str, tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", many(2) + many(1, 5, margin=1.0))
-    with pytest.raises(ValueError, match="a margin is given for 1 of 3 pairs of train"):
+    with pytest.raises(ValueError, match="only 1 of 3 train pairs have a margin"):
         ready(tokenizer, file)
     assert len(examples(ready(tokenizer, file, columns=Columns(margin=""), val_fraction=0.0))) == 3
 
@@ -499,11 +499,11 @@ def test_weights_count_in_the_supervised_stage(lab: Lab, tmp_path: Path) -> None
     double = first_step(
         lab, "sft-double", write(tmp_path / "b.jsonl", [r | {"weight": 2} for r in rows]), "--model=SFT"
     )
-    assert double["train/loss"] == plain["train/loss"]  # per token, from which the perplexity follows
+    assert double["train/loss"] == plain["train/loss"]  # unweighted, so that the perplexity follows from it
     assert double["train/grad_norm"] == pytest.approx(2 * plain["train/grad_norm"], rel=1e-4)
 
 
-def test_sources_by_a_configuration(lab: Lab, tmp_path: Path) -> None:
+def test_parts_can_be_set_in_a_configuration_file(lab: Lab, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", many(6))
     write(tmp_path / "b.jsonl", [{"question": row.pop("prompt"), **row} for row in many(2)])
     config = tmp_path / "mixed.yaml"
@@ -522,11 +522,9 @@ data:
     assert lab.only(*base, f"--config={config}", *words) == 0
 
 
-def test_bad_rows_of_any_format_are_rows(tmp_path: Path) -> None:
+def test_bad_rows_of_a_json_array_yield_their_faults(tmp_path: Path) -> None:
     file = write(tmp_path / "a.json", [SAME["text"], 3, {"chosen": "a"}])
     with file.open("rb") as raw:
-        first, second, third = read_pair_rows(raw, file, Columns())
-    assert isinstance(first, PairRow) and isinstance(second, BadRow) and isinstance(third, BadRow)
-    assert (second.fault, third.fault) == (Fault.WRONG_TYPE, Fault.MISSING_FIELD)
-    with file.open("rb") as raw:
-        assert len(list(read_pair_rows(raw, file, HH_COLUMNS, limit=2))) == 2
+        first, *others = read_rows(raw, str(file), Columns().parse_row, skip_bad=True)
+    assert first == PairRow(PAIR)
+    assert others == [Fault.WRONG_TYPE, Fault.MISSING_FIELD]

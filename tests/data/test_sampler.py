@@ -1,4 +1,4 @@
-"""Steps: the same pairs in the same optimizer step, however it is cut; reproducible from seed and epoch."""
+"""The same pairs are in the same optimizer step however it is split, reproducibly from seed and epoch."""
 
 import pytest
 from hypothesis import given
@@ -38,11 +38,11 @@ def test_devices_and_accumulation_share_the_same_steps(
         for rank in range(world)
     ]
     batches = [list(part) for part in parts]
-    assert len({len(each) for each in batches}) == 1  # every device has the same number of batches
+    assert len({len(device) for device in batches}) == 1  # every device has the same number of batches
     expected = [sorted(rows) for rows in rows_of(whole) if len(rows) >= world * accumulate]
     for step, rows in enumerate(expected):
-        own = [each[step * accumulate + window] for each in batches for window in range(accumulate)]
-        assert all(micros and sorted(step_rows) == rows for micros, step_rows in own)  # nobody has nothing to do
+        own = [device[step * accumulate + window] for device in batches for window in range(accumulate)]
+        assert all(micros and sorted(step_rows) == rows for micros, step_rows in own)  # every device has work
         assert sorted(row for micros, _ in own for micro in micros for row in micro) == rows
 
 
@@ -57,8 +57,8 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 class Pairs:
     """Twelve pairs of different lengths."""
 
-    costs = tuple(5 + i for i in range(12))
-    scored = (4,) * 12
+    token_counts = tuple(5 + i for i in range(12))
+    answer_token_counts = (4,) * 12
 
     def __len__(self) -> int:
         return 12
@@ -71,7 +71,7 @@ def ids(loader: StepLoader) -> list[tuple[str, ...]]:
     return [tuple(i for micro in step.micro_batches for i in micro.ids) for step in loader]
 
 
-def test_a_loader_goes_on_behind_its_state() -> None:
+def test_a_loader_continues_after_its_saved_position() -> None:
     plan = EpochPlan(2, shuffle=True)
     whole, stopped, resumed = (StepLoader(Pairs(), plan) for _ in range(3))
     expected = ids(whole)
@@ -80,15 +80,15 @@ def test_a_loader_goes_on_behind_its_state() -> None:
     assert len(first) == 4
     resumed.load_state_dict(stopped.state_dict())
     assert ids(resumed) == expected[4:]
-    assert ids(resumed) == expected  # the next epoch begins at its beginning
+    assert ids(resumed) == expected  # the next epoch starts from the beginning
 
 
-def test_at_the_end_of_an_epoch_the_state_is_the_beginning_of_the_next() -> None:
+def test_the_position_at_the_end_of_an_epoch_is_zero() -> None:
     loader = StepLoader(Pairs(), EpochPlan(3))
     assert len(ids(loader)) == len(loader) == 4
     assert loader.state_dict() == {"position": 0}
 
 
-def test_too_small_a_batch_for_the_devices_is_refused() -> None:
+def test_a_batch_too_small_for_the_devices_raises() -> None:
     with pytest.raises(ValueError, match=r"at least devices \* accumulate_grad_batches = 2 \* 2, got 3"):
         StepLoader(Pairs(), EpochPlan(3, world_size=2, accumulate_batches=2))

@@ -1,4 +1,4 @@
-"""Shards of a data set on the hub, through the hub's own client and file system against a server of ours."""
+"""Shards of a hub data set, read with the hub's own client and file system from a local server."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ SET = "org/pairs"
 
 
 def shard(first: int, n: int) -> bytes:
-    """Parquet with a row group for every ten rows."""
+    """Return a Parquet file with a row group for every ten rows."""
     rows = [
         {"prompt": f"How is {i}?", "chosen": f"It is {i}, very good.", "rejected": "No."}
         for i in range(first, first + n)
@@ -32,20 +32,20 @@ def shard(first: int, n: int) -> bytes:
 
 
 class Server(ThreadingHTTPServer):
-    """One data set and what was asked of it."""
+    """A hub with one data set that records its requests."""
 
     files: dict[str, bytes]
     asked: list[tuple[str, str, str]]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """What the client asks of the hub: the revision, what is in a folder, and parts of files."""
+    """The requests of the hub's client: the revision, the content of a folder, and parts of files."""
 
     server: Server
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log no requests."""
 
     def _send(self, status: int, content: object, **headers: str) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
-        """Answer."""
+        """Answer a request, by GET or POST."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         path = unquote(self.path.split("?")[0])
         self.server.asked.append((self.command, path, self.headers.get("Range", "")))
@@ -102,8 +102,8 @@ def hub() -> Iterator[Server]:
     server.server_close()
 
 
-def test_shards_of_the_hub_are_read_where_they_are(hub: Server, tmp_path: Path) -> None:
-    """By ranges, at the revision of the day; what is stored are tokens, which are found again without the hub."""
+def test_hub_shards_are_read_without_copying(hub: Server, tmp_path: Path) -> None:
+    """Byte ranges of one revision are read; only tokens are stored, and are found again without the hub."""
     cache = tmp_path / "cache"
     home = {"HF_HOME": str(tmp_path / "home"), "DPO_CACHE": str(cache)}
     here = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}

@@ -1,3 +1,5 @@
+"""`PairEncoder`: boundaries, truncation, chat templates and refusals."""
+
 import gzip
 import json
 from dataclasses import replace
@@ -13,11 +15,11 @@ from dpo.data.dialogue import DialoguePair, Refusal, Role, Turn, parse_pair
 from dpo.data.tokenization import EncodedPair, PairEncoder, TextFormat
 from tests.support.data import CHATML, ODD, byte_level
 
-WHOLE = 10**6  # a maximal length that nothing reaches
+WHOLE = 10**6  # a maximum length that no pair reaches
 
 
 def with_begin(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """As Llama: puts a begin of sequence before every text."""
+    """Like Llama's: puts a begin-of-sequence token before every text."""
     tokenizer = byte_level(chat_template)
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     begin = ("<s>", tokenizer.bos_token_id)
@@ -108,18 +110,18 @@ def test_truncation(
     pair = pair_of(*said, question, chosen=" y" + chosen, rejected=" n" + rejected)
     short = encoded(tokenizer, pair, max_length)
     dropped = [replace(pair, history=pair.history[n:]) for n in range(0, len(pair.history), 2)]
-    before = [encoded(tokenizer, each) for each in dropped]
-    # The fewest exchanges go that make it fit; the last human turn stays.
-    fits = (n for n, each in enumerate(before) if each.sequence_length <= max_length)
+    before = [encoded(tokenizer, shortened) for shortened in dropped]
+    # Only as many exchanges are dropped as needed; the last human turn stays.
+    fits = (n for n, candidate in enumerate(before) if candidate.sequence_length <= max_length)
     assert short.turns_dropped == 2 * next(fits, len(before) - 1)
     whole = before[short.turns_dropped // 2]
     front = [] if tokenizer.bos_token is None else [tokenizer.bos_token_id]
-    # What is left of the prompt is its end, behind the begin of sequence.
+    # The end of the prompt is kept, after the begin-of-sequence token.
     kept = short.prompt[len(front) :]
     assert short.prompt[: len(front)] == front
     assert kept == whole.prompt[len(whole.prompt) - len(kept) :]
     assert short.prompt_cut == (len(short.prompt) < len(whole.prompt))
-    # Answers are cut only where they alone do not fit beside one prompt token, and then lose their end.
+    # Answers are cut only if they do not fit with one prompt token, and then at their end.
     for ids, full, cut in (
         (short.chosen, whole.chosen, short.chosen_cut),
         (short.rejected, whole.rejected, short.rejected_cut),
@@ -129,16 +131,16 @@ def test_truncation(
         assert ids.count(tokenizer.eos_token_id) == (0 if cut else 1)
     assert len(short.prompt) >= 1
     assert short.sequence_length <= max_length
-    # Nothing is given away.
+    # No room is wasted.
     assert not short.prompt_cut or short.sequence_length == max_length
 
 
 @tokenizers
-def test_a_batch_is_its_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_batch_equals_its_pairs_encoded_one_by_one(tokenizer: PreTrainedTokenizerFast) -> None:
     batch = [pair_of(*[" what do cats eat"] * n, rejected=" no" * n * n) for n in (1, 9, 3, 5, 1)]
     batch.insert(2, pair_of(" </s>"))
     encoder = PairEncoder(tokenizer, 48)
-    assert encoder.encode_batch(batch) == [encoder.encode(each) for each in batch]
+    assert encoder.encode_batch(batch) == [encoder.encode(pair) for pair in batch]
     assert encoder.encode_batch([]) == []
 
 
@@ -153,14 +155,14 @@ def test_chat_template_as_rendered() -> None:
         "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
         "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
     )
-    # The template's end of turn is the end of sequence; the line end that it writes behind is left out.
+    # The end of turn of the template is the end of the sequence; the line end after it is left out.
     assert tokenizer.decode(found.chosen) == "Fine.<|im_end|>"
     assert tokenizer.decode(found.rejected) == "Bad.<|im_end|>"
-    # Named by nobody, it is ordinary, and the tokenizer's own end is appended.
+    # Unless it is one of the end ids, it is an ordinary token, and the tokenizer's own end is appended.
     assert tokenizer.decode(encoded(tokenizer, pair_of(" Hi.")).chosen) == "yes<|im_end|>\n</s>"
 
 
-def test_chat_begins_as_the_template_says_and_keeps_it() -> None:
+def test_the_begin_token_of_a_chat_template_survives_truncation() -> None:
     tokenizer = with_begin("{{ bos_token }}" + CHATML)
     dialogue = pair_of(*[" what do cats eat"] * 5)
     assert encoded(tokenizer, dialogue).prompt.count(tokenizer.bos_token_id) == 1
@@ -178,7 +180,7 @@ def test_format_chooses_between_text_and_template() -> None:
     assert encoded(templated, dialogue, format="hh") == encoded(byte_level(), dialogue)
 
 
-def test_what_cannot_work_is_said_at_once() -> None:
+def test_unusable_tokenizers_raise_in_the_constructor() -> None:
     tokenizer = byte_level()
     with pytest.raises(ValueError, match=r"max_length .*>= 8 tokens, got 7"):
         PairEncoder(tokenizer, 7)
@@ -188,7 +190,7 @@ def test_what_cannot_work_is_said_at_once() -> None:
         PairEncoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer))
     with pytest.raises(ValueError, match="Expected a fast tokenizer"):
         PairEncoder(PreTrainedTokenizerBase())
-    with pytest.raises(ValueError, match=r"refuses a dialogue .*no system.*use format 'hh'"):
+    with pytest.raises(ValueError, match=r"cannot render a dialogue .*no system.*use format 'hh'"):
         PairEncoder(byte_level("{{ raise_exception('no system') }}"))
     thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     with pytest.raises(ValueError, match=r"ends a prompt with .*<think>.*use format 'hh'"):
@@ -198,7 +200,7 @@ def test_what_cannot_work_is_said_at_once() -> None:
         PairEncoder(PreTrainedTokenizerFast(tokenizer_object=one_word, eos_token="</s>"))
 
 
-def test_fingerprint_sees_everything_that_changes_ids() -> None:
+def test_content_hash_covers_everything_that_changes_ids() -> None:
     def fingerprint(tokenizer: PreTrainedTokenizerFast, *options: object) -> str:
         return PairEncoder(tokenizer, *options).content_sha256
 
@@ -222,11 +224,11 @@ def test_truncation_and_padding_of_the_tokenizer_file_are_not_applied() -> None:
     assert encoded(tokenizer, pair_of(" what do cats eat")) == expected
 
 
-def test_ids_are_those_of_trl_on_real_rows(hh_rlhf: Path, pretrained: Path) -> None:
-    """TRL 1.16: the prompt ends where the tokens of prompt, prompt + chosen and prompt + rejected part."""
+def test_ids_equal_those_of_trl_on_real_rows(hh_rlhf: Path, pretrained: Path) -> None:
+    """In TRL 1.16 the prompt ends where the tokens of prompt, prompt + chosen and prompt + rejected differ."""
     prefix = pytest.importorskip("trl.data_utils").common_prefix_length
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
-    tokenizer.model_max_length = WHOLE  # or it remarks on every longer text
+    tokenizer.model_max_length = WHOLE  # or it warns about every longer text
     encoder, end = PairEncoder(tokenizer, WHOLE), tokenizer.eos_token
     found = 0
     for file in sorted(hh_rlhf.glob("*/test.jsonl.gz")):
@@ -250,7 +252,7 @@ STRICT = (
 )
 
 
-def test_a_system_message_is_rendered_by_a_template_that_has_a_place_for_it() -> None:
+def test_a_system_message_is_kept_if_the_template_renders_it() -> None:
     tokenizer = byte_level(CHATML)
     encoded = PairEncoder(tokenizer).encode(SYSTEM_PAIR)
     assert isinstance(encoded, EncodedPair)
@@ -265,11 +267,11 @@ def test_a_system_message_is_rendered_by_a_template_that_has_a_place_for_it() ->
 
 
 @pytest.mark.parametrize("template", [None, DEAF, STRICT])
-def test_a_system_message_is_refused_where_it_would_be_lost(template: str | None) -> None:
+def test_a_system_message_is_refused_if_it_would_be_lost(template: str | None) -> None:
     assert PairEncoder(byte_level(template)).encode(SYSTEM_PAIR) == Refusal.SYSTEM_WITHOUT_TEMPLATE
 
 
-def test_a_marker_inside_of_a_turn_is_refused_where_it_would_begin_another() -> None:
+def test_a_turn_marker_in_the_text_is_refused_without_a_template() -> None:
     pair = DialoguePair((Turn(Role.HUMAN, " Hello"),), " Good day.\n\nHuman: No.", " Bye.")
     assert PairEncoder(byte_level()).encode(pair) == Refusal.CONTROL_TOKEN_IN_TEXT
     assert isinstance(PairEncoder(byte_level(CHATML)).encode(pair), EncodedPair)

@@ -1,4 +1,4 @@
-"""Preference losses: numbers of the papers, closed-form gradients, and what must hold for any log-probabilities."""
+"""Preference losses: values from the papers, closed-form gradients, and what must hold for any log-probabilities."""
 
 import math
 import re
@@ -66,8 +66,8 @@ EVERY = (
 )
 
 
-def named(value: object) -> str | None:
-    """An id that every process makes alike: a function's address is none."""
+def loss_id(value: object) -> str | None:
+    """Return a test id that is the same in every process, which the repr of a function is not."""
     return repr(value) if isinstance(value, PreferenceLoss | Divergence) else None
 
 
@@ -80,9 +80,9 @@ shares = st.sampled_from([0.0, 0.1, 0.3, 0.5])
 
 
 def logps(policy: object, reference: object, dtype: torch.dtype = torch.float32) -> PairLogps:
-    """Log-probabilities of pairs whose answers have one token each, as likely as a draw of the policy."""
-    ours, theirs = (torch.as_tensor(values, dtype=dtype).flatten() for values in (policy, reference))
-    return PairLogps(ours, theirs, torch.zeros_like(ours), (1,) * len(ours))
+    """Return log-probabilities of pairs of one-token answers that are as likely as what the policy samples."""
+    policy, reference = (torch.as_tensor(values, dtype=dtype).flatten() for values in (policy, reference))
+    return PairLogps(policy, reference, torch.zeros_like(policy), (1,) * len(policy))
 
 
 def of_rows(rows: list[tuple[float, float, float, float]], dtype: torch.dtype = torch.float32) -> PairLogps:
@@ -90,17 +90,17 @@ def of_rows(rows: list[tuple[float, float, float, float]], dtype: torch.dtype = 
 
 
 def random_pairs(counts: tuple[int, ...], seed: int = 0) -> PairLogps:
-    """Answers of these many tokens, each with a log-probability of its own, in float64."""
+    """Return answers with these numbers of tokens and random log-probabilities, in float64."""
     generator = torch.Generator().manual_seed(seed)
-    ours, theirs, on_policy = torch.randn(3, sum(counts), generator=generator, dtype=torch.float64)
-    return PairLogps(-ours.abs() - 0.1, -theirs.abs() - 0.1, on_policy, counts)
+    policy, reference, on_policy = torch.randn(3, sum(counts), generator=generator, dtype=torch.float64)
+    return PairLogps(-policy.abs() - 0.1, -reference.abs() - 0.1, on_policy, counts)
 
 
 THREE = logps(POLICY, REFERENCE)
 
 
-def close(found: Tensor, expected: list[float]) -> None:
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=found.dtype), rtol=1e-5, atol=1e-6)
+def assert_close(actual: Tensor, expected: list[float]) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=actual.dtype), rtol=1e-5, atol=1e-6)
 
 
 def S(x: float) -> float:
@@ -112,12 +112,12 @@ def lS(x: float) -> float:
 
 
 def of_h(function: Callable[[float], float]) -> list[float]:
-    """A function of x = beta h at h = 0, 10, 20."""
+    """Evaluate a function of x = beta h at h = 0, 10, 20."""
     return [function(x) for x in (0.0, 1.0, 2.0)]
 
 
 def of_ratios(function: Callable[[float, float], float]) -> list[float]:
-    """A function of both log-ratios of each pair."""
+    """Evaluate a function of the two log-ratios of each pair."""
     return [function(w, r) for w, r in zip(CHOSEN, REJECTED, strict=True)]
 
 
@@ -196,7 +196,7 @@ GOLDEN = [  # loss, its formula written out, and the same as numbers
 
 @pytest.mark.parametrize(("loss", "formula", "numbers"), GOLDEN, ids=lambda value: repr(value)[:40])
 def test_golden_numbers(loss: PreferenceLoss, formula: list[float], numbers: list[float] | None) -> None:
-    close(loss(THREE), formula)
+    assert_close(loss(THREE), formula)
     assert numbers is None or formula == pytest.approx(numbers, abs=2e-6)
 
 
@@ -209,15 +209,17 @@ def test_a_margin_moves_the_logit() -> None:
     expected = [-lS(x - m) for x, m in zip((0.0, 1.0, 2.0), margins, strict=True)]
     assert expected == pytest.approx([1.313262, 1.313262, 0.078889], abs=2e-6)
     given = replace(THREE, margins=torch.tensor(margins))
-    close(ODPO()(given), expected)
-    close(Sum((ODPO(), NLL()), (1.0, 2.0))(given), [x + 2 * n for x, n in zip(expected, (0.5, 10.0, 1.0), strict=True)])
+    assert_close(ODPO()(given), expected)
+    assert_close(
+        Sum((ODPO(), NLL()), (1.0, 2.0))(given), [x + 2 * n for x, n in zip(expected, (0.5, 10.0, 1.0), strict=True)]
+    )
     users = {loss for loss in EVERY if loss.uses_margins}
     assert {type(loss.loss) if isinstance(loss, LD | WPO) else type(loss) for loss in users} == {ODPO}
     for loss in EVERY:
         assert torch.equal(loss(given), loss(THREE)) != loss.uses_margins
 
 
-STARTS = [
+INITIAL_LOSSES = [
     (LOG2, [DPO(), DPO(label_smoothing=0.3), RobustDPO(), LengthNormalizedDPO(), AOT(), AOTUnpaired()]),
     (LOG2, [DPO(divergence=score) for score in EXAMPLE_DIVERGENCES] + [LD(DPO(), alpha) for alpha in (0.0, 0.4)]),
     (25, [IPO()]),  # 1/(4 b^2)
@@ -230,8 +232,10 @@ STARTS = [
 ]
 
 
-@pytest.mark.parametrize(("expected", "loss"), [(value, loss) for value, losses in STARTS for loss in losses], ids=repr)
-def test_the_constant_at_the_start(expected: float, loss: PreferenceLoss) -> None:
+@pytest.mark.parametrize(
+    ("expected", "loss"), [(value, loss) for value, losses in INITIAL_LOSSES for loss in losses], ids=repr
+)
+def test_initial_loss(expected: float, loss: PreferenceLoss) -> None:
     assert loss.initial_loss == pytest.approx(expected, rel=1e-9)
 
 
@@ -272,14 +276,15 @@ REWARDS = [  # of an answer of two tokens with lp -3 and reference -1
 
 @pytest.mark.parametrize(("loss", "expected"), REWARDS, ids=repr)
 def test_rewards(loss: PreferenceLoss, expected: float) -> None:
-    ours, theirs = torch.tensor([-2.0, -1.0, -5.0], requires_grad=True), torch.tensor([-0.7, -0.3, -4.0])
-    found = loss.rewards(PairLogps(ours, theirs, torch.zeros(3), (2, 1)))
-    assert found[0, 0].item() == pytest.approx(expected)
-    assert not found.requires_grad
+    policy = torch.tensor([-2.0, -1.0, -5.0], requires_grad=True)
+    reference = torch.tensor([-0.7, -0.3, -4.0])
+    rewards = loss.rewards(PairLogps(policy, reference, torch.zeros(3), (2, 1)))
+    assert rewards[0, 0].item() == pytest.approx(expected)
+    assert not rewards.requires_grad
 
 
 def gradient(loss: PreferenceLoss, given: PairLogps) -> Tensor:
-    """By the log-probability of every token."""
+    """Return the gradient with respect to the log-probability of every token."""
     policy = given.policy_token_logps.clone().requires_grad_()
     loss(replace(given, policy_token_logps=policy)).sum().backward()
     assert policy.grad is not None
@@ -290,9 +295,9 @@ def test_gradient_is_the_closed_form() -> None:
     # d/d lp(y_w) = -beta sigmoid(-beta h), and the opposite for y_l
     expected = [-BETA * S(-x) for x in (0, 1, 2)]
     assert expected == pytest.approx([-0.05, -0.0268941, -0.0119203], abs=1e-6)
-    found = gradient(DPO(BETA), THREE).view(-1, 2)
-    close(found[:, 0], expected)
-    close(found[:, 1], [-x for x in expected])
+    actual = gradient(DPO(BETA), THREE).view(-1, 2)
+    assert_close(actual[:, 0], expected)
+    assert_close(actual[:, 1], [-x for x in expected])
 
 
 x_of = {  # derivative by x = beta h, as a function of x
@@ -306,7 +311,7 @@ x_of = {  # derivative by x = beta h, as a function of x
 }
 
 
-@pytest.mark.parametrize(("loss", "slope"), x_of.items(), ids=named)
+@pytest.mark.parametrize(("loss", "slope"), x_of.items(), ids=loss_id)
 def test_gradient_of_losses_of_the_difference(loss: PreferenceLoss, slope: Callable[[float], float]) -> None:
     h = torch.tensor([-12.0, -1.0, 0.0, 3.0, 25.0], dtype=torch.float64)
     given = logps(torch.stack([h - 7, torch.full_like(h, -7)], 1), torch.full((5, 2), -7.0), torch.float64)
@@ -324,10 +329,10 @@ slopes_of_answers = {  # derivatives by D_w and by D_l
 }
 
 
-@pytest.mark.parametrize(("loss", "slopes"), slopes_of_answers.items(), ids=named)
+@pytest.mark.parametrize(("loss", "slopes"), slopes_of_answers.items(), ids=loss_id)
 def test_gradient_of_losses_of_answers(loss: PreferenceLoss, slopes: Callable) -> None:
     expected = [slope for w, r in zip(CHOSEN, REJECTED, strict=True) for slope in slopes(w, r)]
-    close(gradient(loss, THREE), expected)
+    assert_close(gradient(loss, THREE), expected)
 
 
 @given(rows_of_nats, betas, shares)
@@ -336,8 +341,8 @@ def test_gradient_of_dpo_is_the_closed_form_everywhere(rows, beta: float, smooth
     margin = beta * (given_logps.logratios[:, 0] - given_logps.logratios[:, 1])
     # of -(1-e) log sigmoid(x) - e log sigmoid(-x): -(1-e) sigmoid(-x) + e sigmoid(x)
     expected = beta * (smoothing * margin.sigmoid() - (1 - smoothing) * (-margin).sigmoid())
-    found = gradient(DPO(beta, smoothing), given_logps).view(-1, 2)
-    torch.testing.assert_close(found, torch.stack([expected, -expected], 1))
+    actual = gradient(DPO(beta, smoothing), given_logps).view(-1, 2)
+    torch.testing.assert_close(actual, torch.stack([expected, -expected], 1))
 
 
 @every_loss
@@ -383,7 +388,7 @@ def test_half_of_the_labels_flipped_is_symmetric(rows, beta: float) -> None:
 
 
 @pytest.mark.parametrize("loss", [loss for loss in EVERY if not loss.needs_whole_batch], ids=repr)
-def test_a_pair_costs_the_same_whatever_stands_beside_it(loss: PreferenceLoss) -> None:
+def test_the_loss_of_a_pair_does_not_depend_on_other_pairs(loss: PreferenceLoss) -> None:
     counts = ((3, 5), (2, 2), (4, 1), (6, 7))
     pairs = random_pairs(tuple(n for pair in counts for n in pair))
     sizes = [sum(pair) for pair in counts]
@@ -431,14 +436,14 @@ def test_losses_per_token_do_not_see_length(loss: PreferenceLoss) -> None:
         (Alpha(0.5), lambda d: math.exp(-0.5 * d)),
         (Alpha(2.0), lambda d: math.exp(d)),
     ],
-    ids=named,
+    ids=loss_id,
 )
 def test_scores_are_0_at_0_and_rise(score: Divergence, slope: Callable[[float], float]) -> None:
     d = torch.tensor([[-20.0, -1.0], [0.0, 0.0], [1.0, 10.0]], dtype=torch.float64, requires_grad=True)
     values = score(d)
     assert values[1].tolist() == [0, 0]
-    (found,) = torch.autograd.grad(values.sum(), d)
-    assert found.flatten().tolist() == pytest.approx([slope(x) for x in d.flatten().tolist()])
+    (slopes,) = torch.autograd.grad(values.sum(), d)
+    assert slopes.flatten().tolist() == pytest.approx([slope(x) for x in d.flatten().tolist()])
 
 
 @pytest.mark.parametrize("score", [*EXAMPLE_DIVERGENCES, Alpha(0.0), Alpha(3.0)], ids=repr)
@@ -459,10 +464,10 @@ def test_alpha_0_is_forward_kl() -> None:
 
 
 def test_ld_weighs_tokens_beyond_the_shorter_answer_under_both_models() -> None:
-    ours, theirs = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0]), torch.tensor([-0.1, -0.2, -0.3, -0.4, -0.5])
-    found = LD(DPO(), 0.25)(PairLogps(ours, theirs, torch.zeros(5), (1, 4)))
+    policy, reference = torch.tensor([[-1.0, -2.0, -3.0, -4.0, -5.0], [-0.1, -0.2, -0.3, -0.4, -0.5]])
+    actual = LD(DPO(), 0.25)(PairLogps(policy, reference, torch.zeros(5), (1, 4)))
     chosen, rejected = -1 + 0.1, (-2 + 0.2) + 0.25 * (-12 + 1.2)
-    close(found, [-lS(BETA * (chosen - rejected))])
+    assert_close(actual, [-lS(BETA * (chosen - rejected))])
 
 
 @every_loss
@@ -475,10 +480,10 @@ def test_wpo_weighs_by_the_mean_over_tokens_of_both_answers() -> None:
     on_policy = torch.tensor([-0.5, -1.5, -0.3])
     pair = PairLogps(torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -1.0, -1.0]), on_policy, (2, 1))
     # w_w = exp((-0.5 - 1.5) / 2), w_l = exp(-0.3); h = 0 - (-2)
-    close(WPO(DPO())(pair), [-lS(BETA * 2) * math.exp(-1) * math.exp(-0.3)])
+    assert_close(WPO(DPO())(pair), [-lS(BETA * 2) * math.exp(-1) * math.exp(-0.3)])
 
 
-def test_wpo_and_ld_nest_in_any_order() -> None:
+def test_wpo_and_ld_can_be_nested_in_any_order() -> None:
     pairs = random_pairs((3, 5, 2, 2, 4, 1))
     torch.testing.assert_close(WPO(LD(IPO(), 0.2))(pairs), LD(WPO(IPO()), 0.2)(pairs))
 
@@ -525,27 +530,23 @@ def test_wrong_parameters_are_refused(loss: type, settings: dict[str, float], me
         loss(**settings)
 
 
-def test_the_table_holds_every_loss() -> None:
-    named = {dpo.losses.__dict__[name] for name in dpo.losses.__all__}
-    assert {type(loss) for loss in EXAMPLE_LOSSES} == {x for x in named if issubclass(x, PreferenceLoss)} - {
-        PreferenceLoss
-    }
-    assert {type(score) for score in EXAMPLE_DIVERGENCES} == {x for x in named if issubclass(x, Divergence)} - {
-        Divergence
-    }
+def test_the_table_has_every_loss() -> None:
+    classes = {dpo.losses.__dict__[name] for name in dpo.losses.__all__} - {PreferenceLoss, Divergence}
+    assert {type(loss) for loss in EXAMPLE_LOSSES} == {cls for cls in classes if issubclass(cls, PreferenceLoss)}
+    assert {type(score) for score in EXAMPLE_DIVERGENCES} == {cls for cls in classes if issubclass(cls, Divergence)}
 
 
 @pytest.mark.parametrize("loss", dict.fromkeys(map(type, EXAMPLE_LOSSES)), ids=lambda loss: loss.__name__)
-def test_every_loss_says_what_it_is_its_formula_and_its_source(loss: type) -> None:
-    what, formula, source = docstring_paragraphs(loss)
-    assert what.endswith(".") and formula and "arXiv" in source
+def test_every_docstring_has_description_formula_and_source(loss: type) -> None:
+    description, formula, source = docstring_paragraphs(loss)
+    assert description.endswith(".") and formula and "arXiv" in source
 
 
 def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["losses"]) == 0
     text = capsys.readouterr().out
-    for found in (*(type(loss).__name__ for loss in EXAMPLE_LOSSES), "2.761231", "[log p - log sum_v p_v^2]"):
-        assert found in text
+    for part in (*(type(loss).__name__ for loss in EXAMPLE_LOSSES), "2.761231", "[log p - log sum_v p_v^2]"):
+        assert part in text
 
 
 TESTED = ("losses/test_losses", "models/test_scoring", "models/test_reference")
@@ -557,7 +558,7 @@ EQUATIONS = [
 
 
 @pytest.mark.parametrize(("equation", "symbol", "file", "test"), EQUATIONS, ids=lambda cell: cell)
-def test_the_document_of_equations_holds(equation: str, symbol: str, file: str, test: str) -> None:
+def test_the_document_of_equations_matches_code_and_tests(equation: str, symbol: str, file: str, test: str) -> None:
     code = (ROOT / file).read_text(encoding="utf-8")
     assert f"class {symbol}(" in code or f"def {symbol}(" in code
     tests = "".join((ROOT / "tests" / f"{name}.py").read_text(encoding="utf-8") for name in TESTED)
@@ -566,5 +567,5 @@ def test_the_document_of_equations_holds(equation: str, symbol: str, file: str, 
     assert not number or number[1] in code
 
 
-def test_every_loss_stands_in_the_document_of_equations() -> None:
+def test_every_loss_is_in_the_document_of_equations() -> None:
     assert {type(loss).__name__ for loss in EXAMPLE_LOSSES} <= {symbol for _, symbol, *_ in EQUATIONS}

@@ -1,6 +1,7 @@
-"""The two ways of attending over a flat row against each other; the kernel of the second is played by plain torch here.
+"""Attention over a flat row: one call per segment against one kernel call for all, and ordinary rows.
 
-On a CUDA device the kernel itself is compared by the preflight of every run, and by the last test where there is one.
+The kernel is replaced by plain torch. On a CUDA device the real one is compared by the last test, and by the preflight
+of every run.
 """
 
 import pytest
@@ -15,18 +16,25 @@ from transformers.masking_utils import (
 )
 
 from dpo.models import attention
-from dpo.models.attention import MaskRule, NotShareableError, _by_segments, _in_one_call, make_mask_rule
+from dpo.models.attention import (
+    MaskRule,
+    NotShareableError,
+    _attend_in_one_call,
+    _attend_per_segment,
+    flat_row,
+    make_mask_rule,
+)
 from dpo.models.batch import Batch
 from dpo.models.prompt_sharing import enable_prefix_sharing, standard_attention
 from dpo.models.scoring import score
-from tests.support.sharing import build, random_batch
+from tests.support.sharing import SHARED, build, random_batch
 
 
 def kernel(
     q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,
     *, scale: float, window_size: tuple[int, int], enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
-    """What the variable-length kernel promises: causal from the bottom right, `window_size[0]` keys to the left."""
+    """Do what the variable-length kernel promises: causal from the last key, `window_size[0]` keys to the left."""
     assert longest_q == starts_q.diff().max() and longest_k == starts_k.diff().max()
     assert window_size[1] == 0 and enable_gqa == (q.shape[1] != k.shape[1])
     parts = []
@@ -35,8 +43,8 @@ def kernel(
         query = torch.arange(d - c - (b - a), d - c)[:, None]
         key = torch.arange(d - c)[None]
         seen = (key <= query) & ((window_size[0] < 0) | (key >= query - window_size[0]))
-        x, y, z = (each.transpose(0, 1)[None] for each in (q[a:b], k[c:d], v[c:d]))
-        parts.append(F.scaled_dot_product_attention(x, y, z, attn_mask=seen, scale=scale, enable_gqa=True)[0])
+        segment = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+        parts.append(F.scaled_dot_product_attention(*segment, attn_mask=seen, scale=scale, enable_gqa=True)[0])
     return torch.cat(parts, dim=1).transpose(0, 1)
 
 
@@ -55,18 +63,16 @@ def test_one_call_equals_segments_in_values_and_gradients(
     batch = random_batch()
     rule = MaskRule(sliding_window_causal_mask_function(window), window) if window else None
     tensors = inputs(batch, 4, groups)
-    none = {"softcap": None, "sinks": None}
-    by_segments = _by_segments(batch.layout, *tensors, rule, 0.3, **none)
-    in_one_call = _in_one_call(batch.layout, *tensors, window, 0.3)
-    torch.testing.assert_close(in_one_call, by_segments)
-    pull = torch.randn_like(by_segments)
-    for one, other in zip(
-        torch.autograd.grad(in_one_call, tensors, pull), torch.autograd.grad(by_segments, tensors, pull), strict=True
-    ):
-        torch.testing.assert_close(one, other)
+    per_segment = _attend_per_segment(batch.layout, *tensors, rule, scale=0.3, softcap=None, sinks=None)
+    in_one_call = _attend_in_one_call(batch.layout, *tensors, window, 0.3)
+    torch.testing.assert_close(in_one_call, per_segment)
+    upstream = torch.randn_like(per_segment)
+    found = torch.autograd.grad(in_one_call, tensors, upstream)
+    torch.testing.assert_close(found, torch.autograd.grad(per_segment, tensors, upstream))
 
 
-def test_a_window_is_told_from_chunks_and_from_everything_else() -> None:
+@flat_row()
+def test_a_sliding_window_is_distinguished_from_other_masks() -> None:
     assert make_mask_rule(mask_function=causal_mask_function) is None
     for size in (1, 2, 7):
         sliding = make_mask_rule(mask_function=sliding_window_causal_mask_function(size), local_size=size)
@@ -78,9 +84,29 @@ def test_a_window_is_told_from_chunks_and_from_everything_else() -> None:
     assert other is not None and other.window is None
 
 
-def test_a_mask_that_is_no_rule_of_positions_is_refused() -> None:
+@flat_row()
+def test_a_mask_that_does_not_depend_on_positions_alone_is_refused() -> None:
     with pytest.raises(NotShareableError, match="not a function of positions"):
         make_mask_rule(mask_function=causal_mask_function, use_vmap=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen3", "gpt_oss"])
+def test_a_model_that_shares_prompts_generates_as_any_other(family: str) -> None:
+    """Without a layout it reads ordinary rows, padded on the left and with cached keys.
+
+    The windows of mistral, gemma2 and gpt_oss are shorter than the rows; gemma2 caps scores, gpt_oss has sinks.
+    """
+    model = build(family, SHARED[family])
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(ids, **options)
+    enable_prefix_sharing(model)
+    found = model.generate(ids, **options)
+    assert torch.equal(found.sequences, expected.sequences) and found.sequences.shape[1] > 16
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""Compiled layers: the same numbers, and few compilations however the lengths of batches vary."""
+"""Compiled layers: the same numbers, and few compilations however batch lengths vary."""
 
 import random
 from dataclasses import replace
@@ -26,7 +26,7 @@ def batch_of(pairs: int, seed: int) -> Batch:
     return collate([Example(str(i), tokens(), (tokens(), tokens())) for i in range(pairs)])
 
 
-@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own inner workings
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
 @pytest.mark.slow  # torch's compiler takes half a minute on one core
 def test_one_compilation_serves_every_batch() -> None:
     model = build("llama", {"num_hidden_layers": 2})
@@ -37,17 +37,17 @@ def test_one_compilation_serves_every_batch() -> None:
     torch._dynamo.reset()
     counters.clear()
     compiled = []
-    for batch, wanted in zip(batches, expected, strict=True):
+    for batch, logps in zip(batches, expected, strict=True):
         found = score(model, batch).logps
         found.sum().backward()
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, logps, rtol=1e-4, atol=1e-4)
         compiled.append(counters["stats"]["unique_graphs"])
-    assert compiled[-1] == compiled[1] <= 8  # the pieces before and behind the attention, their lengths symbolic
+    assert compiled[-1] == compiled[1] <= 8  # the parts before and after the attention, for any length
 
 
-@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own inner workings
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about itself
 @pytest.mark.slow  # torch's compiler takes half a minute on one core
-def test_recomputed_layers_run_the_kernels_of_those_that_are_not() -> None:
+def test_layers_run_the_same_kernels_with_and_without_recomputation() -> None:
     reference, policy = (build("llama", {"num_hidden_layers": 2}) for _ in range(2))
     policy.load_state_dict(reference.state_dict())
     for model, recomputed in ((reference, False), (policy, True)):
@@ -59,12 +59,12 @@ def test_recomputed_layers_run_the_kernels_of_those_that_are_not() -> None:
         for model in (policy, reference):
             model.zero_grad()
             score(model, batch).logps.sum().backward()
-        for ours, theirs in zip(policy.parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+        for p, q in zip(policy.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # imported by torch's own compiler
-def test_answers_are_written_without_compilation() -> None:
+def test_answers_are_generated_without_compilation() -> None:
     loader = ModelLoader()
     model, encoder = loader.load_model(str(policy())), PairEncoder(loader.load_tokenizer(str(policy())), 64)
     enable_prefix_sharing(model)

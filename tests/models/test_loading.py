@@ -1,4 +1,4 @@
-"""How models are read: in float32, from safetensors, without their code; and what stands in the way is said."""
+"""Models are loaded in float32, from safetensors and without running their code; errors name what is wrong."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def test_quickstart_is_the_shipped_policy(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "someone/not-here", "./nowhere"])
-def test_what_is_not_there_is_named(path: str) -> None:
+def test_a_missing_model_is_named(path: str) -> None:
     with pytest.raises(ValueError, match=path):
         ModelLoader().load_model(path)
     with pytest.raises(ValueError, match=path):
@@ -46,7 +46,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         ModelLoader().load_tokenizer(str(tmp_path))
 
 
-def test_pickled_weights_are_read_only_where_that_is_said(tmp_path: Path) -> None:
+def test_pickled_weights_are_read_only_if_allowed(tmp_path: Path) -> None:
     model = make_tiny_model()
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -56,17 +56,17 @@ def test_pickled_weights_are_read_only_where_that_is_said(tmp_path: Path) -> Non
     assert weights_sha256(ModelLoader(pickled_weights=True).load_model(str(tmp_path))) == weights_sha256(model)
 
 
-def test_weights_that_are_not_all_of_the_model_are_refused(tmp_path: Path) -> None:
+def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
     make_tiny_model().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
     save_file({name: weight for name, weight in weights.items() if "layers.1." not in name}, file, {"format": "pt"})
     lost = [name for name in weights if "layers.1." in name]
-    with pytest.raises(ValueError, match=rf"{len(lost)} are missing, which would be random \(model\.layers\.1\."):
+    with pytest.raises(ValueError, match=rf"{len(lost)} are missing and would be random \(model\.layers\.1\."):
         ModelLoader().load_model(str(tmp_path))
 
 
-def test_weights_lie_as_those_of_a_copy_wherever_they_are_in_the_file(tmp_path: Path) -> None:
+def test_weights_are_aligned_wherever_they_are_in_the_file(tmp_path: Path) -> None:
     make_tiny_model().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     for padding in ("", "8 bytes."):
@@ -74,7 +74,7 @@ def test_weights_lie_as_those_of_a_copy_wherever_they_are_in_the_file(tmp_path: 
         assert not any(p.data_ptr() % 64 for p in ModelLoader().load_model(str(tmp_path)).parameters())
 
 
-def test_weights_that_were_cut_short_are_named(tmp_path: Path) -> None:
+def test_truncated_weights_are_named(tmp_path: Path) -> None:
     make_tiny_model().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -82,7 +82,7 @@ def test_weights_that_were_cut_short_are_named(tmp_path: Path) -> None:
         ModelLoader().load_model(str(tmp_path))
 
 
-def test_weights_of_other_shapes_than_the_configuration_says_are_named(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_configuration_are_named(tmp_path: Path) -> None:
     make_tiny_model().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
@@ -102,7 +102,7 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
-def test_code_of_a_model_is_run_only_where_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_a_model_is_run_only_if_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "own"
     make_tiny_model().save_pretrained(folder)
@@ -118,7 +118,7 @@ def test_code_of_a_model_is_run_only_where_that_is_said(tmp_path: Path, monkeypa
     assert Path("executed").exists()
 
 
-def test_the_hash_is_of_every_name_type_shape_and_byte() -> None:
+def test_the_hash_covers_every_name_type_shape_and_byte() -> None:
     def build() -> torch.nn.Module:
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
@@ -166,7 +166,7 @@ def test_recomputed_layers_give_the_same_gradients() -> None:
 
 
 @pytest.mark.parametrize(("compiled", "option"), [(False, "gradient_checkpointing"), (True, "compile")])
-def test_a_model_without_marked_layers_is_not_silently_left_as_it_is(compiled: bool, option: str) -> None:
+def test_options_for_layers_are_refused_for_a_model_that_marks_none(compiled: bool, option: str) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("openai-gpt", n_embd=32, n_head=4, n_layer=2))
     with pytest.raises(ValueError, match=rf"--model\.{option}: OpenAIGPTLMHeadModel does not say what its layers are"):
         prepare_layers(model, compile_layers=compiled, gradient_checkpointing=not compiled)

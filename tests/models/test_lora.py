@@ -1,4 +1,4 @@
-"""Adapters: what trains and what does not, merged weights, files; the gradients are those of a plain forward."""
+"""Adapters: which weights train, merged weights, files, and gradients against those of a plain forward pass."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ def case(
 
 
 def trained(adapter: Adapter, path: Path, seed: int = 0) -> PreTrainedModel:
-    """A policy whose adapter is no longer without effect."""
+    """Load a policy and give all weights that train random values, so that its adapter has an effect."""
     model = adapter.load_policy(ModelLoader(), str(path))
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def logits(model: PreTrainedModel) -> Tensor:
     return model(IDS).logits
 
 
-def test_a_new_adapter_trains_alone_and_changes_nothing_yet(case: tuple[Path, LoRA]) -> None:
+def test_only_a_new_adapter_trains_and_it_has_no_effect_yet(case: tuple[Path, LoRA]) -> None:
     base, adapter = case
     plain, model = ModelLoader().load_model(str(base)), adapter.load_policy(ModelLoader(), str(base))
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -80,7 +80,7 @@ def test_the_model_without_its_adapter_is_the_base_and_shares_its_weights(case: 
     off = lora.model_without_adapter(model)
     assert weights_sha256(off) == weights_sha256(plain), "names and bytes of the base"
     own = {p.data_ptr() for p in model.parameters()}
-    assert all(p.data_ptr() in own for p in off.parameters()), "no weight is in memory twice"
+    assert all(p.data_ptr() in own for p in off.parameters()), "every weight is shared"
     assert torch.equal(logits(off), logits(plain)) and not torch.allclose(logits(model), logits(plain), atol=0.1)
 
 
@@ -109,7 +109,7 @@ def test_merged_weights_are_base_plus_scaled_product(
     torch.testing.assert_close(lora.effective_weight(model, "model.layers.0.self_attn.q_proj.weight"), expected)
 
 
-def test_an_adapter_is_saved_alone_and_read_back_to_the_bit(case: tuple[Path, LoRA], tmp_path: Path) -> None:
+def test_an_adapter_is_saved_alone_and_loaded_unchanged(case: tuple[Path, LoRA], tmp_path: Path) -> None:
     base, adapter = case
     model = trained(adapter, base)
     folder = tmp_path / "adapter"
@@ -121,21 +121,21 @@ def test_an_adapter_is_saved_alone_and_read_back_to_the_bit(case: tuple[Path, Lo
     }
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(p.numel() for p in load_file(folder / "adapter_model.safetensors").values()) == trains
-    ours = AsLoaded().load_policy(ModelLoader(), str(folder))
-    assert torch.equal(logits(ours), logits(model))
-    assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == trains, "it trains on"
+    loaded = AsLoaded().load_policy(ModelLoader(), str(folder))
+    assert torch.equal(logits(loaded), logits(model))
+    assert sum(p.numel() for p in loaded.parameters() if p.requires_grad) == trains, "it can be trained further"
     assert adapter_base_model(str(folder)) == str(base)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:fan_in_fan_out is set")
-def test_an_adapter_is_read_by_anybody(case: tuple[Path, LoRA], tmp_path: Path) -> None:
+def test_an_adapter_can_be_read_by_transformers_and_peft(case: tuple[Path, LoRA], tmp_path: Path) -> None:
     from peft import PeftModel
 
     base, adapter = case
     model = trained(adapter, base)
     lora.save_model_or_adapter(model, tmp_path / "adapter")
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
-    for read in (AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), theirs):
+    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    for read in (AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), by_peft):
         torch.testing.assert_close(logits(read), logits(model))
 
 
@@ -149,7 +149,7 @@ def batch() -> Batch:
 
 
 def textbook(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """log p of every scored token out of full logits."""
+    """Return log p of every scored token from all logits of whole sequences."""
     parts = []
     targets = batch.targets.split(batch.lengths)
     for sequence, target in zip(batch.answer_sequences(), targets, strict=True):
@@ -190,15 +190,15 @@ def test_gradients_are_those_of_a_plain_forward(case: tuple[Path, LoRA], recompu
         (QLoRA(), "bitsandbytes|CUDA"),
     ],
 )
-@pytest.mark.skipif(torch.cuda.is_available(), reason="four bits work here")
-def test_what_cannot_be_done_is_refused(adapter: Adapter, message: str) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="4-bit weights work here")
+def test_impossible_adapters_are_refused(adapter: Adapter, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adapter.load_policy(ModelLoader(), str(policy()))
 
 
-def test_nothing_is_merged_where_there_is_no_adapter() -> None:
+def test_merging_needs_an_adapter() -> None:
     with pytest.raises(
-        ValueError, match=r"--model\.adapter\.merge: .* is no adapter\. To add one: --model\.adapter LoRA"
+        ValueError, match=r"--model\.adapter\.merge: .* has no adapter\. To add one: --model\.adapter LoRA"
     ):
         AsLoaded(merge=True).load_policy(ModelLoader(), str(policy()))
 
@@ -211,11 +211,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_no_adapter_is_added_to_an_adapter(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"is an adapter already: leave --model\.adapter out"):
+    with pytest.raises(ValueError, match=r"is already an adapter: leave --model\.adapter out"):
         LoRA().load_policy(ModelLoader(), str(folder))
 
 
-def test_an_adapter_without_tokenizer_has_that_of_its_base(folder: Path) -> None:
+def test_an_adapter_without_a_tokenizer_uses_that_of_its_base(folder: Path) -> None:
     assert (
         ModelLoader().load_tokenizer(str(folder)).get_vocab() == ModelLoader().load_tokenizer(str(policy())).get_vocab()
     )
@@ -223,7 +223,7 @@ def test_an_adapter_without_tokenizer_has_that_of_its_base(folder: Path) -> None
     assert read_end_ids(str(folder)) == read_end_ids(str(policy())) == [2]
 
 
-def test_pickled_adapters_are_not_read_unasked(folder: Path) -> None:
+def test_pickled_adapters_are_read_only_if_allowed(folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     torch.save(load_file(file), folder / "adapter_model.bin")
     file.unlink()
@@ -246,7 +246,7 @@ def test_an_adapter_that_does_not_fit_is_refused(folder: Path, change: str) -> N
 
 
 @pytest.mark.parametrize("change", [{"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}])
-def test_other_adapters_are_refused_by_name(folder: Path, change: dict[str, object]) -> None:
+def test_adapters_other_than_lora_are_refused(folder: Path, change: dict[str, object]) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match="expected a LoRA adapter without modules_to_save"):
@@ -265,7 +265,7 @@ def run(lab: Lab) -> Run:
     return lab.fit("adapter", *WORDS, *HEAD)
 
 
-def test_checkpoints_hold_the_adapter_and_its_moments_alone(run: Run) -> None:
+def test_checkpoints_hold_only_the_adapter_and_its_moments(run: Run) -> None:
     saved = checkpoint(run)
     names = saved["state_dict"].keys()
     assert names and all(name.startswith("policy.") and ".lora_" in name for name in names)
@@ -277,7 +277,7 @@ def test_checkpoints_hold_the_adapter_and_its_moments_alone(run: Run) -> None:
     assert (run.checkpoint_folder / "last.ckpt").stat().st_size < min(full / 2, 300_000)
 
 
-def test_the_export_is_the_adapter_and_gives_what_was_trained(run: Run) -> None:
+def test_the_export_is_the_trained_adapter(run: Run) -> None:
     assert not (run.export_folder / "model.safetensors").exists()
     assert (run.export_folder / "adapter_model.safetensors").stat().st_size < 50_000
     assert oct((run.export_folder / "adapter_model.safetensors").stat().st_mode)[-3:] == "644"
@@ -288,7 +288,7 @@ def test_the_export_is_the_adapter_and_gives_what_was_trained(run: Run) -> None:
     assert not torch.allclose(logits(model), logits(base), atol=1e-3)
     before = dict(base.named_parameters())
     for name, p in lora.model_without_adapter(model).named_parameters():
-        assert torch.equal(p, before[name]), "the base is as it was"
+        assert torch.equal(p, before[name]), "the base is unchanged"
 
 
 def test_a_merged_export_is_a_full_model(lab: Lab, run: Run) -> None:
@@ -300,18 +300,18 @@ def test_a_merged_export_is_a_full_model(lab: Lab, run: Run) -> None:
     )
 
 
-def test_an_adapter_is_trained_on_against_itself_as_it_was(
+def test_an_adapter_is_trained_further_against_itself_before_training(
     lab: Lab, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     more = lab.fit("more", *WORDS, f"--model.policy={run.export_folder}")
-    said = caplog.text
+    log = caplog.text
     trains = sum(value.numel() for value in checkpoint(run)["state_dict"].values())
-    assert f"{trains:,} parameters train" in said and "policy and reference are 0 nats a token apart" in said
-    assert "frozen copy of the adapter as it was loaded" in said
+    assert f"{trains:,} parameters train" in log and "policy and reference are 0 nats per token apart" in log
+    assert "frozen copy of the adapter as it was loaded" in log
     before, after = checkpoint(run)["state_dict"], checkpoint(more)["state_dict"]
     assert before.keys() == after.keys()
-    assert not any(torch.equal(before[name], after[name]) for name in before), "every part of it moves"
+    assert not any(torch.equal(before[name], after[name]) for name in before), "every weight of it changes"
 
 
 def test_resuming_is_exact(lab: Lab, run: Run) -> None:
@@ -322,7 +322,7 @@ def test_resuming_is_exact(lab: Lab, run: Run) -> None:
     assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in expected)
 
 
-def test_a_checkpoint_of_other_weights_is_refused(lab: Lab, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_another_model_is_refused(lab: Lab, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     last = f"--ckpt_path={run.checkpoint_folder / 'last.ckpt'}"
     for words in ([], ["--model.adapter=LoRA", "--model.adapter.targets=[q_proj]"], [*HEAD, "--model.adapter.r=8"]):
         assert lab.main("fit", "--name=other", *WORDS, *words, last) == 1

@@ -1,4 +1,4 @@
-"""Shared prompts change nothing, for every family: against the plain forward of `transformers`, row by row."""
+"""Shared prompts change nothing: against the plain forward pass of `transformers`, sequence by sequence."""
 
 import random
 from typing import Any
@@ -13,35 +13,29 @@ from dpo.models.batch import Batch, Example, collate
 from dpo.models.loading import prepare_layers
 from dpo.models.prompt_sharing import enable_prefix_sharing, share_if_exact, standard_attention, weight_sharing_copy
 from dpo.models.scoring import score
-from tests.support.sharing import (
-    DYNAMIC,
-    LLAMA4,
-    LONG,
-    OLD,
-    SEES,
-    SHARED,
-    build,
-    random_batch,
-)
+from tests.support.sharing import DYNAMIC, GPT2_SIZES, LLAMA4, LONGROPE, MULTIMODAL, SHARED, build, random_batch
 
 SEPARATE: dict[str, dict[str, Any]] = {
     "llama-dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
-    "phi3-long": {"rope_parameters": LONG, "original_max_position_embeddings": 40},
-    "gemma3-dynamic": SEES | {"text_config": SEES["text_config"] | {"rope_parameters": {"full_attention": DYNAMIC}}},
-    "bloom": OLD,  # ALiBi
+    "phi3-long": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 40},
+    "gemma3-dynamic": {
+        **MULTIMODAL,
+        "text_config": {**MULTIMODAL["text_config"], "rope_parameters": {"full_attention": DYNAMIC}},
+    },
+    "bloom": GPT2_SIZES,  # ALiBi
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 4},
-    "gptj": {**OLD, "rotary_dim": 4},
+    "gptj": {**GPT2_SIZES, "rotary_dim": 4},
     "gpt_neo": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 8},
     "mamba": {},
     "jamba": {},  # hybrid
     "recurrent_gemma": {"attention_window_size": 8},
-    "llama4_text-tuned": LLAMA4,  # attention scaled by the place in the row, from place 8192 on
-    "stablelm": {},  # keeps the layout from its attention
+    "llama4_text-tuned": LLAMA4,  # attention scaled by the index in the row, from 8192 on
+    "stablelm": {},  # does not pass the layout on to its attention
 }
 
 
-def alone(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The log-probs by the textbook: whole sequences, whole logits."""
+def separate_logps(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return log-probabilities as in a textbook: from all logits of whole sequences."""
     parts = []
     ends = torch.tensor(batch.lengths).cumsum(0).tolist()
     for tokens, end, scored in zip(batch.answer_sequences(), ends, batch.lengths, strict=True):
@@ -56,10 +50,10 @@ def gradients(loss: Tensor, model: PreTrainedModel) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_shared_equals_alone_in_values_and_gradients(name: str) -> None:
+def test_shared_equals_separate_in_values_and_gradients(name: str) -> None:
     model, batch = build(name, SHARED[name]), random_batch()
-    weights = torch.linspace(-1, 1, len(batch.targets))  # every token pulls differently
-    expected = alone(model, batch)
+    weights = torch.linspace(-1, 1, len(batch.targets))  # a different gradient for every token
+    expected = separate_logps(model, batch)
     wanted = gradients(expected @ weights, model)
     assert share_if_exact(model) == ""
     assert model.config._attn_implementation == PREFIX_SHARED_NAME
@@ -71,22 +65,30 @@ def test_shared_equals_alone_in_values_and_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SEPARATE)
-def test_what_cannot_share_runs_alone_and_says_why(name: str) -> None:
+def test_models_that_cannot_share_keep_separate_sequences_and_say_why(name: str) -> None:
     model, batch = build(name, SEPARATE[name]), random_batch()
     before = model.config._attn_implementation
     reason = share_if_exact(model)
     assert reason and model.config._attn_implementation == before
-    torch.testing.assert_close(score(model, batch).logps, alone(model, batch), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(score(model, batch).logps, separate_logps(model, batch), rtol=1e-5, atol=2e-5)
 
 
-def test_a_shared_model_without_a_layout_refuses() -> None:
-    model = build("llama", {})
+@pytest.mark.parametrize("name", SHARED)
+@torch.no_grad()
+def test_without_a_layout_logits_are_those_of_before(name: str) -> None:
+    """On ordinary rows, one of them padded, the model computes the same whether or not it can share prompts."""
+    model = build(name, SHARED[name])
+    ids = torch.randint(3, 97, (2, 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :10] = 0
+    real = mask.bool()
+    expected = model(input_ids=ids, attention_mask=mask).logits[real]
     enable_prefix_sharing(model)
-    with pytest.raises(TypeError, match="layout"):
-        model(input_ids=torch.tensor([[1, 2, 3]]))
+    found = model(input_ids=ids, attention_mask=mask).logits[real]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
 
 
-def test_plain_gives_the_ordinary_model_back_for_a_while() -> None:
+def test_standard_attention_is_that_of_transformers_and_ends_with_the_block() -> None:
     model = build("llama", {})
     ids = torch.tensor([[1, 5, 9, 4]])
     expected = model(input_ids=ids).logits
@@ -96,16 +98,16 @@ def test_plain_gives_the_ordinary_model_back_for_a_while() -> None:
     assert model.config._attn_implementation == PREFIX_SHARED_NAME
 
 
-def test_dynamic_frequencies_are_those_of_the_sequence_not_of_the_longest_so_far() -> None:
+def test_dynamic_frequencies_depend_on_the_sequence_and_not_on_the_longest_so_far() -> None:
     options = {"rope_parameters": DYNAMIC, "max_position_embeddings": 20}
     draw = random.Random(0)
     prompts = ([draw.randrange(3, 97) for _ in range(n)] for n in (50, 25, 10))  # the last is short enough as it is
     examples = [Example(str(i), prompt, ([5, 9, 2],)) for i, prompt in enumerate(prompts)]
-    expected = torch.cat([alone(build("llama", options), collate([example])) for example in examples])
+    expected = torch.cat([separate_logps(build("llama", options), collate([example])) for example in examples])
     torch.testing.assert_close(score(build("llama", options), collate(examples)).logps, expected, rtol=1e-5, atol=2e-5)
 
 
-def test_what_a_twin_reads_leaves_the_frequencies_of_the_other() -> None:
+def test_a_weight_sharing_copy_has_rotary_frequencies_of_its_own() -> None:
     model = build("phi3", SEPARATE["phi3-long"])
     frequencies = model.model.rotary_emb.inv_freq
     before, other = frequencies.clone(), weight_sharing_copy(model)
@@ -114,7 +116,7 @@ def test_what_a_twin_reads_leaves_the_frequencies_of_the_other() -> None:
     assert torch.equal(frequencies, before)
 
 
-def test_an_attention_that_looks_ahead_is_refused() -> None:
+def test_attention_that_is_not_causal_is_refused() -> None:
     model = build("llama", {})
     enable_prefix_sharing(model)
     for layer in model.model.layers:

@@ -1,4 +1,4 @@
-"""References: what each is, that the fixed ones stay to the bit, and that moving ones are where the formula says."""
+"""References: what each one is, that fixed ones never change, and that moving ones follow their formula."""
 
 import logging
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def read(adapter: LoRA | None = None, path: Path | None = None) -> PreTrainedMod
 
 @torch.no_grad()
 def train(model: PreTrainedModel, seed: int = 0) -> None:
-    """Change every weight that trains."""
+    """Add noise to every weight that trains."""
     draw = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.requires_grad:
@@ -48,7 +48,7 @@ def train(model: PreTrainedModel, seed: int = 0) -> None:
 
 @pytest.fixture
 def loaded(tmp_path: Path) -> PreTrainedModel:
-    """A policy that is an adapter with an effect, as it was loaded."""
+    """A policy that was loaded from an adapter with an effect."""
     model = read(LoRA(4, 8, ("q_proj", "lm_head")))
     train(model)
     lora.save_model_or_adapter(model, tmp_path / "adapter")
@@ -58,7 +58,7 @@ def loaded(tmp_path: Path) -> PreTrainedModel:
 # What each is.
 
 
-def test_a_copy_of_a_full_policy_shares_nothing_and_stays() -> None:
+def test_a_copy_of_a_full_policy_shares_no_weights_and_stays() -> None:
     model = read()
     reference = Copy().build_reference(model, ModelLoader())
     before = reference(BATCH)
@@ -69,7 +69,7 @@ def test_a_copy_of_a_full_policy_shares_nothing_and_stays() -> None:
     assert reference.sha256 == weights_sha256(read()) and reference.description == "frozen copy of the policy"
 
 
-def test_beside_a_new_adapter_it_is_the_base_without_a_second_model() -> None:
+def test_the_copy_of_a_new_adapter_is_the_base_without_a_second_model() -> None:
     model = read(LoRA(4, 8, ("q_proj", "lm_head")))
     reference = Copy().build_reference(model, ModelLoader())
     assert {p.data_ptr() for p in reference.parameters()} <= {p.data_ptr() for p in model.parameters()}
@@ -81,29 +81,29 @@ def test_beside_a_new_adapter_it_is_the_base_without_a_second_model() -> None:
     assert torch.equal(reference(BATCH), before) and torch.equal(before, score(read(), BATCH).logps.detach())
 
 
-def test_beside_a_loaded_adapter_it_is_that_adapter_as_it_was(loaded: PreTrainedModel) -> None:
+def test_the_copy_of_a_loaded_adapter_is_that_adapter_before_training(loaded: PreTrainedModel) -> None:
     reference = Copy().build_reference(loaded, ModelLoader())
     before = reference(BATCH)
     assert torch.equal(before, score(loaded, BATCH).logps.detach())
     assert not torch.allclose(before, score(read(), BATCH).logps, atol=1e-2), "not the base"
     copies = {p.data_ptr() for p in reference.parameters()} - {p.data_ptr() for p in loaded.parameters()}
-    assert len(copies) == sum(p.requires_grad for p in loaded.parameters()), "only the adapter is there twice"
+    assert len(copies) == sum(p.requires_grad for p in loaded.parameters()), "only the adapter is in memory twice"
     train(loaded, seed=1)
     assert torch.equal(reference(BATCH), before)
 
 
-def test_the_adapter_can_be_off_even_if_it_was_trained_before(loaded: PreTrainedModel) -> None:
+def test_a_loaded_adapter_can_be_off_too(loaded: PreTrainedModel) -> None:
     reference = AdapterOff().build_reference(loaded, ModelLoader())
     assert torch.equal(reference(BATCH), score(read(), BATCH).logps.detach())
-    assert reference.initial_distance == float("inf"), "nobody expects it to equal the policy"
+    assert reference.initial_distance == float("inf"), "it need not equal the policy"
 
 
-def test_without_an_adapter_none_can_be_off() -> None:
+def test_adapter_off_needs_an_adapter() -> None:
     with pytest.raises(ValueError, match="AdapterOff: the policy has no adapter"):
         AdapterOff().build_reference(read(), ModelLoader())
 
 
-def test_another_model_must_speak_the_same_vocabulary(
+def test_another_model_must_have_the_same_vocabulary(
     tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
     tiny_model(vocab_size=64).save_pretrained(tmp_path)
@@ -113,7 +113,7 @@ def test_another_model_must_speak_the_same_vocabulary(
 
 @pytest.mark.parametrize("sharing", [True, False])
 def test_interleaved_passes_do_not_disturb_each_other(loaded: PreTrainedModel, sharing: bool) -> None:
-    """The graph of the policy's pass is still good after a pass of the reference, which shares its weights."""
+    """The graph of the policy's pass is still valid after a pass of the reference, which shares its weights."""
     reference, alone = Copy().build_reference(loaded, ModelLoader()), deepcopy(loaded)
     for model in (loaded, reference.model, alone):
         assert not sharing or share_if_exact(model) == ""
@@ -133,10 +133,10 @@ def test_interleaved_passes_do_not_disturb_each_other(loaded: PreTrainedModel, s
 
 @pytest.mark.parametrize(("alpha", "tau"), [(0.3, 2), (1.0, 3), (0.01, 1)], ids=["soft", "hard", "average"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapter"])
-def test_a_moving_reference_is_where_the_formula_says(alpha: float, tau: int, adapted: bool) -> None:
+def test_a_moving_reference_follows_the_formula(alpha: float, tau: int, adapted: bool) -> None:
     model = read(LoRA(4, 8, ("q_proj", "lm_head")) if adapted else None)
     reference = Moving(alpha, tau).build_reference(model, ModelLoader())
-    assert reference.description == f"moving, {alpha:g} of the policy every {tau} steps, now a copy of it"
+    assert reference.description == f"moving by {alpha:g} towards the policy every {tau} steps, first a copy of it"
     expected = {name: p.clone() for name, p in lora.merge_adapter(model).named_parameters()}
     assert torch.equal(reference(BATCH), score(model, BATCH).logps.detach())
     for step in range(1, 7):
@@ -158,8 +158,8 @@ def test_after_a_hard_update_the_reference_is_the_policy() -> None:
     torch.testing.assert_close(reference(BATCH), score(model, BATCH).logps, rtol=1e-5, atol=1e-5)
 
 
-def test_weights_are_mixed_and_not_the_factors_of_an_adapter() -> None:
-    """(B1 A1 + B2 A2) / 2 is what moves; ((B1 + B2) / 2) ((A1 + A2) / 2) is another matrix."""
+def test_effective_weights_are_averaged_and_not_the_factors_of_an_adapter() -> None:
+    """The reference is (B1 A1 + B2 A2) / 2; ((B1 + B2) / 2) ((A1 + A2) / 2) is another matrix."""
     model = read(LoRA(4, 4, ("q_proj",)))
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     train(model, seed=1)
@@ -175,7 +175,7 @@ def test_weights_are_mixed_and_not_the_factors_of_an_adapter() -> None:
     assert not torch.allclose(found, base + b @ a, atol=1e-3)
 
 
-def test_beside_an_adapter_only_the_layers_that_it_is_on_are_copied() -> None:
+def test_a_moving_reference_copies_only_layers_with_an_adapter() -> None:
     model = read(LoRA(4, 8, ("q_proj",)))
     reference = Moving().build_reference(model, ModelLoader())
     layers = range(model.config.num_hidden_layers)
@@ -185,14 +185,14 @@ def test_beside_an_adapter_only_the_layers_that_it_is_on_are_copied() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"alpha": 0}, {"alpha": 1.5}, {"tau": 0}])
-def test_impossible_movements_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"expected alpha in \(0, 1\] and tau of 1 step or more"):
+def test_options_outside_their_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"expected alpha in \(0, 1\] and tau of at least 1 step"):
         Moving(**wrong)
 
 
 @pytest.mark.parametrize("of", [Moving(), Nothing(), Cached()])
 def test_only_fixed_references_are_cached(of: Reference) -> None:
-    with pytest.raises(ValueError, match="Cached: expected a reference that stays as it is"):
+    with pytest.raises(ValueError, match="Cached: expected a reference that does not change"):
         Cached(of).build_reference(read(), ModelLoader())
 
 
@@ -200,7 +200,7 @@ def test_only_fixed_references_are_cached(of: Reference) -> None:
 
 
 def module_of(lab: Lab, name: str, *words: str) -> Any:
-    """Train through the command line; the module as it is then."""
+    """Train through the command line and return the module as it is at the end."""
     import dpo.cli.main
 
     seen = {}
@@ -221,32 +221,32 @@ def test_a_fixed_reference_is_the_same_to_the_bit_after_training(lab: Lab, words
 
 
 def recorded(lab: Lab, name: str, *words: str) -> tuple[list[int], list[dict[str, Tensor]], Any]:
-    """Train with a moving reference; the steps at which it was told to follow, and the policy's weights then."""
+    """Train with a moving reference; return the steps of its updates, the policy's weights then, and the module."""
     steps: list[int] = []
-    then: list[dict[str, Tensor]] = []
-    follow = MovingReference.update_from
+    policies: list[dict[str, Tensor]] = []
+    update = MovingReference.update_from
 
     def recording(self: MovingReference, model: PreTrainedModel, step: int) -> None:
         steps.append(step)
-        then.append({n: lora.effective_weight(model, n).detach().clone() for n in self.moving_names})
-        follow(self, model, step)
+        policies.append({n: lora.effective_weight(model, n).detach().clone() for n in self.moving_names})
+        update(self, model, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MovingReference, "update_from", recording)
         module = module_of(lab, name, "--model.reference=Moving", *words)
-    return steps, then, module
+    return steps, policies, module
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapter"])
-def test_it_follows_once_an_optimizer_step(lab: Lab, adapted: bool) -> None:
+def test_it_is_updated_once_per_optimizer_step(lab: Lab, adapted: bool) -> None:
     words = ["--model.reference.alpha=0.5", "--model.reference.tau=2", "--trainer.accumulate_grad_batches=2"]
-    steps, then, module = recorded(lab, f"moving{adapted}", *words, *(LORA if adapted else []))
+    steps, policies, module = recorded(lab, f"moving{adapted}", *words, *(LORA if adapted else []))
     assert steps == [1, 2, 3, 4, 5, 6]
     start = read().state_dict()
-    for name in module.reference.moving:
+    for name in module.reference.moving_names:
         expected = start[name]
         for index in (1, 3, 5):  # after steps 2, 4 and 6
-            expected = expected.lerp(then[index][name], 0.5)
+            expected = expected.lerp(policies[index][name], 0.5)
         found = module.reference.model.get_parameter(name)
         assert torch.equal(found, expected) and not torch.equal(found, start[name]), name
         saved = weights(Run(lab.folder / f"moving{adapted}"))
@@ -275,7 +275,7 @@ def test_resuming_is_exact(lab: Lab, words: list[str], request: pytest.FixtureRe
     assert any(n.startswith("reference.") for n in found["state_dict"]) == ("Moving" in words[0])
 
 
-def test_a_run_says_what_its_reference_is(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_reports_its_reference(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     other = policy(seed=1)
     lab.fit("says", "--trainer.max_steps=1", "--data.val_fraction=0", f"--model.reference={other}")

@@ -1,4 +1,4 @@
-"""The scorer's numbers against their definitions, and what it never allocates."""
+"""The scorer's values against their definitions, and the tensors that it must never allocate."""
 
 from math import log
 
@@ -15,7 +15,7 @@ from dpo.models.scoring import _TokenLogps, score
 from tests.support.sharing import SHARED, SIZES, build, random_batch
 
 
-def test_zero_logits_give_the_log_of_the_vocabulary() -> None:
+def test_zero_logits_give_the_log_of_the_vocabulary_size() -> None:
     values, entropy, mean, hits, collision = _TokenLogps.apply(torch.zeros(2, 16), torch.tensor([3, 0]))
     assert -values.sum().item() == pytest.approx(2 * log(16))  # NLL of two tokens: 2 ln 16
     assert entropy.tolist() == pytest.approx([log(16)] * 2)
@@ -47,17 +47,17 @@ def test_the_gradient_is_that_of_log_softmax() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_autocast_rounds_no_score() -> None:
+def test_scores_are_float32_under_autocast() -> None:
     logits = torch.randn(6, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
     targets = torch.arange(6)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):  # the logits stay bfloat16, everything after them is float32
         found = _TokenLogps.apply(logits, targets)
-    expected = _TokenLogps.apply(logits.double().float(), targets)  # bfloat16 logits, all else in float32
+    expected = _TokenLogps.apply(logits.double().float(), targets)
     for got, wanted in zip(found, expected, strict=True):
         assert torch.equal(got, wanted)
 
 
-def test_sums_of_answers_do_not_depend_on_their_neighbours() -> None:
+def test_the_sum_of_an_answer_does_not_depend_on_other_answers() -> None:
     batch = random_batch()
     values = torch.randn(len(batch.targets))
     sums = sum_per_answer(values, batch.lengths)
@@ -66,7 +66,7 @@ def test_sums_of_answers_do_not_depend_on_their_neighbours() -> None:
         assert sums[i] == values[start : start + length].sum()
 
 
-def test_four_tokens_sum_to_their_sum() -> None:
+def test_sums_per_answer_worked_out_by_hand() -> None:
     batch = collate([Example("a", [1], ([2, 3, 4, 5], [6]))])
     assert sum_per_answer(torch.tensor([-1.0, -2.0, -3.0, -4.0, -7.0]), batch.lengths).tolist() == [-1 - 2 - 3 - 4, -7]
 
@@ -88,12 +88,13 @@ def test_chunks_of_the_head_change_nothing(family: str, monkeypatch: pytest.Monk
             torch.testing.assert_close(f, w, rtol=1e-4, atol=1e-5)
 
 
-class Largest(TorchDispatchMode):
-    """Watches every operation for the largest tensor with a vocabulary dimension."""
+class LargestLogits(TorchDispatchMode):
+    """Records the rows of the largest tensor with a vocabulary dimension that any operation returns."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.vocabulary, self.rows = vocabulary, 0
+        self.vocabulary = vocabulary
+        self.rows = 0
         self.weights = (SIZES["hidden_size"], vocabulary)  # the head itself, transposed
 
     def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
@@ -109,22 +110,22 @@ def test_no_tensor_of_all_tokens_by_the_vocabulary_ever_exists(monkeypatch: pyte
     model, batch = build("llama", {"vocab_size": 997}), random_batch()  # a size that nothing else has
     enable_prefix_sharing(model)
     monkeypatch.setattr(scoring, "MAX_CHUNK_LOGITS", 997 * 8)
-    with Largest(997) as seen:
+    with LargestLogits(997) as seen:
         score(model, batch).logps.sum().backward()
     assert 0 < seen.rows <= 8 < len(batch.targets) < len(batch.tokens)
 
 
-def test_adapters_on_the_head_are_part_of_it() -> None:
+def test_whatever_replaces_the_head_is_part_of_the_scores() -> None:
     model, batch = build("llama", {}), random_batch()
     enable_prefix_sharing(model)
     before = score(model, batch).logps
     head = model.lm_head
-    model.lm_head = nn.Sequential(head, nn.Linear(97, 97, bias=False))  # whatever replaces the head
+    model.lm_head = nn.Sequential(head, nn.Linear(97, 97, bias=False))
     model.lm_head.weight = head.weight
     assert not torch.allclose(score(model, batch).logps, before)
 
 
-def test_bfloat16_sums_keep_their_margins() -> None:
-    # in bfloat16 a sum near -2,500 lies on a grid of 16: sums are float32 whatever the scores' type
+def test_sums_of_bfloat16_scores_are_float32() -> None:
+    # near -2,500 bfloat16 has a resolution of 16, which would swallow the margins between answers
     batch = random_batch()
     assert sum_per_answer(torch.randn(len(batch.targets), dtype=torch.bfloat16), batch.lengths).dtype == torch.float32

@@ -1,3 +1,5 @@
+"""Generated rows, the shipped tokenizer and policy, and the shipped run."""
+
 import gzip
 import json
 import os
@@ -10,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo import quickstart
+from dpo.models.origin import find_policy
 from dpo.quickstart.generator import SUBSET_NAME, draw_rows, is_held_out, write_dataset
 from dpo.quickstart.topics import TOPICS
-from dpo.runs.export import read_origin
 
 MARK = "\n\nAssistant:"
 DIALOGUE = re.compile(r"(\n\nHuman: [^\n]+\n\nAssistant: [^\n]+){1,3}")
@@ -79,24 +81,24 @@ def test_train_and_test_share_no_opening_for_any_seeds(pairs):
 
 
 def test_margins_are_a_third_column_of_the_same_rows(tmp_path):
-    """Of a helpful answer over a rude one 2, else 1."""
+    """The margin is 2 between a helpful and a rude answer, else 1."""
     for margins in (False, True):
         write_dataset(tmp_path / str(margins), 3, 400, 10, margins)
-    plain, more = (
+    plain, with_margins = (
         [
             json.loads(line)
             for line in gzip.decompress((tmp_path / name / SUBSET_NAME / "train.jsonl.gz").read_bytes()).splitlines()
         ]
         for name in ("False", "True")
     )
-    assert [{**row, "margin": other["margin"]} for row, other in zip(plain, more, strict=True)] == more
-    found = [row["margin"] for row in more]
-    assert set(found) == {1.0, 2.0}
-    assert 0.02 < found.count(2.0) / len(found) < 0.09  # one in twenty
+    assert [{**row, "margin": other["margin"]} for row, other in zip(plain, with_margins, strict=True)] == with_margins
+    values = [row["margin"] for row in with_margins]
+    assert set(values) == {1.0, 2.0}
+    assert 0.02 < values.count(2.0) / len(values) < 0.09  # one in twenty
 
 
 def test_two_runs_may_write_the_same_files(tmp_path, monkeypatch):
-    """Another process is in the middle of the same file: its part stays its own."""
+    """Another process writes the same files in the middle of this one; each has its own temporary file."""
     write_dataset(tmp_path, 3, 20, 10)
     wanted = (tmp_path / SUBSET_NAME / "train.jsonl.gz").read_bytes()
     replace = os.replace
@@ -170,16 +172,16 @@ def test_the_shipped_folder_is_small_and_readable():
     assert all(file.stat().st_mode & 0o444 == 0o444 for file in files)
 
 
-def test_fresh_makes_the_shipped_tokenizer_and_shapes_from_nothing(tmp_path):
+def test_the_untrained_policy_has_the_shipped_tokenizer_and_shapes(tmp_path):
     random_state = torch.random.get_rng_state()
     quickstart.write_untrained_policy(tmp_path / "a")
     assert torch.equal(torch.random.get_rng_state(), random_state)
     quickstart.write_untrained_policy(tmp_path / "b")
     for name in ("tokenizer.json", "config.json", "generation_config.json"):
-        made, shipped = (
+        untrained, shipped = (
             json.loads((folder / name).read_text()) for folder in (tmp_path / "a", quickstart.POLICY_FOLDER)
         )
-        assert made | {"transformers_version": None} == shipped | {"transformers_version": None}
+        assert untrained | {"transformers_version": None} == shipped | {"transformers_version": None}
     untrained, again = (load_file(tmp_path / folder / "model.safetensors") for folder in "ab")
     shipped = load_file(quickstart.POLICY_FOLDER / "model.safetensors")
     assert untrained.keys() == again.keys() == shipped.keys()
@@ -198,18 +200,18 @@ def test_the_policy_answers_the_sample_prompts_and_ends(tokenizer):
         assert re.fullmatch(r" [A-Z][^\n]+[.?!]", tokenizer.decode(answer[:-1]))
 
 
-def test_the_shipped_run_names_nothing_of_the_machine_that_made_it():
+def test_the_shipped_run_names_no_path_of_the_machine_that_made_it():
     for file in quickstart.TRAINED_RUN.rglob("*"):
         if file.suffix not in ("", ".safetensors"):
             assert not re.search(r"/(home|root|tmp|usr|work)/", file.read_text()), file
 
 
 def test_the_shipped_run_is_of_the_shipped_policy_and_prefers_what_it_learned_to(tokenizer):
-    """In full logits, by transformers alone: the sign of beta * (log-ratio chosen - log-ratio rejected)."""
-    made = read_origin(str(quickstart.TRAINED_RUN / "export"))
-    assert made.reference_path == str(quickstart.POLICY_FOLDER) and made.run.folder == quickstart.TRAINED_RUN
+    """With full logits, by transformers alone: the sign of beta * (log-ratio chosen - log-ratio rejected)."""
+    served = find_policy(str(quickstart.TRAINED_RUN / "export"))
+    assert served.reference_path == str(quickstart.POLICY_FOLDER) and served.has_reference
     policy, reference = (
-        AutoModelForCausalLM.from_pretrained(path).eval() for path in (made.policy_path, made.reference_path)
+        AutoModelForCausalLM.from_pretrained(path).eval() for path in (served.policy_path, served.reference_path)
     )
 
     @torch.no_grad()
@@ -217,10 +219,10 @@ def test_the_shipped_run_is_of_the_shipped_policy_and_prefers_what_it_learned_to
         ids = torch.tensor([[*tokenizer(prompt + answer).input_ids, tokenizer.eos_token_id]])
         start = len(tokenizer(prompt).input_ids)
         logps = (model(ids).logits.log_softmax(-1)[0, :-1] for model in (policy, reference))
-        ours, theirs = (each.gather(-1, ids[0, 1:, None])[start - 1 :].sum() for each in logps)
-        return made.beta * (ours - theirs).item()
+        lp, reference_lp = (values.gather(-1, ids[0, 1:, None])[start - 1 :].sum() for values in logps)
+        return served.beta * (lp - reference_lp).item()
 
-    rows = [json.loads(line) for line in made.run.held_out_path.read_text().splitlines()]
+    rows = [json.loads(line) for line in (quickstart.TRAINED_RUN / "held_out.jsonl").read_text().splitlines()]
     margins = [reward(row["prompt"], row["chosen"]) - reward(row["prompt"], row["rejected"]) for row in rows]
     assert len(margins) >= 30
     assert sum(margin > 0 for margin in margins) / len(margins) >= 0.95

@@ -1,7 +1,8 @@
-"""The folder at the end of a run: anything can load it, it speaks and stops, and its card says what was measured."""
+"""The export of a run: it loads in transformers and generates, its card reports the results, its origin is recorded."""
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo import quickstart
 from dpo.losses import DPO, IPO, LD, NLL, WPO, PairLogps, PreferenceLoss, SimPO, Sum
 from dpo.models.loading import ModelLoader
-from dpo.runs.export import export_run, model_card, read_origin
-from dpo.runs.folder import Run
+from dpo.models.origin import PolicyOrigin, find_policy
+from dpo.models.reference import AdapterOff, Copy, Model, Moving, Nothing, Reference
+from dpo.runs.export import export_run, model_card
+from dpo.runs.folder import Run, run_of_export
 from dpo.runs.loggers import MetricsCSV
+from dpo.training.precomputed import Cached
 from tests.support.runs import Lab, policy, weights
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Two steps of the shipped policy, which has learned to speak and to stop."""
-    words = ["--model.policy=quickstart", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
-    return Lab(tmp_path_factory.mktemp("runs")).fit("one", *words, "--optimizer.lr=1e-4")
+    """Two steps from the shipped policy, whose answers are sentences that end."""
+    options = ["--model.policy=quickstart", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    return Lab(tmp_path_factory.mktemp("runs")).fit("one", *options, "--optimizer.lr=1e-4")
 
 
-def test_it_is_the_trained_policy_to_the_bit(run: Run) -> None:
+def test_the_export_equals_the_trained_policy_to_the_bit(run: Run) -> None:
     exported = AutoModelForCausalLM.from_pretrained(run.export_folder).state_dict()
     trained = {name.removeprefix("policy."): value for name, value in weights(run).items()}
     assert all(torch.equal(exported[name], value) for name, value in trained.items())
@@ -34,20 +38,18 @@ def test_it_is_the_trained_policy_to_the_bit(run: Run) -> None:
     assert not all(torch.equal(before[name], value) for name, value in trained.items())
 
 
-def test_it_generates_and_stops_at_the_end_of_sequence(run: Run) -> None:
-    model, words = (
-        AutoModelForCausalLM.from_pretrained(run.export_folder),
-        AutoTokenizer.from_pretrained(run.export_folder),
-    )
+def test_the_export_generates_and_stops_at_the_end_of_sequence(run: Run) -> None:
+    model = AutoModelForCausalLM.from_pretrained(run.export_folder)
+    tokenizer = AutoTokenizer.from_pretrained(run.export_folder)
     for prompt in quickstart.SAMPLE_PROMPTS:
-        ids = words(prompt, return_tensors="pt")
+        ids = tokenizer(prompt, return_tensors="pt")
         output = model.generate(**ids, max_new_tokens=200, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert 1 < len(output) < 200
-        assert output[-1] == words.eos_token_id
-        assert words.decode(output, skip_special_tokens=True).strip()
+        assert output[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(output, skip_special_tokens=True).strip()
 
 
-def test_its_configuration_is_an_ordinary_one(run: Run) -> None:
+def test_the_model_configuration_names_no_class_of_this_package(run: Run) -> None:
     config = json.loads((run.export_folder / "config.json").read_text())
     original = json.loads((quickstart.POLICY_FOLDER / "config.json").read_text())
     assert config["architectures"] == original["architectures"]
@@ -56,85 +58,96 @@ def test_its_configuration_is_an_ordinary_one(run: Run) -> None:
     assert yaml.safe_load(run.config_path.read_text())["name"] == "one"
 
 
-def test_its_card_says_what_was_measured(run: Run) -> None:
+def test_the_model_card_reports_the_results(run: Run) -> None:
     text = (run.export_folder / "README.md").read_text()
     for name, value in json.loads(run.results_path.read_text()).items():
         assert f"| {name} | {value:.4f} |" in text
     assert (run.folder / "results.md").read_text() in text
     data = ModelCard(text).data
     assert (data.library_name, data.pipeline_tag, data.tags) == ("transformers", "text-generation", ["dpo"])
-    assert data.base_model is None, "a folder of this machine is no name that others know"
+    assert data.base_model is None, "others do not have a local folder"
     assert str(Path.home()) not in text
 
 
-def test_its_files_can_be_read_by_everybody(run: Run) -> None:
+def test_the_exported_files_are_readable_by_everybody(run: Run) -> None:
     assert {file.stat().st_mode & 0o777 for file in run.export_folder.iterdir()} == {0o644}
     assert not list(run.folder.glob(".*"))
 
 
-def exported(folder: Path) -> Run:
-    """The least that a run has when it is exported."""
+def minimal_run(folder: Path) -> Run:
+    """A run with the least that an export needs."""
     run = Run(folder)
-    run.config_path.write_text("name: least\n")
+    run.config_path.write_text("name: minimal\n")
     MetricsCSV(run.metrics_path).log_metrics({"train/loss": 0.5}, step=1)
     return run
 
 
-def test_the_card_names_a_model_of_the_hub(tmp_path: Path) -> None:
-    text = model_card(exported(tmp_path), "someone/model", "someone/data", "trained on preferences")
-    assert text.data.base_model == "someone/model"
-    assert "`someone/model` trained on preferences, on data," in text.text
-    assert "| none | |" in text.text, "nothing was validated"
+def test_the_model_card_names_a_base_model_of_the_hub(tmp_path: Path) -> None:
+    card = model_card(minimal_run(tmp_path), "someone/model", "someone/data", "trained on preferences")
+    assert card.data.base_model == "someone/model"
+    assert "`someone/model` trained on preferences, on data," in card.text
+    assert "| none | |" in card.text, "nothing was validated"
 
 
 def test_a_kill_while_exporting_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, loader = exported(tmp_path), ModelLoader()
-    model, words = loader.load_model(str(policy())), loader.load_tokenizer(str(policy()))
-    export_run(run, model, words, base=str(policy()), data="x", card_summary="trained")
+    run, path = minimal_run(tmp_path), str(policy())
+    model, tokenizer = ModelLoader().load_model(path), ModelLoader().load_tokenizer(path)
+    export_run(run, model, tokenizer, PolicyOrigin(path, path), data="x", card_summary="trained")
     before = {file.name: file.read_bytes() for file in run.export_folder.iterdir()}
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(words), "save_pretrained", killed)
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", killed)
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()
     with pytest.raises(KeyboardInterrupt):
-        export_run(run, model, words, base=str(policy()), data="x", card_summary="trained")
+        export_run(run, model, tokenizer, PolicyOrigin(path, path), data="x", card_summary="trained")
     assert {file.name: file.read_bytes() for file in run.export_folder.iterdir()} == before
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
-def described(folder: Path, **stage: object) -> Path:
-    """An export that says that it was trained so."""
-    config = {"model": {"class_path": "dpo.training.dpo.DPO", "init_args": stage}}
-    (folder / "train_config.yaml").write_text(yaml.safe_dump(config))
-    return folder
+def write_origin(folder: Path, origin: PolicyOrigin) -> str:
+    """Write the origin of a policy into its folder, and return the folder."""
+    (folder / "origin.json").write_text(json.dumps(asdict(origin)))
+    return str(folder)
 
 
-def chosen(name: str, **options: object) -> dict[str, object]:
-    return {"class_path": f"dpo.{name}", "init_args": options}
+REFERENCES = {
+    Copy(): "some/base",
+    Moving(): "some/base",
+    Nothing(): "some/base",
+    Model("b/c"): "b/c",
+    Cached(of=Model("b/c")): "b/c",
+    Cached(): "some/base",
+}
 
 
-def test_an_export_says_what_it_was_trained_against(tmp_path: Path) -> None:
-    def found(named: str | None = None, **stage: object) -> str:
-        return read_origin(str(described(tmp_path, **stage)), named).reference_path
+@pytest.mark.parametrize("reference", REFERENCES, ids=repr)
+def test_a_reference_names_the_model_that_the_policy_is_compared_with(reference: Reference) -> None:
+    assert reference.compared_path("some/base") == REFERENCES[reference]
 
-    assert found(policy="some/base", reference=chosen("reference.Copy")) == "some/base"
-    assert found("other/base", policy="some/base") == "other/base"
-    model = chosen("reference.Model", path="b/c")
-    assert found(policy="a", reference=model) == "b/c"
-    assert found(policy="a", reference=chosen("cached.Cached", of=model)) == "b/c"
-    assert found(policy="a", reference=chosen("cached.Cached", of=chosen("reference.Copy"))) == "a"
-    assert found(policy="a") == "a" and found(policy="quickstart").endswith("policy")
+
+def test_adapter_off_compares_with_the_base_model_of_the_adapter(tmp_path: Path) -> None:
+    assert AdapterOff().compared_path("quickstart") == "quickstart"  # a new adapter, on the policy itself
     config = {"peft_type": "LORA", "base_model_name_or_path": "the/base"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert found(policy=str(tmp_path), reference=chosen("reference.AdapterOff")) == "the/base"
-    assert found(policy=str(tmp_path), reference=chosen("reference.Copy")) == str(tmp_path)
-    with pytest.raises(ValueError, match="--reference"):
-        found()
-    with pytest.raises(ValueError, match=r"last.ckpt, which has it, is gone"):
-        found(policy="a", reference=chosen("reference.Moving", alpha=0.6, tau=512))
+    assert AdapterOff().compared_path(str(tmp_path)) == "the/base"
+    assert Copy().compared_path(str(tmp_path)) == str(tmp_path)
+
+
+def test_the_origin_names_what_the_policy_was_trained_against(tmp_path: Path) -> None:
+    folder = write_origin(tmp_path, PolicyOrigin("some/base", "b/c", beta=0.3, format="hh"))
+    found = find_policy(folder)
+    assert (found.policy_path, found.reference_path, found.beta, found.format) == (folder, "b/c", 0.3, "hh")
+    named = find_policy(folder, "other/base")
+    assert (named.reference_path, named.beta, named.format) == ("other/base", 0.3, "hh")
+    assert find_policy(write_origin(tmp_path, PolicyOrigin("a", "quickstart"))).reference_path.endswith("policy")
+    with pytest.raises(ValueError, match=r"last.ckpt, which holds it, is gone"):
+        find_policy(write_origin(tmp_path, PolicyOrigin("a", "a", moving=True)))
+    (tmp_path / "origin.json").write_text('{"base": "a"')
+    with pytest.raises(ValueError, match=r"origin\.json cannot be read"):
+        find_policy(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -147,40 +160,23 @@ def test_an_export_says_what_it_was_trained_against(tmp_path: Path) -> None:
         Sum((NLL(), SimPO(beta=2.0), LD(DPO(beta=0.3))), (1.0, 1.0, 1.0)),
     ],
 )
-def test_beta_is_the_one_of_the_rewards(tmp_path: Path, loss: PreferenceLoss) -> None:
-    def written(loss: PreferenceLoss) -> dict[str, object]:
-        inside = {"loss": written, "losses": lambda losses: [written(one) for one in losses]}
-        options = {name: inside.get(name, lambda value: value)(value) for name, value in vars(loss).items()}
-        return chosen(f"losses.{type(loss).__name__}", **{n: v for n, v in options.items() if n in (*inside, "beta")})
-
+def test_the_reward_scale_is_the_beta_of_the_rewards(loss: PreferenceLoss) -> None:
     logps = PairLogps(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -2.0]), torch.zeros(2), (1, 1))
-    beta = loss.rewards(logps)[0, 0].item()  # of a log-ratio of 1
-    assert beta == pytest.approx(0.3)
-    assert read_origin(str(described(tmp_path, policy="a", loss=written(loss)))).beta == pytest.approx(beta)
+    assert loss.rewards(logps)[0, 0].item() == pytest.approx(0.3)  # of a log-ratio of 1
+    assert loss.reward_scale == 0.3
 
 
-@pytest.mark.parametrize(
-    ("loss", "compared"),
-    [
-        (chosen("losses.DPO", beta=0.3), True),
-        (chosen("losses.SimPO", beta=2.0), False),
-        (chosen("losses.Sum", losses=[chosen("losses.SimPO"), chosen("losses.NLL")]), False),
-        (chosen("losses.Sum", losses=[chosen("losses.NLL"), chosen("losses.DPO")]), True),
-        (None, False),  # a supervised stage chooses none
-    ],
-)
-def test_a_run_without_a_reference_says_what_stands_in_for_it(
-    tmp_path: Path, loss: dict[str, object] | None, compared: bool
-) -> None:
-    folder = described(tmp_path, policy="the/start", **({"loss": loss} if loss else {}))
-    found, named = read_origin(str(folder)), read_origin(str(folder), "another/model")
-    assert (found.reference_path, found.has_reference) == ("the/start", compared)
-    assert ("trained without a reference" in found.reference_note) is not compared
+def test_the_origin_of_a_policy_without_a_reference_names_a_substitute(tmp_path: Path) -> None:
+    folder = write_origin(tmp_path, PolicyOrigin("the/start", "the/start", has_reference=False))
+    found, named = find_policy(folder), find_policy(folder, "another/model")
+    assert (found.reference_path, found.has_reference) == ("the/start", False)
+    assert "trained without a reference" in found.reference_note
     assert (named.reference_path, named.has_reference, named.reference_note) == ("another/model", True, "")
 
 
-def test_without_a_configuration_the_reference_must_be_named(tmp_path: Path) -> None:
+def test_without_an_origin_the_reference_must_be_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--reference"):
-        read_origin(str(tmp_path))
-    found = read_origin(str(tmp_path), "a/b")
-    assert (found.reference_path, found.beta, found.format, found.run.folder) == ("a/b", 0.1, "auto", tmp_path)
+        find_policy(str(tmp_path))
+    found = find_policy(str(tmp_path), "a/b")
+    assert (found.reference_path, found.beta, found.format) == ("a/b", 0.1, "auto")
+    assert run_of_export(str(tmp_path)).folder == tmp_path

@@ -1,8 +1,8 @@
-"""Publishing an export, for real: against a local server that speaks the part of the hub's HTTP API in use.
+"""Uploads of an export to a local server that implements the part of the hub's HTTP API in use.
 
-The server keeps what it receives and checks it as the hub does (token, hashes and sizes of objects, objects
-present before the commit that names them). Large files come by git-LFS here; with `hf_xet` they go to a
-storage service with a protocol of its own, which is the business of `huggingface_hub` alone.
+The server keeps what it receives and checks it as the hub does: the token, hashes and sizes of objects, and that
+objects are there before the commit that names them. Large files come by git-LFS here; with `hf_xet` they would go to a
+storage service with its own protocol, which `huggingface_hub` handles.
 """
 
 import base64
@@ -25,11 +25,11 @@ from dpo import quickstart
 from dpo.__main__ import main
 from dpo.runs.hub import NO_TOKEN_MESSAGE, export_files, push
 
-# huggingface_hub hands its objects to its HTTP client in a way that the client calls deprecated.
+# huggingface_hub passes uploads to its HTTP client in a way that is deprecated there.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
 
 TOKEN = "hf_" + "Aa1" * 12
-LFS_FROM = 1_000  # bytes; the hub decides by file type and size which files are objects
+LFS_FROM = 1_000  # bytes; the hub decides by file type and size which files are stored as objects
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server holds."""
+    """State of the server."""
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -78,17 +78,17 @@ class Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body, path = self._body(), self.path.split("?")[0]
         self.hub.requests.append(f"{self.command} {path}")
-        # An object's address is signed and takes no token; everything else does.
+        # The URL of an object is signed and needs no token; all others do.
         if path.startswith("/objects/"):
             return self._object(path.removeprefix("/objects/"), body)
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._reply(401, {"error": "Invalid username or password."})
-        whole = {
+        routes = {
             "/api/validate-yaml": lambda _: self._reply(200, {"errors": [], "warnings": []}),
             "/api/repos/create": self._create,
         }
-        if path in whole:
-            return whole[path](json.loads(body))
+        if path in routes:
+            return routes[path](json.loads(body))
         return self._in_repository(path, [json.loads(line) for line in body.splitlines()])
 
     def _in_repository(self, path: str, lines: list[dict]) -> None:
@@ -107,16 +107,16 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = _handle
 
-    def _create(self, asked: dict) -> None:
-        name = f"{asked['organization']}/{asked['name']}"
+    def _create(self, request: dict) -> None:
+        name = f"{request['organization']}/{request['name']}"
         exists = name in self.hub.repositories
         if not exists:
-            self.hub.repositories[name] = Repository(private=asked.get("visibility") == "private")
+            self.hub.repositories[name] = Repository(private=request.get("visibility") == "private")
         self._reply(409 if exists else 200, {"url": f"{self.hub.url}/{name}", "name": name})
 
-    def _preupload(self, asked: dict, repository: Repository) -> None:
+    def _preupload(self, request: dict, repository: Repository) -> None:
         files = []
-        for file in asked["files"]:
+        for file in request["files"]:
             large, known = file["size"] >= LFS_FROM, repository.files.get(file["path"])
             entry = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
             if known is not None:
@@ -125,10 +125,10 @@ class Handler(BaseHTTPRequestHandler):
             files.append(entry)
         self._reply(200, {"files": files})
 
-    def _batch(self, asked: dict) -> None:
-        assert asked["operation"] == "upload" and asked["hash_algo"] == "sha256"
+    def _batch(self, request: dict) -> None:
+        assert request["operation"] == "upload" and request["hash_algo"] == "sha256"
         objects = []
-        for entry in asked["objects"]:
+        for entry in request["objects"]:
             if entry["oid"] in self.hub.objects:
                 objects.append(entry)
             else:
@@ -164,7 +164,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    close_session()  # the client of an earlier test has its settings
+    close_session()  # an earlier test may have left a client with other settings
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("ThisHandler", (Handler,), {"hub": (state := Hub())}))
     state.url = f"http://127.0.0.1:{server.server_port}"
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -178,7 +178,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A finished run: an export with small and large files, beside things that are nobody's business."""
+    """A finished run: an export with small and large files, and files that must not be uploaded."""
     files = {
         "export/README.md": "---\nlicense: apache-2.0\n---\n# Card: café\n",
         "export/config.json": '{"model_type": "llama"}',
@@ -196,7 +196,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def weights(file: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file: length of the header, header, then every byte value (a part that is not text)."""
+    """Write a safetensors file: length of the header, the header, then binary data with every byte value."""
     header = json.dumps({"__metadata__": metadata}).encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(256)) * 40)
 
@@ -214,13 +214,13 @@ def test_the_hub_receives_the_export_byte_for_byte(hub: Hub, run: Path) -> None:
     repository = hub.repositories["user/name"]
     assert repository.files == contents(run / "export")
     assert (repository.commits, repository.private, url) == (1, False, f"{hub.url}/user/name/commit/1")
-    # Both ways were used: the two larger files as objects, the small ones inside the commit.
+    # The two larger files are sent as objects, the small ones inside the commit.
     assert set(hub.objects.values()) == {
         (run / "export" / name).read_bytes() for name in ("model.safetensors", "tokenizer.json")
     }
 
 
-def test_what_has_not_changed_is_not_sent_again(hub: Hub, run: Path) -> None:
+def test_unchanged_files_are_not_sent_again(hub: Hub, run: Path) -> None:
     push(run, "user/name", private=False, api=api(hub))
     (run / "export" / "config.json").write_text('{"model_type": "gpt2"}')
     hub.requests.clear()
@@ -245,21 +245,22 @@ def test_only_files_of_an_export_are_sent(hub: Hub, run: Path, capsys: pytest.Ca
         (run / "export" / name).write_text("x")
     push(run, "user/name", private=False, api=api(hub))
     assert hub.repositories["user/name"].files == expected
-    assert f"Left out, no part of an export: {', '.join(sorted(extra))}" in capsys.readouterr().out
+    assert (
+        f"Not uploaded, because they are not part of an export: {', '.join(sorted(extra))}" in capsys.readouterr().out
+    )
 
 
-def test_whatever_transformers_saves_is_sent(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+def test_all_files_that_transformers_saves_are_sent(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     export = tmp_path / "export"
     tiny_model("llama").save_pretrained(export, max_shard_size="50KB")
-    policy = quickstart.POLICY_FOLDER
-    AutoTokenizer.from_pretrained(policy).save_pretrained(export)
+    AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER).save_pretrained(export)
     (export / "README.md").write_text("# Card")
     names = {file.name for file in export_files(tmp_path)}
     assert names == set(contents(export))
-    assert "model.safetensors.index.json" in names  # the weights were sharded
+    assert "model.safetensors.index.json" in names  # the weights are sharded
 
 
-def test_private_is_private_or_refused(hub: Hub, run: Path) -> None:
+def test_a_private_repository_is_created_and_a_public_one_refused(hub: Hub, run: Path) -> None:
     push(run, "user/hidden", private=True, api=api(hub))
     assert hub.repositories["user/hidden"].private
     hub.repositories["user/open"] = Repository(private=False)
@@ -275,19 +276,19 @@ def test_a_failed_upload_leaves_the_repository_as_it_was(hub: Hub, run: Path) ->
     assert hub.repositories["user/name"].files == {}
 
 
-def test_a_wrong_token_is_said(hub: Hub, run: Path) -> None:
+def test_a_wrong_token_is_reported(hub: Hub, run: Path) -> None:
     with pytest.raises(OSError, match=r"(?s)The upload to user/name .* failed: .*401"):
         push(run, "user/name", private=False, api=api(hub, token="hf_wrong"))
     assert hub.repositories == {}
 
 
-def test_an_unreachable_hub_is_said(hub: Hub, run: Path) -> None:
-    nowhere = HfApi(endpoint="http://127.0.0.1:9", token=TOKEN)  # the discard port, which nobody listens on
+def test_an_unreachable_hub_is_reported(hub: Hub, run: Path) -> None:
+    nowhere = HfApi(endpoint="http://127.0.0.1:9", token=TOKEN)  # the discard port, where nothing listens
     with pytest.raises(OSError, match=r"The upload to user/name at http://127.0.0.1:9 failed: .*refused"):
         push(run, "user/name", private=False, api=nowhere)
 
 
-def test_offline_mode_is_said(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_is_reported(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"The upload to user/name .* failed: .*HF_HUB_OFFLINE"):
         push(run, "user/name", private=False, api=api(hub))
@@ -322,14 +323,14 @@ def test_a_secret_stops_the_upload(
         weights(file, metadata={"comment": f"key: {secret}"})
     else:
         file.write_text(f'{file.read_text(encoding="utf-8")}"key": "{secret}"', encoding="utf-8")
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError) as refusal:
         push(run, "user/name", private=False, api=api(hub))
-    assert f"{file} holds {kind}" in str(refused.value)
-    assert secret not in str(refused.value)
+    assert f"{file} contains {kind}" in str(refusal.value)
+    assert secret not in str(refusal.value)
     assert hub.requests == []
 
 
-def test_a_secret_outside_the_uploaded_files_does_no_harm(hub: Hub, run: Path) -> None:
+def test_a_secret_in_another_file_does_not_stop_the_upload(hub: Hub, run: Path) -> None:
     (run / "export" / ".env").write_text(f"HF_TOKEN={TOKEN}")
     push(run, "user/name", private=False, api=api(hub))
     assert not any(TOKEN.encode() in file for file in hub.repositories["user/name"].files.values())
@@ -366,19 +367,20 @@ def test_an_unfinished_export_is_refused(run: Path, missing: str | None) -> None
         (run / "export").rename(run / "elsewhere")
     else:
         (run / "export" / missing).unlink()
-    with pytest.raises(ValueError, match="Expected a card, a configuration and weights"):
+    with pytest.raises(ValueError, match="Expected a model card, a configuration and weights"):
         export_files(run)
 
 
-def command(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"} | variables
-    words = (sys.executable, "-m", "dpo", *words)
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        (sys.executable, "-m", "dpo", *arguments), env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_command_line(hub: Hub, run: Path) -> None:
-    words = ("push", "--run", str(run), "--to", "user/name", "--private")
-    done = command(*words, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+    arguments = ("push", "--run", str(run), "--to", "user/name", "--private")
+    done = run_command(*arguments, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{hub.url}/user/name/commit/1"
     assert hub.repositories["user/name"].files == contents(run / "export")
@@ -386,7 +388,7 @@ def test_command_line(hub: Hub, run: Path) -> None:
 
 
 def test_command_line_without_a_token(hub: Hub, run: Path) -> None:
-    done = command("push", "--run", str(run), "--to", "user/name", HF_ENDPOINT=hub.url)
+    done = run_command("push", "--run", str(run), "--to", "user/name", HF_ENDPOINT=hub.url)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", NO_TOKEN_MESSAGE + "\n")
     assert hub.requests == []
 
@@ -395,4 +397,4 @@ def test_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "push       Upload a run's export" in capsys.readouterr().out
     assert main([]) == main(["pull"]) == 2
-    assert "usage: python -m dpo <verb>" in capsys.readouterr().err
+    assert "usage: dpo <verb>" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""From start to stop: many at once, clients that leave, an engine that dies, signals."""
+"""The life of a server: many requests at a time, disconnecting clients, a dying engine, signals, start-up errors."""
 
 import asyncio
 import itertools
@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import serve
+from dpo.__main__ import main
+from dpo.runs.folder import run_of_export
 from dpo.serving import service
-from dpo.serving.server import find_origin, load_service
+from dpo.serving.server import find_served_policy, load_service
 from tests.support.runs import Lab, checkpoint, policy
 from tests.support.serving import Running, options, run_server, start, trained_server, wait_until
 
@@ -26,8 +27,8 @@ LONG = {"model": "policy", "prompt": "x y z", "max_tokens": 480, "temperature": 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory):
-    with trained_server(tmp_path_factory) as started:
-        yield started
+    with trained_server(tmp_path_factory) as running:
+        yield running
 
 
 def idle(running: Running) -> bool:
@@ -37,7 +38,7 @@ def idle(running: Running) -> bool:
 
 
 def batched(running: Running) -> int:
-    """Requests inside the batching threads."""
+    """Number of requests inside the batching threads."""
     schedulers = [engine.manager.batch_processor.scheduler for engine in running.service.engines.values()]
     return sum(len(scheduler.active_requests) + len(scheduler.waiting_requests) for scheduler in schedulers)
 
@@ -58,7 +59,7 @@ def test_two_hundred_at_once(running: Running) -> None:
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_clients_that_leave_leave_nothing(running: Running, streamed: bool) -> None:
+def test_requests_of_disconnected_clients_are_removed(running: Running, streamed: bool) -> None:
     async def run() -> None:
         async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as client:
 
@@ -111,7 +112,7 @@ def test_scores_are_exact_under_load(running: Running) -> None:
     assert max(abs(a - b) for one, two in zip(alone, busy, strict=True) for a, b in zip(one, two, strict=True)) < 1e-4
 
 
-def test_an_answer_does_not_depend_on_its_neighbours(running: Running) -> None:
+def test_an_answer_does_not_depend_on_the_rest_of_the_batch(running: Running) -> None:
     body = CHAT | {"temperature": 1.0, "max_tokens": 30}
 
     async def run() -> list[str]:
@@ -125,24 +126,24 @@ def test_an_answer_does_not_depend_on_its_neighbours(running: Running) -> None:
     assert together == alone and len(set(alone)) > 4
 
 
-def test_a_dead_engine_is_said_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "RESTART_DELAY_SECONDS", 4.0)  # so that there is time to ask in between
-    with run_server(options(demo=True, port=0, max_concurrency=4)) as running:
+def test_a_dead_engine_is_reported_and_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "RESTART_DELAY_SECONDS", 4.0)  # leaves time for requests in between
+    with run_server(options("--demo", port=0, max_concurrency=4)) as running:
         engine = running.service.engines["policy"]
 
         def length(seed: int) -> int:
             return running.post("completions", LONG | {"seed": seed, "stream": False})["usage"]["completion_tokens"]
 
-        lasting = LONG | {"seed": next(seed for seed in range(100) if length(seed) > 9)}  # others end before they break
+        seed = next(seed for seed in range(100) if length(seed) > 9)  # shorter answers end before the failure
         step, steps = engine.manager.batch_processor._generation_step, itertools.count()
 
-        def broken(*given: object) -> None:
+        def failing_step(*arguments: object) -> None:
             if next(steps) == 5:
                 raise RuntimeError("out of memory")
-            step(*given)
+            step(*arguments)
 
-        engine.manager.batch_processor._generation_step = broken
-        with httpx.stream("POST", f"{running.url}/v1/completions", json=lasting, timeout=20) as reply:
+        engine.manager.batch_processor._generation_step = failing_step
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=LONG | {"seed": seed}, timeout=20) as reply:
             rest = "".join(reply.iter_lines())
         assert rest.count('"choices"') > 1 and '"type": "server_error"' in rest and "[DONE]" not in rest
         assert not engine.is_alive
@@ -171,15 +172,15 @@ def test_a_signal_ends_streams_and_the_process(sent: signal.Signals) -> None:
     assert "planted-key" not in out + err and "Traceback" not in err, err
 
 
-def test_without_a_run_it_says_what_to_type(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_without_a_run_the_message_says_what_to_type(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    assert serve.main([]) == 1
-    said = capsys.readouterr().err
-    assert "make fit" in said and "--demo" in said
+    assert main(["serve"]) == 1
+    message = capsys.readouterr().err
+    assert "make fit" in message and "--demo" in message
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         ("--device nowhere", "--device nowhere"),
         ("--port 65536", "--port of 0 to 65535"),
@@ -192,28 +193,29 @@ def test_without_a_run_it_says_what_to_type(tmp_path: Path, monkeypatch, capsys)
         ("--reference {other}/nowhere", "expected the folder of a model or its hub id"),
     ],
 )
-def test_what_cannot_start_is_said_in_words(words: str, said: str, tmp_path: Path, tiny_model, capsys) -> None:
+def test_a_server_that_cannot_start_says_why(arguments: str, message: str, tmp_path: Path, tiny_model, capsys) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    assert serve.main(["--demo", *words.format(other=tmp_path).split()]) == 1
-    assert said in capsys.readouterr().err
+    assert main(["serve", "--demo", *arguments.format(other=tmp_path).split()]) == 1
+    assert message in capsys.readouterr().err
 
 
-def test_the_demo_is_not_served_in_the_place_of_a_model(capsys) -> None:
+def test_demo_and_model_exclude_each_other(capsys) -> None:
     with pytest.raises(SystemExit):
-        serve.main(["--demo", "--model=anything"])
+        main(["serve", "--demo", "--model=anything"])
     assert "argument --model: not allowed with argument --demo" in capsys.readouterr().err
 
 
-def test_help_fits_a_screen() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "serve.py"), "--help"], capture_output=True, text=True, check=True
-    )
+def test_help_fits_a_screen_and_does_not_wait_for_torch() -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / "serve.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) <= 30 and max(map(len, lines)) <= 80
+    assert 10 < len(lines) <= 30 and max(map(len, lines)) <= 80
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported and "torch" not in imported
 
 
 @pytest.mark.parametrize("adapter", [(), ("--model.adapter=LoRA",)], ids=["all weights", "adapter"])
-def test_a_reference_that_moved_is_served_as_it_is_at_the_end(tmp_path: Path, adapter: tuple[str, ...]) -> None:
+def test_a_moving_reference_is_served_as_it_was_at_the_end(tmp_path: Path, adapter: tuple[str, ...]) -> None:
     moving = "--model.reference={class_path: Moving, init_args: {alpha: 0.5, tau: 1}}"
     run = Lab(tmp_path).fit("moving", moving, *adapter, "--trainer.max_steps=2", "--optimizer.lr=0.01")
     served = load_service(options(model=str(run.export_folder), device="cpu")).engines["reference"].model.state_dict()
@@ -225,22 +227,25 @@ def test_a_reference_that_moved_is_served_as_it_is_at_the_end(tmp_path: Path, ad
     start = AutoModelForCausalLM.from_pretrained(policy()).state_dict()
     assert any(not torch.equal(weight, start[name]) for name, weight in expected.items())
     (run.checkpoint_folder / "last.ckpt").unlink()
-    with pytest.raises(ValueError, match=r"last\.ckpt, which has it, is gone: name a --reference"):
-        find_origin(options(model=str(run.export_folder)))
-    assert find_origin(options(model=str(run.export_folder), reference="quickstart")).reference_checkpoint is None
+    with pytest.raises(ValueError, match=r"last\.ckpt, which holds it, is gone: name a model with --reference"):
+        find_served_policy(options(model=str(run.export_folder)))
+    assert (
+        find_served_policy(options(model=str(run.export_folder), reference="quickstart")).reference_checkpoint is None
+    )
 
 
-def test_a_run_without_a_reference_says_so_when_it_is_served(tmp_path: Path, capsys) -> None:
+def test_a_run_without_a_reference_is_served_with_a_note(tmp_path: Path, capsys) -> None:
     run = Lab(tmp_path).fit("free", "--model.loss=SimPO", "--trainer.max_steps=1")
     with run_server(options(model=str(run.export_folder), device="cpu", port=0)) as running:
-        told = running.get("/v1/run").json()
-    assert (told["policy"], told["reference"]) == (str(run.export_folder), str(policy()))
-    assert "trained without a reference" in told["note"] and f"note       {told['note']}" in capsys.readouterr().out
+        run_route = running.get("/v1/run").json()
+    assert (run_route["policy"], run_route["reference"]) == (str(run.export_folder), str(policy()))
+    assert "trained without a reference" in run_route["note"]
+    assert f"note       {run_route['note']}" in capsys.readouterr().out
 
 
-def test_what_a_run_writes_is_what_the_server_reads(tmp_path: Path) -> None:
+def test_the_server_reads_what_a_run_writes(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     run = lab.fit("real", "--trainer.max_steps=1", "--model.loss.beta=0.3", "--data.format=hh")
-    origin = find_origin(options(model=str(run.export_folder)))
-    assert (origin.beta, origin.format, origin.reference_path) == (0.3, "hh", str(policy()))
-    assert origin.run.folder == run.folder.resolve()
+    served = find_served_policy(options(model=str(run.export_folder)))
+    assert (served.beta, served.format, served.reference_path) == (0.3, "hh", str(policy()))
+    assert run_of_export(served.policy_path).folder == run.folder.resolve()

@@ -1,4 +1,4 @@
-"""What must not get through: bodies, names, keys, slow clients, and requests that would kill a batching thread."""
+"""What the server must refuse or survive: invalid and damaged bodies, foreign hosts, wrong keys, slow clients."""
 
 import asyncio
 import itertools
@@ -27,8 +27,8 @@ JSON = {"content-type": "application/json"}
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory):
-    with trained_server(tmp_path_factory) as started:
-        yield started
+    with trained_server(tmp_path_factory) as running:
+        yield running
 
 
 def refused(response: httpx.Response, status: int) -> dict:
@@ -42,8 +42,8 @@ def send(running: Running, body: object, path: str = "chat/completions", **optio
     return httpx.post(f"{running.url}/v1/{path}", json=body, timeout=60, **options)
 
 
-# Each field with what makes it wrong; several of these kill a batching thread of transformers.
-POISON = {
+# Invalid values by field; several of them would kill a batching thread of transformers.
+INVALID_CHAT = {
     "temperature": [-1, 3, "hot", "0.5", True, float("nan"), float("inf"), 1e999, [], {}],
     "top_p": [-0.1, 1.1, float("nan"), "all"],
     "max_tokens": [0, -1, 10**9, 1.5, "many"],
@@ -56,7 +56,7 @@ POISON = {
         "Hi",
         [{"role": "user", "content": ""}],
         [{"role": "system", "content": "Be"}],
-        [{"role": "system", "content": "Be"}, {"role": "user", "content": "Hi"}],  # there is no chat template
+        [{"role": "system", "content": "Be"}, {"role": "user", "content": "Hi"}],  # the model has no chat template
         [{"role": "tool", "content": "Hi"}],
         [{"role": "assistant", "content": "Hi"}],
         [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
@@ -67,7 +67,7 @@ POISON = {
         [{"role": "user", "content": None}],
     ],
     "logprobs": ["all"],
-    "top_logprobs": [-1, 21, 10**9, 3],  # 3 is too many where no log-probs are asked for
+    "top_logprobs": [-1, 21, 10**9, 3],  # 3 is invalid without logprobs
     "max_completion_tokens": [0, 5],  # beside max_tokens
     "stream_options": [{"include_usage": True}],  # without a stream
     "response_format": [{"type": "json_object"}],
@@ -81,7 +81,7 @@ POISON = {
 }
 
 
-PROMPTS = {
+INVALID_COMPLETION = {
     "prompt": ["", "word " * 2000, "</s>", ["a", "b"], [5], [""], [["a"]], [], 7, None],
     "logprobs": [6, -1, True, "1"],
     "echo": [True],
@@ -89,35 +89,35 @@ PROMPTS = {
 }
 
 
-def spoilt() -> Iterator[tuple[str, bytes]]:
-    """Every wrong body once, with its route."""
+def invalid_bodies() -> Iterator[tuple[str, bytes]]:
+    """Every invalid body once, with its route."""
     plain = {"model": "policy", "prompt": "Hi", "max_tokens": 2}
-    for path, good, wrong in (("chat/completions", CHAT, POISON), ("completions", plain, PROMPTS)):
-        for name, values in wrong.items():
-            yield from ((path, json.dumps(good | {name: value}).encode()) for value in values)
+    for path, valid, invalid in (("chat/completions", CHAT, INVALID_CHAT), ("completions", plain, INVALID_COMPLETION)):
+        for name, values in invalid.items():
+            yield from ((path, json.dumps(valid | {name: value}).encode()) for value in values)
 
 
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_poison_is_refused_beside_good_streams(running: Running, times: int) -> None:
-    body = CHAT | {"temperature": 0, "max_tokens": 400}
-    expected = running.post("chat/completions", body)["choices"][0]["message"]["content"]
+def test_invalid_requests_are_refused_and_do_not_disturb_streams(running: Running, times: int) -> None:
+    greedy = CHAT | {"temperature": 0, "max_tokens": 400}
+    expected = running.post("chat/completions", greedy)["choices"][0]["message"]["content"]
     done = threading.Event()
 
-    def good() -> int:
+    def stream_until_done() -> int:
         count = 0
         while not (done.is_set() and count):
-            with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body | {"stream": True}) as reply:
+            with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=greedy | {"stream": True}) as reply:
                 parts = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
             assert "".join(part["choices"][0]["delta"]["content"] for part in parts) == expected
             count += 1
         return count
 
     with ThreadPoolExecutor(1) as pool, httpx.Client(timeout=60) as client:
-        streams = pool.submit(good)
+        streams = pool.submit(stream_until_done)
         try:
-            for path, wrong in itertools.chain.from_iterable(spoilt() for _ in range(times)):
-                got = client.post(f"{running.url}/v1/{path}", content=wrong, headers=JSON)
-                assert 400 <= got.status_code < 500 and "error" in got.json(), (wrong, got.text)
+            for path, body in itertools.chain.from_iterable(invalid_bodies() for _ in range(times)):
+                got = client.post(f"{running.url}/v1/{path}", content=body, headers=JSON)
+                assert 400 <= got.status_code < 500 and "error" in got.json(), (body, got.text)
         finally:
             done.set()
         assert streams.result() >= 1
@@ -128,14 +128,14 @@ def test_errors_name_the_field(running: Running) -> None:
     assert refused(send(running, CHAT | {"tools": []}), 400)["param"] == "tools"
     assert refused(send(running, CHAT | {"n": 2}), 400)["param"] == "n"
     assert refused(send(running, CHAT | {"temperature": -1}), 400)["param"] == "temperature"
-    for wrong, why in ((["a"] * 5, "at most 4"), ("x" * 101, "at most 100"), (["a", ""], "at least 1")):
-        error = refused(send(running, CHAT | {"stop": wrong}), 400)
+    for stop, why in ((["a"] * 5, "at most 4"), ("x" * 101, "at most 100"), (["a", ""], "at least 1")):
+        error = refused(send(running, CHAT | {"stop": stop}), 400)
         assert error["param"] in ("stop", "stop.0", "stop.1") and why in error["message"]
     cut = refused(httpx.post(f"{running.url}/v1/chat/completions", content=b'{"model"', headers=JSON), 400)
     assert (cut["param"], cut["code"]) == (None, "json_invalid") and cut["message"].startswith("body: ")
     assert refused(send(running, CHAT | {"model": "other"}), 404)["code"] == "model_not_found"
-    ruled = [{"role": "system", "content": "Be brief."}, *CHAT["messages"]]
-    assert refused(send(running, CHAT | {"messages": ruled}), 400)["code"] == "system_without_template"
+    with_system = [{"role": "system", "content": "Be brief."}, *CHAT["messages"]]
+    assert refused(send(running, CHAT | {"messages": with_system}), 400)["code"] == "system_without_template"
     assert "top_logprobs" in refused(send(running, CHAT | {"top_logprobs": 2}), 400)["message"]
     assert "stream_options" in refused(send(running, CHAT | {"stream_options": {}}), 400)["message"]
     assert "max_completion_tokens" in refused(send(running, CHAT | {"max_completion_tokens": 4}), 400)["message"]
@@ -161,14 +161,14 @@ def test_score_and_compare_refuse_what_cannot_be_scored(running: Running) -> Non
 
 
 @pytest.mark.parametrize("path", ["/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/..%2fapp.py", "/app.py", "/%00"])
-def test_no_path_leads_out(running: Running, path: str) -> None:
+def test_no_path_leads_out_of_the_page(running: Running, path: str) -> None:
     host, port = running.url[7:].split(":")
     with socket.create_connection((host, int(port))) as raw:
         raw.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         assert raw.recv(100).split()[1] in (b"404", b"400")
 
 
-def test_large_and_odd_bodies(running: Running) -> None:
+def test_large_and_malformed_bodies_are_refused_quickly(running: Running) -> None:
     started = time.perf_counter()
     url = f"{running.url}/v1/chat/completions"
     large = b'{"model": "' + b"x" * 20 * 2**20 + b'"}'
@@ -184,7 +184,7 @@ def test_large_and_odd_bodies(running: Running) -> None:
     assert time.perf_counter() - started < 5
 
 
-def test_only_json_of_this_host_is_taken(running: Running) -> None:
+def test_only_json_sent_to_this_host_is_accepted(running: Running) -> None:
     url = f"{running.url}/v1/chat/completions"
     refused(httpx.post(url, content=json.dumps(CHAT), headers={"content-type": "text/plain"}), 415)
     refused(httpx.get(f"{running.url}/v1/models", headers={"host": "evil.example"}), 421)
@@ -197,7 +197,7 @@ def test_only_json_of_this_host_is_taken(running: Running) -> None:
     refused(httpx.get(f"{running.url}/v1/none"), 404)
 
 
-def test_every_reply_has_the_headers(running: Running) -> None:
+def test_every_response_has_the_security_headers(running: Running) -> None:
     for path in ("/", "/health", "/v1/none", "/v1/models"):
         headers = httpx.get(running.url + path).headers
         assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
@@ -208,7 +208,7 @@ def test_every_reply_has_the_headers(running: Running) -> None:
     assert httpx.get(running.url).text.count("__NONCE__") == 0 and len(nonce) >= 20
 
 
-def test_slow_clients_are_let_go(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_clients_are_disconnected(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running.server.config, "timeout_keep_alive", 1.0)
     monkeypatch.setattr(security, "BODY_TIMEOUT_SECONDS", 1.0)
     host, port = running.url[7:].split(":")
@@ -236,29 +236,29 @@ def test_slow_clients_are_let_go(running: Running, monkeypatch: pytest.MonkeyPat
         one.close()
 
 
-def test_readers_that_stop_are_let_go(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_that_stop_reading_are_disconnected(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(security, "SEND_TIMEOUT_SECONDS", 1.0)
-    one = deaf(running.url)
+    client = non_reading_client(running.url)
     connections = running.server.server_state.connections
     wait_until(lambda: any(connection.transport.get_write_buffer_size() for connection in connections))
     stuck = next(connection for connection in connections if connection.transport.get_write_buffer_size())
     started = time.perf_counter()
     wait_until(lambda: stuck not in connections, 4)
     assert time.perf_counter() - started < 3
-    one.close()
+    client.close()
 
 
-def deaf(url: str) -> socket.socket:
-    """A connection that asks for more than the system takes in between, and reads none of it."""
-    one, (host, port) = socket.socket(), url[7:].split(":")
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    one.connect((host, int(port)))
-    one.sendall(b"GET /app.css HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
-    return one
+def non_reading_client(url: str) -> socket.socket:
+    """Request more than the system buffers, and read none of it."""
+    client, (host, port) = socket.socket(), url[7:].split(":")
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect((host, int(port)))
+    client.sendall(b"GET /app.css HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+    return client
 
 
-async def dripping(url: str, first: bytes, rest: bytes) -> tuple[float, bytes]:
-    """A connection that says the first at once and a byte of the rest every second: until when, and what came back."""
+async def slow_client(url: str, first: bytes, rest: bytes) -> tuple[float, bytes]:
+    """Send `first` at once and then a byte of `rest` per second; seconds until the server ended it, and its reply."""
     started, got = time.perf_counter(), b""
     reader, writer = await asyncio.open_connection(*url[7:].split(":"))
     try:
@@ -275,17 +275,17 @@ async def dripping(url: str, first: bytes, rest: bytes) -> tuple[float, bytes]:
 
 
 @pytest.mark.slow
-def test_eight_hundred_half_open_connections_disturb_nobody() -> None:
+def test_hundreds_of_half_open_connections_do_not_disturb_others() -> None:
     head = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
     clients = [(b"", b""), (head, b"X: xxxxxxxxxxxxxxxxx")] * 400 + [(head + b"\r\n", b"{" * 20)] * 50
 
     async def run(url: str) -> tuple[list[tuple[float, bytes]], list[float]]:
         slow, waited = [], []
         async with httpx.AsyncClient() as client:
-            for said in clients:
-                slow.append(asyncio.create_task(dripping(url, *said)))
+            for first, rest in clients:
+                slow.append(asyncio.create_task(slow_client(url, first, rest)))
                 await asyncio.sleep(0)
-            while not all(one.done() for one in slow):
+            while not all(task.done() for task in slow):
                 started = time.perf_counter()
                 assert (await client.get(f"{url}/health")).status_code == 200
                 waited.append(time.perf_counter() - started)
@@ -293,24 +293,24 @@ def test_eight_hundred_half_open_connections_disturb_nobody() -> None:
         return await asyncio.gather(*slow), waited
 
     with start("--demo") as (process, url):
-        server, deaf_ones = psutil.Process(process.pid), []
+        server = psutil.Process(process.pid)
         httpx.get(f"{url}/health")
         before = server.num_fds()
-        deaf_ones = [deaf(url) for _ in range(20)]
+        non_reading = [non_reading_client(url) for _ in range(20)]
         ended, waited = asyncio.run(run(url))
         assert max(waited) < 1 and len(waited) > 20
         assert all(9 < seconds < 13 for seconds, _ in ended)
         assert [got for _, got in ended[:800]] == [b""] * 800
         assert all(b" 408 " in got for _, got in ended[800:])
-        wait_until(lambda: server.num_fds() <= before, 15)  # nor anybody who does not read
-        for one in deaf_ones:
+        wait_until(lambda: server.num_fds() <= before, 15)  # the non-reading clients are gone, too
+        for one in non_reading:
             one.close()
         assert httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=30).status_code == 200
 
 
 def test_a_key_guards_every_route(tmp_path_factory: pytest.TempPathFactory) -> None:
     key = "planted-key-7f3a"
-    with run_server(options(demo=True, port=0, host="0.0.0.0", max_concurrency=4), key) as running:
+    with run_server(options("--demo", port=0, host="0.0.0.0", max_concurrency=4), key) as running:
         for path in ("/v1/models", "/v1/run", "/metrics", "/openapi.json", "/v1/none", "/docs"):
             refused(httpx.get(running.url + path), 401)
             refused(httpx.get(running.url + path, headers={"authorization": "Bearer wrong"}), 401)
@@ -350,7 +350,7 @@ def test_models_are_read_safely(tmp_path, running: Running) -> None:
 
 
 def mutate(draw: random.Random, body: object) -> object:
-    """A body with one thing wrong somewhere."""
+    """Change one thing somewhere in a body."""
     odd = [None, True, -1, 0, 1e308, 2**70, "", "\x00", "‮", "\ud800", "a" * 5000, [], {}, [[[]]], {"a": 1}, "</s>"]
     if isinstance(body, dict) and body and draw.random() < 0.8:
         name = draw.choice(list(body))
@@ -366,7 +366,7 @@ def mutate(draw: random.Random, body: object) -> object:
 
 
 def bodies(draw: random.Random) -> tuple[str, bytes]:
-    """A route and a damaged body."""
+    """Draw a route and a damaged body for it."""
     question = {"messages": CHAT["messages"]}
     path, good = draw.choice(
         [
@@ -377,7 +377,7 @@ def bodies(draw: random.Random) -> tuple[str, bytes]:
         ]
     )
     content = json.dumps(mutate(draw, good)).encode()
-    if draw.random() < 0.3:  # bytes, too
+    if draw.random() < 0.3:  # damage the encoded bytes, too
         at = draw.randrange(len(content))
         content = content[:at] + bytes([draw.randrange(256)]) + content[at + draw.randrange(3) :]
     return path, content
@@ -419,27 +419,18 @@ def test_ten_thousand_damaged_bodies_leave_nothing_behind(running: Running) -> N
     assert running.get("/ready").status_code == 200
 
 
-def test_the_description_says_how_errors_are_told(running: Running) -> None:
-    """FastAPI would promise a 422 in its own form, which is never sent."""
-    posts = [ways["post"] for ways in running.get("/openapi.json").json()["paths"].values() if "post" in ways]
+def test_the_openapi_schema_describes_the_errors(running: Running) -> None:
+    """FastAPI by itself would document a 422 in its own format, which is never sent."""
+    posts = [methods["post"] for methods in running.get("/openapi.json").json()["paths"].values() if "post" in methods]
     assert len(posts) == 4
     assert all(set(post["responses"]) == {"200", "4XX", "5XX"} for post in posts)
 
 
 @pytest.mark.slow
 def test_schemathesis_finds_no_server_error(running: Running, tmp_path) -> None:
-    schemathesis = pytest.importorskip("schemathesis", reason="pip install schemathesis")
-    assert schemathesis
+    pytest.importorskip("schemathesis", reason="pip install schemathesis")
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json", "--mode", "all"]
-    command += [
-        "--checks",
-        "not_a_server_error",
-        "--phases",
-        "coverage,fuzzing",
-        "--max-examples",
-        "100",
-        "--seed",
-        "1",
-    ]
+    command += ["--checks", "not_a_server_error", "--phases", "coverage,fuzzing"]
+    command += ["--max-examples", "100", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -1,6 +1,6 @@
-"""The page in a real browser, before the real server: it chats, explains, judges, and stays harmless.
+"""The page in a real browser, with the real server: chat, explanations, judging, and safety against hostile text.
 
-With `DPO_SCREENSHOTS=folder` its pictures are kept. The README's, of the latest run, is made by
+`DPO_SCREENSHOTS=folder` keeps the screenshots. To make the one of the README, of the latest run:
 `DPO_PICTURE=docs/images/page.png pytest tests/serving/test_page.py -k picture`.
 """
 
@@ -24,7 +24,7 @@ expect.set_options(timeout=20_000)  # machines that run tests are busy
 
 SIDES = ("policy", "reference")
 QUESTION = "What is the capital of Italy?"
-POISON = (
+HOSTILE_TEXTS = (
     "<script>window.hurt=1</script>",
     "<img src=x onerror=window.hurt=1>",
     "<svg onload=window.hurt=1><iframe srcdoc='<script>parent.hurt=1</script>'>",
@@ -35,8 +35,7 @@ POISON = (
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    policy, reference = make_run(tmp_path_factory.mktemp("italy"))
-    with serving("--model", str(policy), "--reference", str(reference)) as address:
+    with serving("--model", str(make_run(tmp_path_factory.mktemp("italy")))) as address:
         yield address
 
 
@@ -49,7 +48,7 @@ def browser() -> Iterator[Any]:
 
 
 class Watched:
-    """A page, and everything it did that it should not have done."""
+    """A page, with a record of its requests and of everything that it complained about."""
 
     def __init__(self, browser: Any, address: str, **options: Any) -> None:
         self.address = address
@@ -57,25 +56,25 @@ class Watched:
         self.context.set_default_timeout(30_000)
         self.page = self.context.new_page()
         self.requests: list[Any] = []
-        self.faults: list[str] = []
+        self.problems: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request))
-        self.page.on("console", lambda said: said.type in ("error", "warning") and self.faults.append(said.text))
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.faults.append(dialog.message), dialog.dismiss()))
+        self.page.on("console", lambda entry: entry.type in ("error", "warning") and self.problems.append(entry.text))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.problems.append(dialog.message), dialog.dismiss()))
         self.page.goto(address)
         self.page.wait_for_selector("#examples button")
 
     def close(self, expected: str = "^$") -> None:
-        """Nothing left the machine, no script of others ran, nothing was complained about but what is expected."""
+        """Check that no request went elsewhere, no injected script ran, and all complaints were expected."""
         assert {request.url.split("/")[2] for request in self.requests if "://" in request.url[:8]} == {
             self.address.removeprefix("http://")
         }
         assert self.page.evaluate("window.hurt") is None
-        assert [fault for fault in self.faults if not re.search(expected, fault)] == []
+        assert [problem for problem in self.problems if not re.search(expected, problem)] == []
         self.context.close()
 
     def say(self, answers: dict[str, str]) -> None:
-        """From now on the models say this."""
+        """From now on, have the models give these answers."""
 
         def reply(route: Any) -> None:
             stream = canned(*re.findall(r"(?s).{1,4}", answers[json.loads(route.request.post_data)["model"]]))
@@ -121,7 +120,7 @@ def watched(browser: Any, address: str) -> Iterator[Watched]:
 
 @pytest.fixture
 def troubled(browser: Any, address: str) -> Iterator[Watched]:
-    """The same where the server is made to fail, which the browser remarks on."""
+    """The same for tests in which requests fail, which the browser logs."""
     watched = Watched(browser, address)
     yield watched
     watched.close(expected="Failed to load resource")
@@ -264,7 +263,7 @@ def test_edit_ask_again_copy_clear_and_undo(watched: Watched) -> None:
     expect(page.locator(".said")).to_have_text("What comes after Monday?")
 
 
-def test_spoiled_history_is_survived(watched: Watched) -> None:
+def test_a_damaged_history_is_ignored(watched: Watched) -> None:
     page = watched.page
     page.evaluate(
         """() => { localStorage["dpo.conversations"] = '{"conversations": [1, {"id": "x", "turns": [{}]}]}';
@@ -308,7 +307,7 @@ def shown(value: float, decimals: int = 2) -> str:
     return ("" if float(digits) == 0 else "\N{MINUS SIGN}" if value < 0 else "+") + digits
 
 
-def test_the_colours_are_those_of_the_scores(watched: Watched, address: str) -> None:
+def test_the_colours_follow_the_scores(watched: Watched, address: str) -> None:
     page = watched.page
     watched.set(temperature=0, max_tokens=24)
     watched.ask(QUESTION)
@@ -335,7 +334,7 @@ def test_the_colours_are_those_of_the_scores(watched: Watched, address: str) -> 
         assert all(shown(scored["tokens"][largest][name], 3) in tip for name in SIDES)
 
 
-def test_judges_a_held_out_pair_and_a_typed_one(watched: Watched, address: str) -> None:
+def test_a_held_out_pair_and_a_typed_one_are_judged(watched: Watched, address: str) -> None:
     page = watched.page
     watched.show("judge")
     page.select_option("#held-out", "1")
@@ -369,7 +368,7 @@ def test_judges_a_held_out_pair_and_a_typed_one(watched: Watched, address: str) 
     expect(page.locator("#verdict")).to_contain_text("Both answers are the same")
 
 
-def test_shows_the_run(watched: Watched) -> None:
+def test_the_run_is_shown(watched: Watched) -> None:
     page = watched.page
     watched.show("run")
     table = page.locator("#run table").first
@@ -385,8 +384,8 @@ def test_shows_the_run(watched: Watched) -> None:
     expect(page.locator("#run pre")).to_contain_text(f"beta: {BETA}")
 
 
-@pytest.mark.parametrize("text", POISON, ids=["script", "image", "frame", "attribute", "directions"])
-def test_text_is_only_ever_text(watched: Watched, text: str) -> None:
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=["script", "image", "frame", "attribute", "directions"])
+def test_text_is_never_taken_for_markup(watched: Watched, text: str) -> None:
     page = watched.page
     watched.say({"policy": text, "reference": text})
     watched.ask(text)
@@ -412,7 +411,7 @@ def test_text_is_only_ever_text(watched: Watched, text: str) -> None:
     assert page.locator("#why, #verdict, #turns").locator("script, img, iframe, a, svg").count() == 0
 
 
-def test_even_markup_in_the_page_would_run_and_fetch_nothing(browser: Any, address: str) -> None:
+def test_injected_markup_runs_and_fetches_nothing(browser: Any, address: str) -> None:
     watched = Watched(browser, address)
     watched.page.evaluate(
         """() => {
@@ -424,7 +423,7 @@ def test_even_markup_in_the_page_would_run_and_fetch_nothing(browser: Any, addre
         document.body.append(box); }"""
     )
     watched.page.wait_for_timeout(300)
-    said = "\n".join(watched.faults)
+    said = "\n".join(watched.problems)
     assert all(word in said for word in ("inline script", "inline event handler", "inline style", "example.invalid"))
     [blocked] = [request for request in watched.requests if "example.invalid" in request.url]
     assert blocked.failure == "csp"
@@ -432,7 +431,7 @@ def test_even_markup_in_the_page_would_run_and_fetch_nothing(browser: Any, addre
     watched.close(expected="Content Security Policy|Failed to load")
 
 
-def test_the_keyboard_is_enough(watched: Watched) -> None:
+def test_the_page_works_by_keyboard_alone(watched: Watched) -> None:
     page = watched.page
     page.keyboard.press("Tab")
     expect(page.locator(".skip")).to_be_focused()
@@ -461,9 +460,9 @@ def test_the_keyboard_is_enough(watched: Watched) -> None:
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
-def test_trouble_is_told_in_plain_words(troubled: Watched) -> None:
+def test_errors_are_shown_in_plain_words(troubled: Watched) -> None:
     page = troubled.page
-    told = page.locator(".answer.policy .problem")
+    problem = page.locator(".answer.policy .problem")
 
     def meet(**reply: Any) -> None:
         page.unroute_all()
@@ -472,15 +471,15 @@ def test_trouble_is_told_in_plain_words(troubled: Watched) -> None:
         troubled.finish()  # both sides: a late answer of one would be news from a server thought silent
 
     meet(status=429, headers={"Retry-After": "7"}, json={"error": {"message": "full"}})
-    expect(told.last).to_have_text("The server is busy. Try again in 7 seconds.")
+    expect(problem.last).to_have_text("The server is busy. Try again in 7 seconds.")
     meet(status=500, body="<h1>no</h1>")
-    expect(told.last).to_have_text("The server failed at this: status 500")
+    expect(problem.last).to_have_text("The server reported an error: status 500")
     meet(body=canned("half an ans", done=False), content_type="text/event-stream")
-    expect(told.last).to_have_text("The answer broke off: the connection was closed.")
+    expect(problem.last).to_have_text("The answer was cut off: the connection closed.")
     page.unroute_all()
     page.route("**/v1/**", lambda route: route.abort())
     troubled.ask("Hello")
-    expect(told.last).to_have_text("The server does not answer. Is it still running?")
+    expect(problem.last).to_have_text("The server is not responding. Is it still running?")
     troubled.finish()
     page.get_by_role("button", name="Try again").last.click()  # by now nothing asked before is still on its way
     expect(page.locator("#offline")).to_be_visible()
@@ -491,10 +490,10 @@ def test_trouble_is_told_in_plain_words(troubled: Watched) -> None:
     assert troubled.said("reference")
     troubled.set(max_tokens=100_000)
     troubled.ask("Hello")
-    expect(told.last).to_contain_text("got 100000")
+    expect(problem.last).to_contain_text("got 100000")
 
 
-def test_what_is_special_about_the_reference_is_said_in_every_view(watched: Watched, address: str) -> None:
+def test_a_note_on_the_reference_is_shown_in_every_view(watched: Watched, address: str) -> None:
     page = watched.page
     expect(page.locator("#note")).to_be_hidden()  # it was trained against the reference that is shown
     note = "The policy was trained without a reference; <b>what it was</b> stands in for one."
@@ -562,7 +561,7 @@ NAMELESS = """() => [...document.querySelectorAll("button, input, select, textar
     ("name", "scheme", "width", "height"),
     [("light", "light", 1280, 860), ("dark", "dark", 1280, 860), ("phone", "light", 360, 740)],
 )
-def test_looks(browser: Any, address: str, tmp_path: Path, name: str, scheme: str, width: int, height: int) -> None:
+def test_layout(browser: Any, address: str, tmp_path: Path, name: str, scheme: str, width: int, height: int) -> None:
     folder = Path(os.environ.get("DPO_SCREENSHOTS", tmp_path))
     size = {"width": width, "height": height}
     watched = Watched(browser, address, color_scheme=scheme, viewport=size, has_touch=name == "phone")

@@ -1,4 +1,4 @@
-"""The parts of the server that need no server: how tokens are drawn, what text may be shown, what is cut where."""
+"""The parts of the server without HTTP: sampling, decoding, tokenization, scoring, the cache."""
 
 import asyncio
 import copy
@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from dpo import quickstart
 from dpo.data.tokenization import PairEncoder
 from dpo.models.batch import Example, collate
+from dpo.models.origin import find_policy
 from dpo.models.prompt_sharing import weight_sharing_copy
-from dpo.runs.export import read_origin
 from dpo.serving import app, engine, service
 from dpo.serving.engine import TokenSampler
 from dpo.serving.schema import APIError, ChatMessage, PromptRequest
@@ -26,20 +26,20 @@ TEXT = TextCodec(PairEncoder(TOKENIZER, NO_LENGTH_LIMIT), 512)
 LOGITS = torch.tensor([1.0, 0.0, -1.0, 2.0, -3.0])
 
 
-def drawn(temperature: float, top_p: float, count: int = 2000) -> torch.Tensor:
-    """Shares of the tokens, over seeds."""
+def sampled_shares(temperature: float, top_p: float, count: int = 2000) -> torch.Tensor:
+    """Share of each token among samples with different seeds."""
     tokens = [TokenSampler(temperature, top_p, seed, None)(LOGITS, 7).argmax().item() for seed in range(count)]
     return torch.bincount(torch.tensor(tokens), minlength=len(LOGITS)) / count
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_distribution(temperature: float) -> None:
+def test_samples_follow_the_distribution(temperature: float) -> None:
     expected = (LOGITS / temperature).softmax(-1)
     deviation = (expected * (1 - expected) / 2000).sqrt()  # of a share of 2000 independent draws
-    assert ((drawn(temperature, 1.0) - expected).abs() < 4.5 * deviation + 1e-3).all()
+    assert ((sampled_shares(temperature, 1.0) - expected).abs() < 4.5 * deviation + 1e-3).all()
 
 
-def test_positions_draw_anew_and_seeds_repeat() -> None:
+def test_noise_differs_by_position_and_repeats_with_the_seed() -> None:
     tokens = [TokenSampler(1.0, 1.0, 3, None)(LOGITS, position).argmax().item() for position in range(50)]
     assert len(set(tokens)) > 1
     assert tokens == [TokenSampler(1.0, 1.0, 3, None)(LOGITS, position).argmax().item() for position in range(50)]
@@ -47,51 +47,51 @@ def test_positions_draw_anew_and_seeds_repeat() -> None:
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
     # softmax of the logits: 0.657 (token 3), 0.242 (0), 0.089 (1), 0.033 (2), 0.004 (4)
-    shares = drawn(1.0, 0.8)
-    assert drawn(1.0, 0.6, 100).nonzero().flatten().tolist() == [3]
+    shares = sampled_shares(1.0, 0.8)
+    assert sampled_shares(1.0, 0.6, 100).nonzero().flatten().tolist() == [3]
     assert shares.nonzero().flatten().tolist() == [0, 3]
     kept = LOGITS[[0, 3]].softmax(-1)
     assert shares[[0, 3]].tolist() == pytest.approx(kept.tolist(), abs=0.05)
 
 
-def test_remembered_logprobs_are_before_temperature_and_survive_a_copy() -> None:
-    draw = TokenSampler(2.0, 0.5, 0, 2)
-    token = copy.deepcopy(draw)(LOGITS, 0).argmax().item()
-    ((logprob, top),) = draw.logprobs
+def test_recorded_logprobs_are_before_temperature_and_survive_a_copy() -> None:
+    sampler = TokenSampler(2.0, 0.5, 0, 2)
+    token = copy.deepcopy(sampler)(LOGITS, 0).argmax().item()
+    ((logprob, top),) = sampler.logprobs
     expected = LOGITS.log_softmax(-1)
     assert logprob == pytest.approx(expected[token].item())
     assert top == [(3, pytest.approx(expected[3].item())), (0, pytest.approx(expected[0].item()))]
 
 
 @given(st.text(alphabet="ab é😀", max_size=30), st.lists(st.text(alphabet="ab é", min_size=1, max_size=4), max_size=3))
-def test_what_is_shown_is_the_text_up_to_the_first_stop(text: str, stops: list[str]) -> None:
+def test_the_text_is_shown_up_to_the_first_stop_string(text: str, stops: list[str]) -> None:
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
     writer, shown = StreamDecoder(TEXT, [1], stops, skip_space=False), ""
     for i, token in enumerate(ids):
         shown += writer.release_text(writer.decode_tokens([token]), last=i == len(ids) - 1)
         if writer.is_stopped:
             break
-    found = [at for at in map(text.find, stops) if at >= 0]
-    assert shown == text[: min(found, default=None)] or (writer.is_stopped and text.startswith(shown))
+    positions = [position for position in map(text.find, stops) if position >= 0]
+    assert shown == text[: min(positions, default=None)] or (writer.is_stopped and text.startswith(shown))
     assert not any(stop in shown for stop in stops)
-    assert writer.is_stopped == bool(found)
+    assert writer.is_stopped == bool(positions)
 
 
-def test_who_prefers_neither_says_so() -> None:
-    tie = app._compared({"reward": 1.5}, {"reward": 1.5})
+def test_the_verdict_on_ties_and_extreme_margins() -> None:
+    tie = app._compare({"reward": 1.5}, {"reward": 1.5})
     assert (tie["margin"], tie["probability"], tie["preferred"]) == (0, 0.5, None)
-    assert app._compared({"reward": -2000.0}, {"reward": 0.0})["probability"] == 0  # exp would overflow
-    unlikely = app._compared({"reward": -40.0}, {"reward": 0.0})["probability"]
+    assert app._compare({"reward": -2000.0}, {"reward": 0.0})["probability"] == 0  # exp would overflow
+    unlikely = app._compare({"reward": -40.0}, {"reward": 0.0})["probability"]
     assert unlikely == pytest.approx(math.exp(-40), rel=1e-12)  # 1 / (1 + e^40), which tanh rounds to 0
 
 
-def test_pieces_are_the_text() -> None:
+def test_token_texts_add_up_to_the_text() -> None:
     text = " tea é 😀 for two"
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
     assert "".join(TEXT.token_texts(ids)) == text and len(TEXT.token_texts(ids)) == len(ids)
 
 
-def test_a_single_answer_has_the_tokens_of_the_training() -> None:
+def test_a_single_answer_has_the_same_tokens_as_in_a_pair() -> None:
     question = PromptRequest(prompt="Which city is the capital of Japan?")
     single = TEXT.encode_example(question, "It is Tokyo.")
     pair = TEXT.encode_example(question, "It is Tokyo.", "No.")
@@ -104,21 +104,21 @@ def test_a_single_answer_has_the_tokens_of_the_training() -> None:
 @pytest.mark.parametrize(
     "prompt", ["\n\nHuman: a", "\n\nAssistant: a", "\n\nHuman: a\n\nHuman: b\n\nAssistant:", "</s>"]
 )
-def test_odd_prompts_are_refused_by_name(prompt: str) -> None:
+def test_malformed_prompts_are_refused(prompt: str) -> None:
     with pytest.raises(APIError):
         TEXT.encode_prompt(prompt, None)
 
 
 def serving(model: PreTrainedModel) -> InferenceService:
-    """A service of one model in both places."""
+    """Return a service in which one model is both policy and reference."""
     engines = {name: engine.GenerationEngine(model, 8, 96) for name in ("policy", "reference")}
-    return InferenceService(read_origin("quickstart", "quickstart"), engines, TEXT, 8)
+    return InferenceService(find_policy("quickstart", "quickstart"), engines, TEXT, 8)
 
 
-def test_work_is_cut_into_rows_and_comes_back_in_order(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_is_split_into_batches_and_returned_in_order(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [Example(str(n), [5] * n, ([6] * n, [7, 2])) for n in (3, 9, 1, 5)]
     served, rows = serving(tiny_model("llama")), []
-    monkeypatch.setattr(service, "collate", lambda part: (rows.append([each.id for each in part]), collate(part))[1])
+    monkeypatch.setattr(service, "collate", lambda part: (rows.append([row.id for row in part]), collate(part))[1])
     whole = asyncio.run(served.answer_logprobs(examples))
     monkeypatch.setattr(service, "MAX_SCORING_TOKENS", 2 * 9 + 2)  # the longest alone
     cut = asyncio.run(served.answer_logprobs(examples))
@@ -128,7 +128,7 @@ def test_work_is_cut_into_rows_and_comes_back_in_order(tiny_model, monkeypatch: 
         assert one["policy"] == pytest.approx(other["policy"], abs=1e-5)
 
 
-def test_a_twin_shares_weights_and_nothing_else(tiny_model) -> None:
+def test_a_weight_sharing_copy_shares_nothing_but_weights(tiny_model) -> None:
     model = tiny_model("llama")
     other = weight_sharing_copy(model)
     assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -138,7 +138,7 @@ def test_a_twin_shares_weights_and_nothing_else(tiny_model) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gpt_neox", "bloom"])
-def test_scores_of_every_family(tiny_model, family: str) -> None:
+def test_scores_are_right_for_every_model_family(tiny_model, family: str) -> None:
     model = tiny_model(family)
     prompt, answers = [5, 6, 7, 8], ([9, 10, 2], [11, 2])
     scores = asyncio.run(serving(model).answer_logprobs([Example("x", prompt, answers)]))
@@ -149,7 +149,7 @@ def test_scores_of_every_family(tiny_model, family: str) -> None:
         assert got["policy"] == pytest.approx(expected, abs=1e-4) and math.isfinite(sum(got["reference"]))
 
 
-def test_a_chat_template_is_used_and_cannot_be_spelled() -> None:
+def test_a_chat_template_is_used_and_its_control_tokens_are_refused() -> None:
     tokenizer = AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER)
     tokenizer.chat_template = (
         "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -169,26 +169,26 @@ def test_a_chat_template_is_used_and_cannot_be_spelled() -> None:
             text.encode_prompt(None, [ChatMessage(role="user", content=content)])
 
 
-def test_requests_that_leave_a_full_cache_come_back_the_same(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "MAX_CACHE_BYTES", 0)  # room for two contexts
+def test_evicted_requests_resume_with_the_same_answer(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "MAX_CACHE_BYTES", 0)  # leaves the minimum, room for two contexts
     prompts = [[5 + i, 6, 7] for i in range(8)]
 
-    async def answer(one: engine.GenerationEngine, prompt: list[int], seed: int) -> tuple[list[int], list[float]]:
-        draw = TokenSampler(1.0, 1.0, seed, 0)
-        async for tokens in one.generate(prompt, draw, 90, [2]):
-            said = tokens
-        return said, [logprob for logprob, _ in draw.logprobs]
+    async def answer(small: engine.GenerationEngine, prompt: list[int], seed: int) -> tuple[list[int], list[float]]:
+        sampler = TokenSampler(1.0, 1.0, seed, 0)
+        async for tokens in small.generate(prompt, sampler, 90, [2]):
+            latest = tokens
+        return latest, [logprob for logprob, _ in sampler.logprobs]
 
     async def run(together: bool) -> list[tuple[list[int], list[float]]]:
-        one = engine.GenerationEngine(tiny_model("llama"), 8, 96)
-        one.start_batching()
+        small = engine.GenerationEngine(tiny_model("llama"), 8, 96)
+        small.start_batching()
         try:
-            work = [answer(one, prompt, seed) for seed, prompt in enumerate(prompts)]
-            return await asyncio.gather(*work) if together else [await each for each in work]
+            answers = [answer(small, prompt, seed) for seed, prompt in enumerate(prompts)]
+            return await asyncio.gather(*answers) if together else [await one for one in answers]
         finally:
-            one.manager.stop(hard_stop=True)
+            small.manager.stop(hard_stop=True)
 
     crowded, alone = asyncio.run(run(True)), asyncio.run(run(False))
-    for (said, logprobs), (expected, others) in zip(crowded, alone, strict=True):
-        assert said == expected and len(logprobs) == len(said)
-        assert logprobs == pytest.approx(others, abs=1e-4)
+    for (tokens, logprobs), (expected, expected_logprobs) in zip(crowded, alone, strict=True):
+        assert tokens == expected and len(logprobs) == len(tokens)
+        assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)

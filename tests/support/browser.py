@@ -1,4 +1,4 @@
-"""What the tests of the page share: a small run, a server process that serves it, and a browser that looks at it."""
+"""What the tests of the page share: a small run, a server process, and options of the browser."""
 
 import csv
 import json
@@ -10,20 +10,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
 from dpo.models.loading import resolve_model_path
+from dpo.models.origin import ORIGIN_FILE, PolicyOrigin
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
-QUIET = [  # of itself, a browser speaks with its maker
+QUIET = [  # without these, Chromium contacts servers of its own
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-gpu",
@@ -52,8 +53,8 @@ VALUES = {"val/loss": 0.65, "val/rewards/margins": 0.375}
 BETA = 0.25
 
 
-def make_run(folder: Path) -> tuple[Path, Path]:
-    """A run whose policy is the shipped model, trained against that model with noise on its weights: both folders."""
+def make_run(folder: Path) -> Path:
+    """Write a run whose policy is the shipped model and whose reference is that model with noise; return its export."""
     shipped, export, reference = resolve_model_path("quickstart"), folder / "export", folder / "reference"
     shutil.copytree(shipped, export)
     shutil.copytree(shipped, reference)
@@ -63,9 +64,9 @@ def make_run(folder: Path) -> tuple[Path, Path]:
         for weight in model.parameters():
             weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=noise)
     model.save_pretrained(reference)
-    loss = {"class_path": "dpo.losses.DPO", "init_args": {"beta": BETA}}
-    model_config = {"class_path": "dpo.training.dpo.DPO", "init_args": {"policy": str(reference), "loss": loss}}
-    config = yaml.safe_dump({"model": model_config})
+    origin = PolicyOrigin(str(reference), str(reference), beta=BETA)
+    (export / ORIGIN_FILE).write_text(json.dumps(asdict(origin)))
+    config = f"model:\n  loss:\n    beta: {BETA}\n"
     (export / "train_config.yaml").write_text(config)
     (folder / "config.yaml").write_text(config)
     (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HELD_OUT))
@@ -76,7 +77,7 @@ def make_run(folder: Path) -> tuple[Path, Path]:
         table = csv.DictWriter(file, list(dict.fromkeys(name for row in STEPS for name in row)))
         table.writeheader()
         table.writerows(STEPS)
-    return export, reference
+    return export
 
 
 def _free_port() -> int:
@@ -86,10 +87,10 @@ def _free_port() -> int:
 
 
 @contextmanager
-def serving(*words: str) -> Iterator[str]:
-    """Address of a server of its own."""
+def serving(*arguments: str) -> Iterator[str]:
+    """Run a server in a process of its own; gives its address."""
     port = _free_port()
-    command = [sys.executable, "serve.py", "--device", "cpu", "--port", str(port), *words]
+    command = [sys.executable, "serve.py", "--device", "cpu", "--port", str(port), *arguments]
     address = f"http://127.0.0.1:{port}"
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -114,14 +115,14 @@ def _await_ready(process: subprocess.Popen[str], url: str, seconds: float = 120)
 
 
 def post(address: str, path: str, body: dict[str, Any]) -> Any:
-    """What the server says to a program."""
+    """Return what the server answers to a program."""
     request = Request(address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urlopen(request, timeout=60) as reply:
         return json.load(reply)
 
 
 def canned(*pieces: str, finish: str = "stop", done: bool = True) -> str:
-    """A stream that says what no model would say when asked to."""
+    """Return a stream with a given answer, which no model could be made to give."""
     chunks = [{"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]} for piece in pieces]
     chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
     events = [json.dumps(chunk) for chunk in chunks] + ["[DONE]"] * done

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-# What a family needs beyond the sizes that all share, in its configuration's own words.
+# Options of the configuration of each family, beyond the sizes that all share.
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {"num_key_value_heads": 2},
     "gpt_neox": {},
@@ -16,16 +16,16 @@ FAMILIES: dict[str, dict[str, object]] = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.1},
     "olmo2": {"num_key_value_heads": 2},
     "bloom": {},
-    "bert": {},  # sees what comes next
+    "bert": {},  # not causal
 }
 
 
 def make_tiny_model(
     family: str = "llama", *, vocab_size: int = 128, seed: int = 0, **config: object
 ) -> PreTrainedModel:
-    """A new random model: float32, 2 layers, 4 heads of 8, in eval mode; pad 0, bos 1, eos 2.
+    """Make a random float32 model in eval mode with 2 layers and 4 heads of size 8; pad is 0, bos 1 and eos 2.
 
-    The weights are ten times larger than usual, so that attention to a wrong token shows in the log-probs.
+    The weights are ten times larger than usual, so that attention to a wrong token shows in the log-probabilities.
     """
     sizes: dict[str, object] = {
         "vocab_size": vocab_size,

@@ -1,4 +1,4 @@
-"""Small runs through the real command line: a random policy, generated pairs, a folder of runs."""
+"""Small runs through the real command line, of a random policy on generated pairs."""
 
 import csv
 import gzip
@@ -27,37 +27,38 @@ Rows = tuple[tuple[str, str], ...]
 
 @cache
 def policy(family: str = "llama", seed: int = 0, **config: object) -> Path:
-    """A folder with a tiny random model of one layer and the quickstart's tokenizer."""
-    words = AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER)
+    """Return a folder with a tiny random model of one layer and the quickstart's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER)
     name = "-".join([family, str(seed), *(f"{key}={value}" for key, value in config.items())])
     folder = SCRATCH / "models" / name
-    words.save_pretrained(folder)
-    make_tiny_model(family, vocab_size=len(words), seed=seed, **{"num_hidden_layers": 1, **config}).save_pretrained(
-        folder
-    )
+    tokenizer.save_pretrained(folder)
+    options = {"num_hidden_layers": 1, **config}
+    make_tiny_model(family, vocab_size=len(tokenizer), seed=seed, **options).save_pretrained(folder)
     return folder
 
 
 @cache
 def pairs(train: int = 24, test: int = 6) -> Path:
-    """A folder of dialogues; with the default `val_fraction`, 20 of 24 rows are trained on and 4 held out."""
+    """Return a folder of dialogues; by the default `val_fraction`, 20 of 24 training rows train and 4 are held out."""
     folder = SCRATCH / "data" / f"{train}-{test}"
     write(folder, rows(0, train), rows(train, train + test))
     return folder
 
 
 def rows(first: int, end: int) -> Rows:
-    """Dialogues of one or two exchanges, with answers of different lengths, the better one chosen."""
-    found = []
+    """Return (chosen, rejected) dialogues of one or two turns, with answers of different lengths."""
+    dialogues = []
     for i in range(first, end):
         before = f"\n\nHuman: Good day {i}!\n\nAssistant: Hello." * (i % 2)
         prompt = f"{before}\n\nHuman: How is {i}?\n\nAssistant:"
-        found.append((prompt + " It is very good" * (1 + i % 3) + ".", prompt + " Do not ask me" * (1 + i % 2) + "!"))
-    return tuple(found)
+        dialogues.append(
+            (prompt + " It is very good" * (1 + i % 3) + ".", prompt + " Do not ask me" * (1 + i % 2) + "!")
+        )
+    return tuple(dialogues)
 
 
 def write(folder: Path, train: Rows, test: Rows) -> None:
-    """Write (chosen, rejected) dialogues in the layout of hh-rlhf."""
+    """Write (chosen, rejected) dialogues as files in the layout of hh-rlhf."""
     (folder / "pairs").mkdir(parents=True)
     for split, rows in (("train", train), ("test", test)):
         with gzip.open(folder / "pairs" / f"{split}.jsonl.gz", "wt", encoding="utf-8") as file:
@@ -66,12 +67,12 @@ def write(folder: Path, train: Rows, test: Rows) -> None:
 
 @dataclass(frozen=True)
 class Lab:
-    """A folder for runs, and what every command line of a test begins with (what a test adds wins)."""
+    """A folder for runs, and the options with which every command line begins; a test may override them."""
 
     folder: Path
 
     def words(self, verb: str, *more: str) -> list[str]:
-        """The command line."""
+        """Return the command line of a verb."""
         base: dict[str, Any] = {
             "model.policy": policy(),
             "data.path": pairs(),
@@ -86,44 +87,43 @@ class Lab:
         return [verb, *(f"--{name}={value}" for name, value in base.items()), *more]
 
     def main(self, verb: str, *more: str) -> int:
-        """Run it in this process; its exit code."""
-        with patch.object(sys, "argv", ["train.py"]):
-            return main(self.words(verb, *more))
+        """Run a verb in this process and return its exit code."""
+        return self.only(*self.words(verb, *more))
 
     def only(self, *words: str) -> int:
-        """Run a command line with nothing in front."""
-        with patch.object(Lab, "words", lambda *_: list(words)):
-            return self.main("")
+        """Run a command line without the common options and return its exit code."""
+        with patch.object(sys, "argv", ["train.py"]):
+            return main(words)
 
     def fit(self, name: str, *more: str) -> Run:
-        """Train well."""
+        """Train a run, which must succeed."""
         assert self.main("fit", f"--name={name}", *more) == 0
         return Run(self.folder / name)
 
     def start(self, verb: str, *more: str, **environment: str | None) -> "subprocess.Popen[str]":
-        """Run it in a process of its own; a variable that is None is not there."""
-        changed = os.environ | environment
+        """Start a verb in a new process; environment variables that are None are unset."""
+        variables = os.environ | environment
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *self.words(verb, *more)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={name: value for name, value in changed.items() if value is not None},
+            env={name: value for name, value in variables.items() if value is not None},
             cwd=self.folder,
         )
 
 
 def metrics(run: Run) -> list[dict[str, float]]:
-    """The rows of metrics.csv without their empty cells."""
+    """Return the rows of metrics.csv without their empty cells."""
     with run.metrics_path.open(newline="") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def checkpoint(run: Run, name: str = "last") -> dict[str, Any]:
-    """A checkpoint as anything can read it."""
+    """Return the content of a checkpoint, read with plain torch."""
     return torch.load(run.checkpoint_folder / f"{name}.ckpt", weights_only=True)
 
 
 def weights(run: Run, name: str = "last") -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint."""
+    """Return the weights in a checkpoint."""
     return checkpoint(run, name)["state_dict"]

@@ -1,4 +1,4 @@
-"""A server in a thread of the tests' own process, over a small run of its own."""
+"""A server in a thread of the test process, or in a process of its own, that serves a small run."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,33 +18,26 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import serve
 from dpo import quickstart
+from dpo.cli.serve import parse_options
+from dpo.models.origin import PolicyOrigin, save_policy
 from dpo.serving.server import InferenceServer, load_service
 from dpo.serving.service import InferenceService
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = """model:
-  class_path: dpo.training.dpo.DPO
-  init_args:
-    policy: quickstart
-    reference: {class_path: dpo.models.reference.Copy}
-    loss: {class_path: dpo.losses.DPO, init_args: {beta: 0.25}}
-data:
-  init_args: {format: auto}
-"""
+CONFIG = "model: {init_args: {loss: {class_path: dpo.losses.DPO, init_args: {beta: 0.25}}}}\n"
 
 
 def make_run(folder: Path) -> Path:
-    """A run folder whose policy differs a little from the shipped one; its export."""
+    """Write a run whose policy differs a little from the shipped one, and return its export."""
     export = folder / "export"
     model = AutoModelForCausalLM.from_pretrained(quickstart.POLICY_FOLDER)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * parameter.std() * torch.randn_like(parameter)
-    model.save_pretrained(export)
-    AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER).save_pretrained(export)
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER)
+    save_policy(export, model, tokenizer, PolicyOrigin("quickstart", "quickstart", beta=0.25))
     (export / "train_config.yaml").write_text(CONFIG)
     (folder / "config.yaml").write_text(CONFIG)
     (folder / "results.csv").write_text("step,training loss\n1,0.7\n")
@@ -57,7 +50,7 @@ def make_run(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that answers."""
+    """A running server."""
 
     server: InferenceServer
     headers: dict[str, str]
@@ -70,8 +63,8 @@ class Running:
     def service(self) -> InferenceService:
         return self.server.service
 
-    def get(self, path: str, **more: Any) -> httpx.Response:
-        return httpx.get(self.url + path, headers=self.headers, **more)
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, headers=self.headers)
 
     def post(self, path: str, body: Any) -> Any:
         response = httpx.post(f"{self.url}/v1/{path}", json=body, headers=self.headers, timeout=60)
@@ -79,14 +72,14 @@ class Running:
         return response.json()
 
 
-def options(**given: Any) -> Namespace:
-    """What `serve.py` makes of a command line that gives these."""
-    return Namespace(**vars(serve.parser().parse_args([])) | given)
+def options(*arguments: str, **changes: Any) -> Namespace:
+    """Return the options of a command line, with some changed."""
+    return Namespace(**vars(parse_options(arguments)) | changes)
 
 
 @contextmanager
 def run_server(given: Namespace, key: str | None = None) -> Iterator[Running]:
-    """Serve in a thread."""
+    """Run a server in a thread."""
     server = InferenceServer(load_service(given), given.host, given.port, key)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -99,26 +92,26 @@ def run_server(given: Namespace, key: str | None = None) -> Iterator[Running]:
     assert not thread.is_alive()
 
 
-def wait_until(holds: Any, seconds: float = 10) -> None:
-    """Until it holds, or fail."""
+def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
+    """Wait for a condition, and fail if it does not become true in time."""
     end = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         assert time.monotonic() < end, "did not happen in time"
         time.sleep(0.02)
 
 
 @contextmanager
 def trained_server(folders: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server over the run `trained`."""
+    """Run a server of the run `trained`."""
     export = make_run(folders.mktemp("runs") / "trained")
-    with run_server(options(model=str(export), port=0, max_concurrency=16)) as started:
-        yield started
+    with run_server(options(model=str(export), port=0, max_concurrency=16)) as running:
+        yield running
 
 
 @contextmanager
-def start(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`python serve.py` in a process of its own, and its address."""
-    command, pipe = [sys.executable, str(ROOT / "serve.py"), "--port", "0", *words], subprocess.PIPE
+def start(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run `python serve.py` in a process of its own; gives the process and its address."""
+    command, pipe = [sys.executable, str(ROOT / "serve.py"), "--port", "0", *arguments], subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment) as process:
         try:
             assert process.stdout is not None

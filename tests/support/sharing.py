@@ -1,4 +1,4 @@
-"""Small models of every family, and batches of random tokens for them."""
+"""Small models of many families, and batches of random tokens for them."""
 
 import random
 from typing import Any
@@ -21,7 +21,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-OLD: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": 4}
+GPT2_SIZES: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": 4}
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4}
 LLAMA4: dict[str, Any] = {
     "head_dim": 8, "attention_chunk_size": 16, "intermediate_size_mlp": 48, "num_local_experts": 2
@@ -30,17 +30,17 @@ GEMMA4: dict[str, Any] = {
     "global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2, "final_logit_softcapping": 5.0,
 }  # fmt: skip
-SIGHT: dict[str, Any] = {  # of a model that could also see images
+VISION: dict[str, Any] = {  # of a model that also reads images
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56,
     "patch_size": 14,
 }  # fmt: skip
-SEES: dict[str, Any] = {"text_config": {**SIZES, "head_dim": 8, "sliding_window": 8}, "vision_config": SIGHT}
-LONG = {
+MULTIMODAL: dict[str, Any] = {"text_config": {**SIZES, "head_dim": 8, "sliding_window": 8}, "vision_config": VISION}
+LONGROPE = {
     "rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 40,
     "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0],
 }  # fmt: skip
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
-# Windows are smaller than the sequences (up to 60 tokens), so that one ignored is seen.
+# Families that can share prompts. Windows are shorter than the sequences (up to 60 tokens), so that they matter.
 SHARED: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}},
@@ -52,7 +52,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
     "gemma3_text": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
     "gpt_neox": {},
-    "gpt2": OLD,
+    "gpt2": GPT2_SIZES,
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "phi": {},
     "olmo2": {},
@@ -63,7 +63,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 8, "sliding_window": 8, **EXPERTS},
     "llama4_text": {**LLAMA4, "attn_temperature_tuning": False},
     "starcoder2": {"sliding_window": 8},
-    "gemma3": SEES,
+    "gemma3": MULTIMODAL,
     "gemma4_text": {"head_dim": 8, "sliding_window": 8, **GEMMA4},
 }
 
@@ -80,7 +80,7 @@ def random_batch(pairs: int = 3, seed: int = 0) -> Batch:
     def tokens(low: int, high: int) -> list[int]:
         return [draw.randrange(3, 97) for _ in range(draw.randint(low, high))]
 
-    # lengths from one token on: an answer of one token has an empty branch
+    # an answer of a single token has an empty branch
     rows = [Example("short", tokens(1, 1), (tokens(1, 1), tokens(1, 1)))]
     rows += [Example(f"row:{i}", tokens(9, 40), (tokens(1, 20), tokens(1, 20))) for i in range(pairs)]
     return collate(rows)

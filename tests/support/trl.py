@@ -100,7 +100,9 @@ def compare(
     with (folder / "ours" / "metrics.csv").open(newline="") as file:
         ours = list(csv.DictReader(file))
 
-    train_rows, held_out = parts(HHRLHF(str(policy), str(data), max_length=MAX_LENGTH, val_fraction=val_fraction), rows)
+    train_rows, held_out = parts(
+        HHRLHF(str(data), tokenizer=str(policy), max_length=MAX_LENGTH, val_fraction=val_fraction), rows
+    )
     steps, evaluations = trl_side.train(
         folder / "trl",
         policy,

@@ -1,4 +1,4 @@
-"""What a trainer may not be asked for."""
+"""Strategies that are refused."""
 
 import lightning as L
 import pytest

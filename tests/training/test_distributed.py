@@ -1,4 +1,4 @@
-"""The same run on one process and on two (gloo, CPU): the same pairs, losses, metrics and weights."""
+"""The same run on one process and on two (gloo, CPU): equal pairs, losses, metrics and weights."""
 
 import csv
 import os
@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-# metrics of time, which are no property of the numbers
+# Metrics that measure time.
 CLOCK = ("train/tokens_per_second", "train/time/step", "train/time/data")
 
 
 def fit(root: Path, devices: int, *words: str) -> tuple[list[dict[str, str]], dict[str, torch.Tensor]]:
-    """Run the real command line; metrics.csv and the weights at the end."""
+    """Train on the command line; return the rows of metrics.csv and the weights at the end."""
     name = f"devices-{devices}"
     command = [
         sys.executable, "train.py", "fit", "--config", "configs/quickstart.yaml", "--name", name,
@@ -24,16 +24,16 @@ def fit(root: Path, devices: int, *words: str) -> tuple[list[dict[str, str]], di
         "--data.limit", "120", "--data.batch_size", "8", "--data.max_tokens", "200", *words,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     with (root / name / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     checkpoint = torch.load(root / name / "checkpoints" / "last.ckpt", weights_only=True)
     return rows, checkpoint["state_dict"]
 
 
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    # batches of 8 in micro-batches of 200 tokens: each process packs its share differently from one that has all
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    # Batches of 8 in micro-batches of 200 tokens: each of two processes packs its share in a way of its own.
     (one, weights), (two, others) = (fit(tmp_path, devices) for devices in (1, 2))
     assert [row["step"] for row in one] == [row["step"] for row in two] == ["1", "2", "3"]
     for row, other in zip(one, two, strict=True):

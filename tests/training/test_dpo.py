@@ -1,4 +1,4 @@
-"""The module against the definition of DPO, computed here from a plain model, one sequence at a time."""
+"""The DPO stage against the definition of DPO, computed here from a plain model, one sequence at a time."""
 
 import pytest
 import torch
@@ -25,21 +25,21 @@ EXAMPLES = [
 
 @pytest.fixture
 def module() -> DPO:
-    """A policy and a reference that differ."""
-    made = DPO(policy=str(policy()), reference=str(policy(seed=1)), loss=Loss(BETA))
-    made.configure_model()
-    return made
+    """A stage whose policy and reference differ."""
+    stage = DPO(policy=str(policy()), reference=str(policy(seed=1)), loss=Loss(BETA))
+    stage.configure_model()
+    return stage
 
 
 def logp(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> Tensor:
-    """log p(answer | prompt), by the chain rule."""
+    """Return log p(answer | prompt), by the chain rule."""
     ids = torch.tensor([*prompt, *answer])
     logps = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
     return logps[len(prompt) - 1 :].sum()
 
 
 def by_definition(model: PreTrainedModel, other: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """-log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)) and beta * log-ratios, pair by pair."""
+    """Return -log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)) and beta * log-ratios of every pair."""
     rewards = torch.stack(
         [BETA * (logp(model, e.prompt, a) - logp(other, e.prompt, a).detach()) for e in EXAMPLES for a in e.answers]
     ).unflatten(0, (-1, 2))
@@ -80,34 +80,32 @@ def test_checkpoints_hold_the_policy_alone(module: DPO) -> None:
     assert names == {f"policy.{name}" for name, _ in module.policy.named_parameters()}
 
 
-def test_what_is_loaded_must_fit(module: DPO) -> None:
+def test_weights_of_another_model_are_refused(module: DPO) -> None:
     state = module.state_dict()
     other = DPO(policy=str(policy(seed=2)), reference=str(policy(seed=1)))
     other.configure_model()
     other.load_state_dict(state)
     assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
     name = "policy.model.norm.weight"
-    with pytest.raises(ValueError, match=rf"weights missing \['{name}'\], left over \['more'\]"):
+    with pytest.raises(ValueError, match=rf"weights missing \['{name}'\], unexpected \['more'\]"):
         other.load_state_dict({**{n: v for n, v in state.items() if n != name}, "more": state[name]})
 
 
 def test_a_checkpoint_of_another_reference_is_refused(module: DPO) -> None:
-    checkpoint: dict[str, str] = {}
-    module.on_save_checkpoint(checkpoint)
-    module.on_load_checkpoint(checkpoint)
+    module.check_checkpoint({"reference_sha256": module.reference.sha256})
     with pytest.raises(ValueError, match=r"SHA-256 0123456789abcdef, this one has .*--model\.reference"):
-        module.on_load_checkpoint({"reference_sha256": "0123456789abcdef" * 4})
+        module.check_checkpoint({"reference_sha256": "0123456789abcdef" * 4})
     with pytest.raises(ValueError, match=r"of no preference stage.*--model\.policy runs/NAME/export"):
-        module.on_load_checkpoint({})
+        module.check_checkpoint({})
 
 
-def test_models_are_made_once(module: DPO) -> None:
+def test_models_are_loaded_once(module: DPO) -> None:
     before = module.policy, module.reference
     module.configure_model()
     assert (module.policy, module.reference) == before
 
 
-def test_a_loss_chooses_its_reference() -> None:
+def test_the_default_reference_depends_on_the_loss() -> None:
     assert resolve_reference(None, Loss()) == Copy()
     assert resolve_reference(None, CPO()) == Nothing()
     assert resolve_reference("x", Loss()) == Model("x")
@@ -117,7 +115,7 @@ def test_a_loss_chooses_its_reference() -> None:
         resolve_reference("x", CPO())
 
 
-def test_a_model_that_cannot_share_runs_every_answer_alone_and_says_so(
+def test_a_model_that_cannot_share_prompts_computes_every_answer_alone_and_logs_it(
     tmp_path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_tiny_model("bloom").save_pretrained(tmp_path)
@@ -126,4 +124,4 @@ def test_a_model_that_cannot_share_runs_every_answer_alone_and_says_so(
     batch: Batch = collate(EXAMPLES)
     with torch.no_grad():
         assert torch.equal(module.loss.rewards(module.score_pairs(batch)[1]), torch.zeros(3, 2))
-    assert "The policy runs every answer as a sequence of its own: " in caplog.text
+    assert "Prompts are not shared between the answers of the policy: " in caplog.text

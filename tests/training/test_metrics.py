@@ -1,4 +1,4 @@
-"""What is logged: every definition on numbers worked out by hand, and means that no way of batching moves."""
+"""Metrics: every definition on numbers worked out by hand, and means that do not depend on batching."""
 
 from itertools import chain
 
@@ -16,7 +16,7 @@ LOSS = DPO(beta=0.5)
 
 
 def batch_of(lengths: list[tuple[int, int]]) -> Batch:
-    """Pairs whose answers have these lengths."""
+    """Return pairs whose answers have these lengths."""
     return collate(
         [Example(f"row:{i}", [1], ([5] * chosen, [6] * rejected)) for i, (chosen, rejected) in enumerate(lengths)]
     )
@@ -27,7 +27,7 @@ def scores(logps: list[float], entropy: list[float], logits: list[float], hits: 
 
 
 def measure(lengths: list[tuple[int, int]], policy: TokenScores, reference: list[list[float]]) -> MetricMeans:
-    """Means of pairs, with rewards and losses as `LOSS` has them."""
+    """Return the means of pairs, with rewards and losses by `LOSS`."""
     batch = batch_of(lengths)
     per_token = [torch.full((n,), lp / n) for lp, n in zip(chain(*reference), batch.lengths, strict=True)]
     logps = PairLogps(policy.logps, torch.cat(per_token), policy.collision_entropy, batch.lengths)
@@ -36,7 +36,7 @@ def measure(lengths: list[tuple[int, int]], policy: TokenScores, reference: list
     return means
 
 
-def test_every_definition() -> None:
+def test_every_metric_is_as_defined() -> None:
     # Pair 1: chosen of 2 tokens, rejected of 1. Pair 2: chosen of 1, rejected of 2.
     policy = scores(
         logps=[-1, -2, -4, -3, -1, -1],
@@ -45,11 +45,11 @@ def test_every_definition() -> None:
         hits=[1, 0, 1, 1, 0, 0],
     )
     reference = [[-5.0, -4.0], [-2.0, -3.0]]
-    found = {name: value.item() for name, value in measure([(2, 1), (1, 2)], policy, reference).compute().items()}
-    assert tuple(found) == METRIC_NAMES
+    measured = {name: value.item() for name, value in measure([(2, 1), (1, 2)], policy, reference).compute().items()}
+    assert tuple(measured) == METRIC_NAMES
     # Summed log-probs: chosen -3 and -3, rejected -4 and -2. Log-ratios: chosen 2 and -1, rejected 0 and 1.
     rewards = {"chosen": 0.5 * (2 - 1) / 2, "rejected": 0.5 * (0 + 1) / 2}  # beta 0.5
-    assert found == pytest.approx(
+    assert measured == pytest.approx(
         {
             "loss": sum(-torch.tensor(0.5 * h).sigmoid().log().item() for h in (2 - 0, -1 - 1)) / 2,
             "rewards/chosen": rewards["chosen"],
@@ -70,7 +70,7 @@ def test_every_definition() -> None:
     )
 
 
-def test_a_tie_is_no_win() -> None:
+def test_a_tie_does_not_count_as_accurate() -> None:
     policy = scores([-1, -1], [0, 0], [0, 0], [0, 0])
     assert measure([(1, 1)], policy, [[-1.0, -1.0]]).compute()["rewards/accuracies"] == 0
 
@@ -79,7 +79,7 @@ pair = st.tuples(st.integers(1, 4), st.integers(1, 4))
 
 
 @given(st.lists(pair, min_size=2, max_size=8), st.data())
-def test_no_way_of_batching_moves_a_mean(lengths: list[tuple[int, int]], data: st.DataObject) -> None:
+def test_means_do_not_depend_on_batching(lengths: list[tuple[int, int]], data: st.DataObject) -> None:
     tokens = sum(map(sum, lengths))
     values = torch.rand(5, tokens, generator=torch.Generator().manual_seed(tokens))
     reference = torch.rand(len(lengths), 2, generator=torch.Generator().manual_seed(1)).tolist()
@@ -95,7 +95,7 @@ def test_no_way_of_batching_moves_a_mean(lengths: list[tuple[int, int]], data: s
         torch.testing.assert_close(apart.compute()[name], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_means_start_anew() -> None:
+def test_reset_discards_the_counts() -> None:
     means = measure([(1, 1)], scores([-1, -2], [0, 0], [0, 0], [0, 0]), [[-1.0, -1.0]])
     means.reset()
     assert means.counts.sum() == 0

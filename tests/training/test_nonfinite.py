@@ -1,4 +1,4 @@
-"""A number that is not finite stops the run before it reaches the weights, and says where it came from."""
+"""A loss or gradient that is not finite stops the run before it reaches the weights; the message names its pairs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from tests.support.runs import Lab, metrics, weights
 
 @dataclass(frozen=True)
 class Breaks(DPO):
-    """As DPO while policy and reference are equal, then NaN for every pair whose chosen answer has three sentences."""
+    """DPO while policy and reference are equal, then NaN for every pair with a chosen answer of more than 15 tokens."""
 
     def __call__(self, logps: PairLogps) -> Tensor:
         losses, moved = super().__call__(logps), logps.logratios.abs().sum(-1) > 0
@@ -27,21 +27,21 @@ class Breaks(DPO):
 
 @dataclass(frozen=True)
 class Steep(DPO):
-    """A loss that is finite, with a gradient that is not."""
+    """A finite loss whose gradient is not finite where policy and reference are equal."""
 
     def __call__(self, logps: PairLogps) -> Tensor:
         chosen, rejected = logps.logratios.unbind(-1)
         return super().__call__(logps) + (chosen - rejected).abs().sqrt()
 
 
-LEFT: dict[str, Tensor] = {}
+FINAL_WEIGHTS: dict[str, Tensor] = {}
 
 
-class Witness(L.Callback):
-    """Keeps the weights as they are when the run breaks off."""
+class KeepWeights(L.Callback):
+    """Keeps the weights of the moment when the run fails."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        LEFT.update({name: value.clone() for name, value in pl_module.state_dict().items()})
+        FINAL_WEIGHTS.update({name: value.clone() for name, value in pl_module.state_dict().items()})
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def lab(tmp_path) -> Lab:
     return Lab(tmp_path)
 
 
-WORDS = ["--trainer.callbacks=tests.training.test_nonfinite.Witness", "--optimizer.lr=1e-3", "--data.shuffle=false"]
+WORDS = ["--trainer.callbacks=tests.training.test_nonfinite.KeepWeights", "--optimizer.lr=1e-3", "--data.shuffle=false"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(
@@ -58,13 +58,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(
     words = ["--model.loss=tests.training.test_nonfinite.Breaks", "--trainer.val_check_interval=1", *WORDS]
     assert lab.main("fit", "--name=broken", *words) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("NonFinite: step 2: the loss is not finite for the pairs pairs/train:")
-    assert "The weights are those before this step and the last checkpoint is intact" in message
+    assert message.startswith("NonFiniteError: step 2: the loss is not finite for the pairs pairs/train:")
+    assert "The weights are still those from before this step and the last checkpoint is intact" in message
     run = Run(lab.folder / "broken")
     assert [row["step"] for row in metrics(run)] == [1]
     saved = weights(run)
     assert all(value.isfinite().all() for value in saved.values())
-    assert all(torch.equal(LEFT[name], saved[name]) for name in saved), "the step was not taken"
+    assert all(torch.equal(FINAL_WEIGHTS[name], saved[name]) for name in saved), "the step was not taken"
     assert not run.export_folder.exists()
 
 
@@ -74,9 +74,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_step(
     words = ["--model.loss=tests.training.test_nonfinite.Steep", "--model.preflight=false", *WORDS]
     assert lab.main("fit", "--name=steep", *words) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("NonFinite: step 1: the gradient is not finite for the pairs")
+    assert message.startswith("NonFiniteError: step 1: the gradient is not finite for the pairs")
     assert message.count("pairs/train:") == 4
-    assert all(value.isfinite().all() for value in LEFT.values())
+    assert all(value.isfinite().all() for value in FINAL_WEIGHTS.values())
 
 
 @pytest.mark.parametrize("save", [False, True])
@@ -93,60 +93,60 @@ def test_a_fused_optimizer_skips_the_step_until_the_host_asks(
     good = lab.fit("good", *words, "--trainer.max_steps=1")
     assert lab.main("fit", "--name=fused", *words) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("NonFinite: step 2: the loss is not finite for the pairs pairs/train:")
-    assert all(torch.equal(LEFT[name], value) for name, value in weights(good).items()), "no step after the first"
+    assert message.startswith("NonFiniteError: step 2: the loss is not finite for the pairs pairs/train:")
+    assert all(torch.equal(FINAL_WEIGHTS[name], value) for name, value in weights(good).items()), "only step 1"
     assert not Run(lab.folder / "fused").checkpoint_folder.exists()
 
 
-class Waits(TorchDispatchMode):
-    """Counts reads of a number from the device by the host."""
+class WaitCounter(TorchDispatchMode):
+    """Counts how often the host reads a number from the device, which waits for the device."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        Waits.count += func is torch.ops.aten._local_scalar_dense.default
+        WaitCounter.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
 
 
 class CountWaits(L.Callback):
-    """Of every training step; logging comes before `on_train_batch_end` of callbacks ends, in the module's hook."""
+    """Counts waits per training step. The module logs in its own `on_train_batch_end`, after those of the callbacks."""
 
     def on_train_batch_start(self, *_: object) -> None:
-        Waits.count = 0
-        self.mode = Waits()
+        WaitCounter.count = 0
+        self.mode = WaitCounter()
         self.mode.__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         self.mode.__exit__(None, None, None)
-        WAITED[trainer.global_step] = Waits.count
+        WAITS_BY_STEP[trainer.global_step] = WaitCounter.count
 
 
-WAITED: dict[int, int] = {}
+WAITS_BY_STEP: dict[int, int] = {}
 
 
 def test_the_host_waits_for_the_device_at_logged_steps_only(lab: Lab) -> None:
     words = ["--trainer.callbacks=tests.training.test_nonfinite.CountWaits", "--optimizer.fused=true"]
     lab.fit("waits", *words, "--trainer.max_steps=4", "--trainer.log_every_n_steps=2")
-    assert WAITED[1] == WAITED[3] == 0
+    assert WAITS_BY_STEP[1] == WAITS_BY_STEP[3] == 0
 
 
-def test_only_the_rows_to_blame_are_named() -> None:
-    watch = FiniteMonitor()
-    watch.add_losses(("a", "b"), torch.tensor([1.0, torch.inf]))
-    watch.add_losses(("c",), torch.tensor([torch.nan]))
-    assert watch.close_step(7, torch.tensor(1.0)) == 1
+def test_only_pairs_with_a_bad_loss_are_named() -> None:
+    monitor = FiniteMonitor()
+    monitor.add_losses(("a", "b"), torch.tensor([1.0, torch.inf]))
+    monitor.add_losses(("c",), torch.tensor([torch.nan]))
+    assert monitor.close_step(7, torch.tensor(1.0)) == 1
     with pytest.raises(NonFiniteError, match=r"step 7: the loss is not finite for the pairs b, c\. "):
-        watch.raise_if_nonfinite()
+        monitor.raise_if_nonfinite()
 
 
-def test_a_step_that_is_finite_is_forgotten() -> None:
-    watch = FiniteMonitor()
-    watch.add_losses(("a",), torch.tensor([1.0]))
-    assert watch.close_step(1, torch.tensor(2.0)) == 0
-    watch.raise_if_nonfinite()
-    watch.add_losses(("b",), torch.tensor([1.0]))
-    assert watch.close_step(2, torch.tensor(torch.inf)) == 1
-    watch.add_losses(("c",), torch.tensor([1.0]))
-    assert watch.close_step(3, torch.tensor(1.0)) == 1, "what comes after is skipped too"
+def test_finite_steps_are_discarded() -> None:
+    monitor = FiniteMonitor()
+    monitor.add_losses(("a",), torch.tensor([1.0]))
+    assert monitor.close_step(1, torch.tensor(2.0)) == 0
+    monitor.raise_if_nonfinite()
+    monitor.add_losses(("b",), torch.tensor([1.0]))
+    assert monitor.close_step(2, torch.tensor(torch.inf)) == 1
+    monitor.add_losses(("c",), torch.tensor([1.0]))
+    assert monitor.close_step(3, torch.tensor(1.0)) == 1, "later steps are skipped too"
     with pytest.raises(NonFiniteError, match=r"step 2: the gradient is not finite for the pairs b\. "):
-        watch.raise_if_nonfinite()
+        monitor.raise_if_nonfinite()

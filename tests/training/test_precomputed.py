@@ -1,4 +1,4 @@
-"""The cache of reference log-probabilities: what is in it, that it is used, and that a wrong one never is."""
+"""The cache of reference log-probabilities: its content, its use, and the refusal of files that do not fit."""
 
 import logging
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A sealed file of three rows, whose values count from 0."""
+    """A complete file of three rows with the values 0, 1, 2, ..."""
     path = tmp_path / "cache.safetensors"
     allocate_cache_file(path, KEY, np.array([-5, 0, 7]), LENGTHS)
     columns = map_cache_file(path, "r+")
@@ -61,22 +61,22 @@ def test_what_was_written_is_read_back_memory_mapped(file: Path) -> None:
     assert columns["starts"].tolist() == [0, 2 + 3, 2 + 3 + 1 + 4]
     assert columns["values"].tolist() == list(range(16))
     columns["values"][0] = 9.0
-    assert load_cache_file(file, KEY)["values"][0] == 0.0, "nobody writes into it by accident"
+    assert load_cache_file(file, KEY)["values"][0] == 0.0, "changes stay in memory"
 
 
-def test_anything_can_read_it(file: Path) -> None:
+def test_it_is_a_safetensors_file(file: Path) -> None:
     with safe_open(file, "numpy") as opened:
         assert opened.get_tensor("values").tolist() == list(range(16))
         assert opened.metadata()["weights"] == "weights"
 
 
-def test_ids_are_numbers_of_64_bits_with_a_sign() -> None:
+def test_row_ids_are_hashed_to_signed_64_bit_numbers() -> None:
     numbers = [hash_row_id(f"subset/train:{line}") for line in range(1000)]
     assert len(set(numbers)) == 1000 and min(numbers) < 0 < max(numbers)
     assert np.array(numbers, np.int64).tolist() == numbers
 
 
-def cut(file: Path) -> None:
+def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
@@ -88,35 +88,35 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
-def flip(file: Path) -> None:
+def flip_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-3] ^= 1  # a bit of the last value
     file.write_bytes(content)
 
 
-def rename(file: Path) -> None:
-    file.write_bytes(file.read_bytes().replace(b'"weights": "weights"', b'"weights": "WEIGHTS"'))
+def change_metadata(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b'"weights":"weights"', b'"weights":"WEIGHTS"'))
 
 
-def unsealed(file: Path) -> None:
+def remove_checksum(file: Path) -> None:
     digest = safe_open(file, "numpy").metadata()["sha256"]
     file.write_bytes(file.read_bytes().replace(digest.encode(), b"0" * 64))
 
 
-def another(file: Path) -> None:
+def replace_header(file: Path) -> None:
     file.write_bytes((4).to_bytes(8, "little") + b"{}  ")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut, r"it was cut: expected [\d,]+ bytes, got [\d,]+"),
-        (grow, "it was cut: expected"),
-        (empty, "no header that can be read"),
-        (another, "no header that can be read"),
-        (flip, "it was changed after it was written"),
-        (rename, "it was changed after it was written"),
-        (unsealed, "it was changed after it was written"),
+        (truncate, r"it has the wrong size: expected [\d,]+ bytes, got [\d,]+"),
+        (grow, "it has the wrong size: expected"),
+        (empty, "its header cannot be read"),
+        (replace_header, "its header cannot be read"),
+        (flip_bit, "it was changed after it was written"),
+        (change_metadata, "it was changed after it was written"),
+        (remove_checksum, "it was changed after it was written"),
     ],
 )
 def test_a_damaged_file_is_refused(file: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -129,8 +129,8 @@ def test_a_damaged_file_is_refused(file: Path, damage: Callable[[Path], None], m
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("weights", "it is of another reference"),
-        ("tokens", "it is of other rows or of another tokenizer"),
+        ("weights", "it belongs to another reference"),
+        ("tokens", "it belongs to other rows or another tokenizer"),
         ("precision", "it was computed in another precision"),
         ("version", "it was written by another version"),
     ],
@@ -139,21 +139,21 @@ def test_a_file_of_another_key_is_refused(file: Path, field: str, message: str) 
     other = replace(KEY, **{field: "other"})
     with pytest.raises(ValueError, match=message):
         load_cache_file(file, other)
-    assert other.short_hash != KEY.short_hash, "nor is it found by name"
+    assert other.short_hash != KEY.short_hash, "the file name differs too"
 
 
 # The reference that reads it.
 
 
 class Data(list[Example]):
-    """Examples with their lengths, as a split of the data has them."""
+    """Examples and their lengths, as in a split of the data."""
 
     @property
-    def costs(self) -> list[int]:
+    def token_counts(self) -> list[int]:
         return [len(e.prompt) + sum(map(len, e.answers)) for e in self]
 
     @property
-    def scored(self) -> list[int]:
+    def answer_token_counts(self) -> list[int]:
         return [sum(map(len, e.answers)) for e in self]
 
 
@@ -166,7 +166,7 @@ def examples(count: int, seed: int = 0) -> Data:
     return Data(Example(f"s/train:{line}", tokens(), (tokens(), tokens())) for line in range(count))
 
 
-def test_the_hash_of_the_rows_knows_no_order_but_every_token() -> None:
+def test_the_hash_of_the_rows_depends_on_every_token_but_not_on_order() -> None:
     rows = examples(20)
 
     def digest(*splits: Data) -> str:
@@ -183,7 +183,7 @@ def test_the_hash_of_the_rows_knows_no_order_but_every_token() -> None:
         "back": Data([Example("s/train:0", [5, 6], ([7], [8])), *rows[1:]]),
     }
     assert len({whole, *(digest(other) for other in changed.values())}) == 1 + len(changed)
-    with pytest.raises(ValueError, match="got one twice"):
+    with pytest.raises(ValueError, match="expected unique ids, got one id twice"):
         digest(rows, rows)
 
 
@@ -195,11 +195,11 @@ def test_packs_hold_every_row_once_longest_first() -> None:
 
 
 def stored(model: PreTrainedModel, rows: Data, file: Path) -> ColumnArrays:
-    """The values of these rows."""
-    surveyed = precomputed.index_stage_rows([rows])
+    """Compute the values of rows, and read them back."""
+    indexed = precomputed.index_stage_rows([rows])
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    precomputed.score_rows_into_file(model, surveyed, file, KEY, 64, trainer)
-    precomputed.verify_cached_logps(load_cache_file(file, KEY), model, surveyed, file)
+    precomputed.score_rows_into_file(model, indexed, file, KEY, 64, trainer)
+    precomputed.verify_cached_logps(load_cache_file(file, KEY), model, indexed, file)
     return load_cache_file(file, KEY)
 
 
@@ -218,7 +218,7 @@ def test_other_rows_and_other_lengths_are_errors(tiny_model: Callable[..., PreTr
     columns = stored(tiny_model(), rows, tmp_path / "cache")
     longer = replace(rows[3], answers=(rows[3].answers[0], [*rows[3].answers[1], 5]))
     for wrong, name in ((replace(rows[0], id="s/test:0"), "s/test:0"), (longer, "s/train:3")):
-        with pytest.raises(ValueError, match=f"the cache holds nothing for {name} with answers of these lengths"):
+        with pytest.raises(ValueError, match=f"the cache has no values for {name} with answers of these lengths"):
             precomputed.lookup_logps(columns, collate([rows[1], wrong]))
 
 
@@ -228,7 +228,7 @@ def test_values_that_are_not_finite_are_never_stored(
     model = tiny_model()
     with torch.no_grad():
         model.get_output_embeddings().weight[0] = torch.inf
-    with pytest.raises(ValueError, match="log-probabilities of the reference are not finite: look at s/train"):
+    with pytest.raises(ValueError, match="log-probabilities of the reference are not finite: check the rows s/train"):
         stored(model, examples(3), tmp_path / "cache")
 
 
@@ -237,14 +237,14 @@ def test_values_that_are_not_finite_are_never_stored(
 
 @pytest.fixture(scope="module")
 def folder(lab: Lab) -> Path:
-    """A cache in a folder of its own."""
+    """The folder of a cache that a run has written."""
     lab.fit("first", *FIT, CACHED, f"--model.reference.folder={lab.folder / 'cache'}")
     return lab.folder / "cache"
 
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Files that were computed, not found."""
+    """Paths of the files that are computed instead of found."""
     files: list[Path] = []
     compute = precomputed.score_rows_into_file
 
@@ -256,11 +256,11 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return files
 
 
-def test_a_cached_run_is_the_run_with_the_model(lab: Lab, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cached_run_equals_the_run_with_the_model(lab: Lab, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     expected, found = (metrics(lab.fit(n, *FIT, *w)) for n, w in (("model", []), ("again", [CACHED])))
     assert len(expected) == len(found) == 3
-    assert caplog.text.count("nats a token apart; the loss is 0.693147") == 2, "step 0 is checked with a cache too"
+    assert caplog.text.count("nats per token apart; the loss is 0.693147") == 2, "step 0 is checked with a cache too"
     for row, other in zip(expected, found, strict=True):
         for name in ("train/loss", "train/rewards/margins", "train/grad_norm", "val/loss", "val/rewards/accuracies"):
             assert (name in row) == (name in other)
@@ -275,7 +275,7 @@ def test_one_file_serves_every_loss_beta_and_learning_rate(lab: Lab, computed: l
     changed = ["--model.loss=IPO", "--model.loss.beta=0.5", "--optimizer.lr=1e-4", "--data.batch_size=3"]
     lab.fit("loss", *words, *changed, "--data.seed=1", "--data.val_fraction=0.3", "--data.max_tokens=200")
     lab.fit("lora", *words, "--model.adapter=LoRA")
-    assert len(computed) == 1, "found, whatever is not in the key"
+    assert len(computed) == 1, "options that are not in the key do not matter"
     lab.fit("other", *words, f"--model.policy={policy(seed=1)}")
     assert len(computed) == 2, "another reference"
 
@@ -288,7 +288,7 @@ def test_no_reference_model_is_left_in_memory(lab: Lab, monkeypatch: pytest.Monk
     monkeypatch.setattr(dpo.cli.main.TrainingCLI, "after_fit", lambda cli: (seen.update(cli=cli), after(cli))[1])
     lab.fit("memory", *FIT, CACHED)
     reference = seen["cli"].model.reference
-    assert list(reference.parameters()) == [] == list(reference.children()) and reference.models == {}
+    assert list(reference.parameters()) == [] == list(reference.children()) and reference.owned_models == {}
 
 
 def test_every_stage_has_its_rows(lab: Lab, computed: list[Path]) -> None:
@@ -296,14 +296,14 @@ def test_every_stage_has_its_rows(lab: Lab, computed: list[Path]) -> None:
     del computed[:]
     for verb in ("validate", "test", "predict"):
         assert lab.main(verb, CACHED, "--name=stages", f"--ckpt_path={run.checkpoint_folder / 'last.ckpt'}") == 0
-    assert len(computed) == 2, "of one pass over anything, nothing is stored"
+    assert len(computed) == 2, "predict stores nothing"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([f"--model.policy={policy(seed=1)}"], "it is of another reference"),
-        (["--data.limit=12"], "it is of other rows or of another tokenizer"),
+        ([f"--model.policy={policy(seed=1)}"], "it belongs to another reference"),
+        (["--data.limit=12"], "it belongs to other rows or another tokenizer"),
         (["--trainer.precision=bf16-mixed"], "it was computed in another precision"),
     ],
     ids=["weights", "tokens", "precision"],
@@ -326,18 +326,18 @@ def test_a_given_folder_that_does_not_fit_is_refused(
 def test_values_that_the_reference_does_not_compute_are_refused(
     lab: Lab, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file that is whole and of the right key, as if another version of some library had computed it."""
+    """The file is complete and has the right key, as if another version of some library had computed it."""
     file = tmp_path / "fit.safetensors"
-    about = safe_open(folder / "fit.safetensors", "numpy").metadata()
-    content = (folder / "fit.safetensors").read_bytes().replace(about["sha256"].encode(), b"0" * 64)
+    metadata = safe_open(folder / "fit.safetensors", "numpy").metadata()
+    content = (folder / "fit.safetensors").read_bytes().replace(metadata["sha256"].encode(), b"0" * 64)
     file.write_bytes(content)
     map_cache_file(file, "r+")["values"][:] += 0.01
     write_checksum(file)
     assert lab.main("fit", "--name=refused", *FIT, CACHED, f"--model.reference.folder={tmp_path}") == 1
-    assert "the reference computes others here: expected a difference of at most 0.001" in capsys.readouterr().err
+    assert "the reference computes other values here. Expected a difference of at most 0.001" in capsys.readouterr().err
 
 
-def test_a_pass_that_breaks_off_leaves_nothing(
+def test_a_failed_computation_leaves_no_file(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def breaking(*_: object) -> Batch:
@@ -350,7 +350,7 @@ def test_a_pass_that_breaks_off_leaves_nothing(
 
 
 @pytest.mark.slow  # four runs, two of them in two processes
-def test_two_processes_write_the_file_of_one(lab: Lab, folder: Path) -> None:
+def test_two_processes_write_the_same_file_as_one(lab: Lab, folder: Path) -> None:
     two = lab.folder / "two"
     process = lab.start(
         *("fit", "--name=two", *FIT, CACHED, f"--model.reference.folder={two}"),
@@ -369,8 +369,9 @@ def load_unchecked(file: Path) -> dict[str, Any]:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
 
-def test_the_header_says_what_it_is_of(folder: Path) -> None:
-    about = safe_open(folder / "fit.safetensors", "numpy").metadata()
-    assert about.keys() == {"weights", "tokens", "precision", "version", "sha256"}
-    assert about["precision"] == "32-true torch.float32"
-    assert about["weights"] == weights_sha256(ModelLoader().load_model(str(policy()))) and len(about["tokens"]) == 64
+def test_the_metadata_describe_the_values(folder: Path) -> None:
+    metadata = safe_open(folder / "fit.safetensors", "numpy").metadata()
+    assert metadata.keys() == {"weights", "tokens", "precision", "version", "sha256"}
+    assert metadata["precision"] == "32-true torch.float32"
+    assert metadata["weights"] == weights_sha256(ModelLoader().load_model(str(policy())))
+    assert len(metadata["tokens"]) == 64

@@ -1,4 +1,4 @@
-"""One round of sample, mark and train; what is written, what a scorer may do, and what answers are."""
+"""A round of sampling, marking and training: the rows that are written, scorers, and generated answers."""
 
 import json
 import math
@@ -28,12 +28,12 @@ SMALL = ["--data.sampling.answers=3", "--data.sampling.max_new_tokens=24", "--da
 
 
 def by_length(prompt: str, answers: list[str]) -> list[float]:
-    """The scorer of these tests: longer is better; it is shown the dialogue."""
+    """Rate longer answers higher, and check that the prompt is a dialogue."""
     assert prompt.startswith("\n\nHuman: ") and prompt.endswith("\n\nAssistant:")
     return [len(answer) for answer in answers]
 
 
-def all_alike(prompt: str, answers: list[str]) -> list[float]:
+def ties(prompt: str, answers: list[str]) -> list[float]:
     return [1.0] * len(answers)
 
 
@@ -75,7 +75,7 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
 
 
 def read_back(path: Path) -> PreferencePairs:
-    data = PreferencePairs("quickstart", str(path), max_length=128, val_fraction=0.0)
+    data = PreferencePairs(str(path), tokenizer="quickstart", max_length=128, val_fraction=0.0)
     data.prepare_data()
     data.setup("fit")
     return data
@@ -95,7 +95,7 @@ def test_every_prompt_is_answered_by_both_models(sampled: Run) -> None:
 
 
 def test_a_supervised_stage_answers_too(lab: Lab, prompts: Path, sampled: Run) -> None:
-    """With the log-probabilities of its only model; there is no reference, and so no reward."""
+    """Its rows have no values of a reference and no reward."""
     assert predict(lab, prompts, "supervised", "--model=SFT", "--scorer=tests.training.test_predict:by_length") == 0
     for row, both in zip(rows_of(Run(lab.folder / "supervised")), rows_of(sampled), strict=True):
         drawn = [answer for answer in both["answers"] if answer["from"] == "policy"]
@@ -121,12 +121,12 @@ def test_a_supervised_stage_scores_the_chosen_answers_of_pairs(lab: Lab) -> None
     assert len(found["SFT"]) == 6
 
 
-def test_log_probabilities_are_the_scorers(sampled: Run) -> None:
-    """Greedy answers are made again and scored here."""
+def test_log_probabilities_equal_those_of_the_scorer(sampled: Run) -> None:
+    """The written answers are tokenized and scored again."""
     model = AutoModelForCausalLM.from_pretrained(quickstart.POLICY_FOLDER).eval()
     encoder = PairEncoder(AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER), 104)
     share_if_exact(model)
-    data = Prompts("quickstart", "unused", sampling=Sampling(3, max_new_tokens=24), max_length=128)
+    data = Prompts("unused", tokenizer="quickstart", sampling=Sampling(3, max_new_tokens=24), max_length=128)
     row = rows_of(sampled)[0]
     history = Columns().parse_history(row)
     assert not isinstance(history, Refusal) and data.encoder.max_length == 104
@@ -134,7 +134,7 @@ def test_log_probabilities_are_the_scorers(sampled: Run) -> None:
     for answer in row["answers"]:
         again = encoder.tokenizer(" " + answer["text"], add_special_tokens=False)["input_ids"]
         if len(again) + 1 != answer["tokens"] or not answer["complete"]:
-            continue  # written in other tokens than it is read in
+            continue  # the model wrote it in other tokens than the tokenizer makes of it
         batch = collate([Example("a", ids, ([*again, encoder.end_ids[0]],))])
         found = score(model, batch).logps.sum().item()
         assert found == pytest.approx(answer["logps"]["policy"], rel=1e-4)
@@ -145,10 +145,10 @@ def test_log_probabilities_are_the_scorers(sampled: Run) -> None:
 
 def test_the_best_and_the_worst_complete_answer_are_marked(sampled: Run) -> None:
     for row in rows_of(sampled):
-        able = [answer for answer in row["answers"] if answer["complete"] and answer["text"]]
-        assert [answer["score"] for answer in able] == [len(answer["text"]) for answer in able]
-        assert len(row["chosen"]) == max(len(answer["text"]) for answer in able)
-        assert len(row["rejected"]) == min(len(answer["text"]) for answer in able)
+        candidates = [answer for answer in row["answers"] if answer["complete"] and answer["text"]]
+        assert [answer["score"] for answer in candidates] == [len(answer["text"]) for answer in candidates]
+        assert len(row["chosen"]) == max(len(answer["text"]) for answer in candidates)
+        assert len(row["rejected"]) == min(len(answer["text"]) for answer in candidates)
 
 
 def test_a_round_of_sampling_marking_and_training(lab: Lab, sampled: Run) -> None:
@@ -170,8 +170,8 @@ def test_a_round_of_sampling_marking_and_training(lab: Lab, sampled: Run) -> Non
     assert losses[-1] < losses[0]
 
 
-def test_the_next_round_begins_with_what_was_trained(lab: Lab, prompts: Path, sampled: Run) -> None:
-    """Policy and reference differ now, and the rewards say so."""
+def test_the_next_round_starts_from_the_trained_policy(lab: Lab, prompts: Path, sampled: Run) -> None:
+    """Policy and reference differ now, and so do the rewards."""
     trained = lab.folder / "trained"
     if not trained.is_dir():
         pytest.skip("the round did not run")
@@ -185,10 +185,8 @@ def test_the_next_round_begins_with_what_was_trained(lab: Lab, prompts: Path, sa
 
 
 def test_unmarked_rows_are_counted_when_they_are_read_back(lab: Lab, prompts: Path) -> None:
-    """A tie marks nothing. And Parquet holds the same as JSON lines."""
-    assert (
-        predict(lab, prompts, "ties", "--scorer=tests.training.test_predict:all_alike", "--output=answers.parquet") == 0
-    )
+    """Equal scores mark nothing; the rows are the same in Parquet as in JSON Lines."""
+    assert predict(lab, prompts, "ties", "--scorer=tests.training.test_predict:ties", "--output=answers.parquet") == 0
     assert [file.name for file in (lab.folder / "ties").iterdir()] == ["answers.parquet"]
     data = read_back(lab.folder / "ties" / "answers.parquet")
     counts = data.audits_by_split["train"].counts_by_subset["total"]
@@ -201,16 +199,16 @@ def test_unmarked_rows_are_counted_when_they_are_read_back(lab: Lab, prompts: Pa
         (["--scorer=nowhere:at_all"], "--scorer: expected module:function,"),
         (["--scorer=tests.training.test_predict"], "--scorer: expected module:function,"),
         (["--scorer=tests.training.test_predict:NOT_A_FUNCTION"], "--scorer: expected a function"),
-        (["--scorer=tests.training.test_predict:one_too_few"], "finite numbers, one for each answer"),
+        (["--scorer=tests.training.test_predict:one_too_few"], "finite numbers, one per answer"),
         (["--output=answers.csv"], "--output: expected the name of a file that ends in .jsonl or .parquet"),
         (["--output=../a.jsonl"], "--output: expected the name of a file"),
         (["--data.sampling.temperature=0"], "more than 0, or all answers would be the same"),
         (["--data.sampling.top_p=2"], "--data.sampling.top_p: expected a probability"),
         (["--data.sampling.max_new_tokens=125"], "--data.max_length: expected sampling.max_new_tokens + at least 8"),
-        (["--data.path=/nowhere.jsonl"], "no file, folder or pattern '/nowhere.jsonl' is here"),
+        (["--data.path=/nowhere.jsonl"], "no local file, folder or pattern '/nowhere.jsonl'"),
     ],
 )
-def test_what_cannot_be_done_is_said(
+def test_wrong_options_are_refused_with_a_message(
     lab: Lab, prompts: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     try:
@@ -221,13 +219,13 @@ def test_what_cannot_be_done_is_said(
     assert message in capsys.readouterr().err
 
 
-def test_prompts_train_nothing(lab: Lab, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_cannot_be_trained_on(lab: Lab, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"--trainer.default_root_dir={lab.folder}", "--model.policy=quickstart", "--data=Prompts"]
     assert lab.only("fit", *words, f"--data.path={prompts}", "--name=nothing") == 1
     assert "expected preference pairs, got --data Prompts" in capsys.readouterr().err
 
 
-def test_a_scorer_marks_no_pairs() -> None:
+def test_a_scorer_is_refused_for_pairs() -> None:
     with pytest.raises(ValueError, match="expected --data Prompts, got pairs"):
         label_best_and_worst(
             {"id": "a", "logps": [0.0, 0.0], "rewards": [0.0, 0.0]},
@@ -235,7 +233,7 @@ def test_a_scorer_marks_no_pairs() -> None:
         )
 
 
-def test_an_answer_that_was_cut_is_not_marked() -> None:
+def test_an_answer_that_was_cut_off_is_not_marked() -> None:
     answers = [{"text": text, "complete": complete} for text, complete in (("aaaa", False), ("a", True), ("aa", True))]
     row = {"prompt": "b", "chosen": None, "rejected": None, "answers": answers}
     marked = label_best_and_worst(row, by_length)
@@ -248,7 +246,7 @@ def test_an_answer_that_was_cut_is_not_marked() -> None:
 
 
 @pytest.fixture(scope="module")
-def speaker() -> tuple[Any, PairEncoder]:
+def generator() -> tuple[Any, PairEncoder]:
     model = AutoModelForCausalLM.from_pretrained(quickstart.POLICY_FOLDER).eval()
     return model, PairEncoder(AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER), 104)
 
@@ -257,9 +255,9 @@ def questions(encoder: PairEncoder) -> list[list[int]]:
     return [encoder.tokenizer(prompt)["input_ids"] for prompt in quickstart.SAMPLE_PROMPTS]
 
 
-def test_answers_do_not_depend_on_what_is_answered_beside(speaker: tuple[Any, PairEncoder]) -> None:
-    """Prompts of different lengths are padded; the greedy answers are those to each alone."""
-    model, encoder = speaker
+def test_answers_do_not_depend_on_the_other_prompts_of_a_batch(generator: tuple[Any, PairEncoder]) -> None:
+    """Prompts of different lengths are padded; greedy answers are those to each prompt alone."""
+    model, encoder = generator
     prompts = questions(encoder)
     together = generate_answers(model, encoder, prompts, GREEDY_SAMPLING, 0)
     assert together == [generate_answers(model, encoder, [prompt], GREEDY_SAMPLING, 0)[0] for prompt in prompts]
@@ -267,34 +265,34 @@ def test_answers_do_not_depend_on_what_is_answered_beside(speaker: tuple[Any, Pa
 
 
 def test_an_answer_ends_where_the_next_human_turn_begins(
-    speaker: tuple[Any, PairEncoder], monkeypatch: pytest.MonkeyPatch
+    generator: tuple[Any, PairEncoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, encoder = speaker
-    said = encoder.tokenizer(" Kyoto.\n\nHuman: And then?", add_special_tokens=False)["input_ids"]
+    model, encoder = generator
+    written = encoder.tokenizer(" Kyoto.\n\nHuman: And then?", add_special_tokens=False)["input_ids"]
     prompt = questions(encoder)[0]
     end = encoder.end_ids[0]
 
     def generate(ids: torch.Tensor, **_: object) -> torch.Tensor:
-        asked, padding = ids[0].tolist(), [end] * (len(said) - 1)
-        return torch.tensor([[*asked, *said, end], [*asked, said[0], end, *padding]])
+        asked, padding = ids[0].tolist(), [end] * (len(written) - 1)
+        return torch.tensor([[*asked, *written, end], [*asked, written[0], end, *padding]])
 
     monkeypatch.setattr(model, "generate", generate)
     (first, second), = generate_answers(model, encoder, [prompt], Sampling(2), 0)  # fmt: skip
     assert (first.text, first.is_complete, first.tokens[-1]) == ("Kyoto.", True, end)
     assert encoder.tokenizer.decode(first.tokens, skip_special_tokens=True).strip() == "Kyoto."
-    assert (second.tokens, second.is_complete) == ([said[0], end], True)
+    assert (second.tokens, second.is_complete) == ([written[0], end], True)
 
 
-def test_the_seed_decides(speaker: tuple[Any, PairEncoder]) -> None:
+def test_the_seed_determines_the_samples(generator: tuple[Any, PairEncoder]) -> None:
     first, same, other = (
-        generate_answers(*speaker, questions(speaker[1]), Sampling(2, max_new_tokens=8), n) for n in (0, 0, 1)
+        generate_answers(*generator, questions(generator[1]), Sampling(2, max_new_tokens=8), n) for n in (0, 0, 1)
     )
     assert first == same != other
 
 
-def test_sampling_is_from_the_model_alone(speaker: tuple[Any, PairEncoder]) -> None:
-    """The generation config that comes with a model has no say: at a high temperature everything is drawn."""
-    model, encoder = speaker
+def test_sampling_is_from_the_model_alone(generator: tuple[Any, PairEncoder]) -> None:
+    """The generation config that comes with a model is ignored: its top_k of 1 would give equal answers."""
+    model, encoder = generator
     prompt = questions(encoder)[:1]
     model.generation_config.top_k, model.generation_config.repetition_penalty = 1, 1.5
     (answers,) = generate_answers(model, encoder, prompt, Sampling(8, temperature=1.5, max_new_tokens=4), 0)
@@ -303,14 +301,14 @@ def test_sampling_is_from_the_model_alone(speaker: tuple[Any, PairEncoder]) -> N
     assert len({tuple(answer.tokens) for answer in narrow}) == 1
 
 
-def test_histories_of_pairs_are_prompts(tmp_path: Path) -> None:
+def test_the_prompts_of_pairs_are_read(tmp_path: Path) -> None:
     row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"prompt": [{"role": "no"}]}) + "\n")
     options = {"sampling": Sampling(max_new_tokens=8), "max_length": 64}
-    data = Prompts("quickstart", str(tmp_path), on_bad_row="skip", **options)
+    data = Prompts(str(tmp_path), tokenizer="quickstart", on_bad_row="skip", **options)
     data.prepare_data()
     ((batch),) = data.predict_dataloader()
-    assert [(q.id, q.prompt) for q in batch.asked] == [("prompts:1", "\n\nHuman: a\n\nAssistant:")]
-    assert isinstance(batch.asked[0], EncodedPrompt)
+    assert [(q.id, q.prompt) for q in batch.prompts] == [("prompts:1", "\n\nHuman: a\n\nAssistant:")]
+    assert isinstance(batch.prompts[0], EncodedPrompt)
     with pytest.raises(ValueError, match="line 2: wrong_type"):
-        Prompts("quickstart", str(tmp_path), **options).predict_dataloader()
+        Prompts(str(tmp_path), tokenizer="quickstart", **options).predict_dataloader()

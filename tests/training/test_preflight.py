@@ -1,4 +1,4 @@
-"""Set-ups that are broken on purpose: each is refused before the first step, with what was expected, got and to do."""
+"""Setups that are broken on purpose: each is refused before the first step, with a message that says what to do."""
 
 import math
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from tests.support.models import make_tiny_model
 from tests.support.runs import Lab, metrics, policy, write
 
 
-class AsIs(FrozenReference):
-    """What a reference is before anybody has frozen it."""
+class NotFrozenReference(FrozenReference):
+    """A reference whose parameters still require a gradient."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model, "broken on purpose", DISTANCE_NONE)
@@ -33,33 +33,33 @@ class AsIs(FrozenReference):
 
 @dataclass(frozen=True)
 class Itself(Reference):
-    """The policy's own object."""
+    """The policy itself, not frozen."""
 
-    def build(self, policy: PreTrainedModel, loader: ModelLoader) -> AsIs:
-        return AsIs(policy)
+    def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> NotFrozenReference:
+        return NotFrozenReference(policy)
 
 
 @dataclass(frozen=True)
 class Unfrozen(Reference):
-    """A copy that still wants gradients."""
+    """A copy of the policy that is not frozen."""
 
-    def build(self, policy: PreTrainedModel, loader: ModelLoader) -> AsIs:
-        return AsIs(loader.load_model(policy.config._name_or_path))
+    def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> NotFrozenReference:
+        return NotFrozenReference(loader.load_model(policy.config._name_or_path))
 
 
 @dataclass(frozen=True)
 class FreezesPolicy(Reference):
-    """The policy's own object, frozen."""
+    """The policy itself, frozen."""
 
-    def build(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
+    def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
         return FrozenReference(policy, "broken on purpose", DISTANCE_NONE)
 
 
 @dataclass(frozen=True)
 class Moved(Reference):
-    """A copy that is not the policy any more."""
+    """A copy of the policy with other weights."""
 
-    def build(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
+    def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
         model = loader.load_model(policy.config._name_or_path)
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(1.01)
@@ -68,9 +68,9 @@ class Moved(Reference):
 
 @dataclass(frozen=True)
 class Dropout(Reference):
-    """A good copy of a policy whose dropout is left on."""
+    """A correct copy of a policy whose dropout stays on."""
 
-    def build(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
+    def build_reference(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
         frozen = FrozenReference(loader.load_model(policy.config._name_or_path), "a copy", DISTANCE_NONE)
         policy.train()
         return frozen
@@ -78,7 +78,7 @@ class Dropout(Reference):
 
 @dataclass(frozen=True)
 class Shifted(DPO):
-    """DPO with a constant too much."""
+    """DPO plus a constant, with the initial loss of DPO."""
 
     def __call__(self, logps: PairLogps) -> Tensor:
         return super().__call__(logps) + 0.01
@@ -93,7 +93,7 @@ ONE = ["--trainer.max_steps=1", "--data.val_fraction=0"]
 
 
 def refused(lab: Lab, capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What is said of a run that is stopped before its first step."""
+    """Return the error message of a run that is stopped before its first step."""
     capsys.readouterr()
     name = f"run{len(list(lab.folder.iterdir()))}"
     assert lab.main("fit", f"--name={name}", *ONE, *words) == 1
@@ -105,8 +105,8 @@ def refused(lab: Lab, capsys: pytest.CaptureFixture[str], *words: str) -> str:
 @pytest.mark.parametrize("broken", ["Itself", "Unfrozen"])
 def test_a_reference_that_would_train(lab: Lab, capsys: pytest.CaptureFixture[str], broken: str) -> None:
     message = refused(lab, capsys, f"--model.reference=tests.training.test_preflight.{broken}")
-    assert "preflight: the reference: expected frozen and not in the optimizer, got ['" in message
-    assert "Copy it instead of passing the policy itself." in message
+    assert "preflight: the reference: expected frozen parameters that are not in the optimizer, got ['" in message
+    assert "Use a copy of the policy, not the policy itself." in message
 
 
 def test_a_policy_that_does_not_train(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,8 +116,8 @@ def test_a_policy_that_does_not_train(lab: Lab, capsys: pytest.CaptureFixture[st
 
 def test_a_reference_that_is_not_the_policy(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(lab, capsys, "--model.reference=tests.training.test_preflight.Moved")
-    assert "log-probabilities under the policy and under the reference that it equals" in message
-    assert "The reference is not the policy." in message
+    assert "log-probabilities under the policy and under a reference that should equal it: expected" in message
+    assert "The reference is not a copy of the policy." in message
 
 
 @pytest.mark.parametrize(
@@ -132,21 +132,21 @@ def test_dropout_that_is_on(
 ) -> None:
     words = [f"--model.policy={policy(family, **config)}", "--model.sharing=false"]
     message = refused(lab, capsys, *words, "--model.reference=tests.training.test_preflight.Dropout")
-    assert "preflight: two passes over one batch: expected equal bits, got " in message
-    assert "Some dropout or noise is on: turn it off in the model." in message
+    assert "preflight: two forward passes over one batch: expected equal log-probabilities, got a " in message
+    assert "Turn off dropout and noise in the model." in message
 
 
 def test_dropout_in_a_configuration_is_off(lab: Lab) -> None:
     lab.fit("dropout", *ONE, f"--model.policy={policy('gpt2', resid_pdrop=0.5)}")
 
 
-def test_a_loss_that_is_not_what_it_says(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_that_differs_from_its_initial_loss(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(lab, capsys, "--model.loss=tests.training.test_preflight.Shifted")
     assert "preflight: the loss at step 0: expected 0.693147, got [0.7031" in message
-    assert "The loss is not what it says." in message
+    assert "The loss differs from its own `initial_loss`: correct one of them." in message
 
 
-def test_prompts_whose_sharing_changes_the_model_are_not_shared(
+def test_prompts_are_not_shared_if_that_changes_hidden_states(
     lab: Lab, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared: list[Batch] = []
@@ -157,16 +157,17 @@ def test_prompts_whose_sharing_changes_the_model_are_not_shared(
 
     monkeypatch.setattr(preflight, "sharing_error", differ)
     shared, alone = (lab.fit(name, *ONE, *words) for name, words in (("s", []), ("a", ["--model.sharing=false"])))
-    assert any("prompts are NOT shared, as hidden states would differ by 5.0e-01" in m for m in caplog.messages)
+    assert "prompts are NOT shared between answers, as hidden states would differ by 5.0e-01" in caplog.text
     assert metrics(shared)[0]["train/loss"] == metrics(alone)[0]["train/loss"]
     (batch,) = compared  # the run without sharing has nothing to compare
     assert len(batch) == 4  # a whole step: --data.batch_size of the lab
 
 
-def test_a_model_that_sees_the_next_token(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_is_not_causal(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(lab, capsys, f"--model.policy={policy('bert')}")
-    assert "preflight: hidden states with the next token and without it: expected the same, to 0.0001, got " in message
-    assert "it is no causal language model." in message
+    assert "preflight: hidden states with and without the next token: expected a relative difference of " in message
+    assert "at most 0.0001, got " in message
+    assert "it is not a causal language model." in message
 
 
 def test_logits_that_depend_on_more_than_hidden_states(
@@ -182,7 +183,7 @@ def test_logits_that_depend_on_more_than_hidden_states(
     monkeypatch.setattr(LlamaForCausalLM, "forward", warmer)
     message = refused(lab, capsys)
     assert "log-probabilities by the scorer and by the model's own forward pass: expected a difference of" in message
-    assert "Its way from hidden states to logits is one that is not known here: take another model." in message
+    assert "This model computes logits in a way the scorer cannot reproduce: use another model." in message
 
 
 def test_a_model_that_cannot_be_scored(
@@ -199,11 +200,18 @@ def test_a_model_that_cannot_be_scored(
 
 def test_more_tokens_than_the_policy_has_positions(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(lab, capsys, "--data.max_length=300")
-    assert "--data.max_length: expected at most the 256 positions that the policy was made for, got 300." in message
+    assert "--data.max_length: expected at most the 256 positions that the policy supports, got 300." in message
 
 
 def saved(folder: Path, rows: int | None = None, value: float | None = None, unused: int = 0) -> str:
-    """The word for a policy with so many rows of its embedding, one of this value, and tokens that no text becomes."""
+    """Save a policy and return the option that selects it.
+
+    Args:
+        folder: Where to save it.
+        rows: Rows of its embedding; by default one per token.
+        value: A value to put into its weights.
+        unused: Number of tokens to add to the tokenizer that no text is encoded to.
+    """
     tokens = AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER)
     model = make_tiny_model(vocab_size=rows or len(tokens), num_hidden_layers=1)
     tokens.add_tokens([f"<unused {i}>" for i in range(unused)])
@@ -220,10 +228,10 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(
     message = refused(lab, capsys, saved(tmp_path, rows=100))
     tokens = len(AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER))
     assert "the vocabulary: expected token ids below the 100 rows of the policy's embedding" in message
-    assert f"out of a tokenizer of {tokens:,} tokens" in message
+    assert f"from a tokenizer of {tokens:,} tokens" in message
 
 
-def test_tokens_that_no_text_becomes_need_no_row(lab: Lab, tmp_path: Path) -> None:
+def test_tokens_that_no_text_is_encoded_to_need_no_row(lab: Lab, tmp_path: Path) -> None:
     lab.fit("unused", *ONE, saved(tmp_path, unused=2))
 
 
@@ -235,17 +243,17 @@ def test_weights_that_are_not_finite(
     assert "the weights: expected finite numbers, got nan or inf in ['policy lm_head.weight'" in message
 
 
-def test_an_end_inside_an_answer() -> None:
-    with pytest.raises(PreflightError, match=r"the answers of a/train:1: expected no end of .*, got \[2\]\."):
-        list(preflight._answers([Example("a/train:1", [5], ([6, 2, 7, 2], [8, 2]))], (2,)))
+def test_an_end_of_sequence_inside_an_answer() -> None:
+    with pytest.raises(PreflightError, match=r"the answers of a/train:1: expected no end-of-sequence .*, got \[2\]\."):
+        list(preflight._check_answers([Example("a/train:1", [5], ([6, 2, 7, 2], [8, 2]))], (2,)))
 
 
 def test_answers_that_are_the_same() -> None:
-    with pytest.raises(PreflightError, match=r"expected different token ids, got the same\. Raise --data\.max_length"):
-        list(preflight._answers([Example("a/train:1", [5], ([6, 2], [6, 2]))], (2,)))
+    with pytest.raises(PreflightError, match=r"different token ids, got the same ids\. Raise --data\.max_length"):
+        list(preflight._check_answers([Example("a/train:1", [5], ([6, 2], [6, 2]))], (2,)))
 
 
-def test_every_message_says_how_to_go_on_regardless(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_message_says_how_to_skip_the_checks(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(lab, capsys, "--model.loss=tests.training.test_preflight.Shifted")
     assert message.startswith("PreflightError: preflight: ")
     assert message.endswith("(--model.preflight false skips all checks.)")
@@ -255,12 +263,12 @@ def test_every_message_says_how_to_go_on_regardless(lab: Lab, capsys: pytest.Cap
 
 def test_a_good_run_says_what_was_checked(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
     lab.fit("good", *ONE)
-    (said,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Preflight: ")]
-    for part in ("every answer ends once", "all others are frozen", "agree to the bit", "the loss is 0.693147"):
-        assert part in said
+    (logged,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Preflight: ")]
+    for part in ("every answer ends once", "all others are frozen", "bitwise identical", "the loss is 0.693147"):
+        assert part in logged
 
 
-def test_fewer_rows_than_it_looks_at_are_enough(lab: Lab, tmp_path) -> None:
+def test_fewer_rows_than_are_checked_are_enough(lab: Lab, tmp_path) -> None:
     row = ("\n\nHuman: Hi.\n\nAssistant: Hello.", "\n\nHuman: Hi.\n\nAssistant: No.")
     write(tmp_path, (row,), (row,))
     lab.fit("few", *ONE, f"--data.path={tmp_path}", "--data.batch_size=1")

@@ -1,4 +1,4 @@
-"""Warm-up: the rates that the docstring promises."""
+"""Learning rates of `Warmup`, as its docstring defines them."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from dpo.training.schedules import Warmup
 def rates(steps: int, **options: int) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     schedule = Warmup(optimizer, **options)
-    seen = []
+    learning_rates = []
     for _ in range(steps):
-        seen.append(optimizer.param_groups[0]["lr"])
+        learning_rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    return seen
+    return learning_rates
 
 
 def test_warm_up_then_constant() -> None:

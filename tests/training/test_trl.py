@@ -1,8 +1,8 @@
-"""TRL and this project, each through its own front door: one model, the same pairs in one order, one optimizer.
+"""Training with TRL and with this project: the same model, pairs, order and optimizer give the same numbers.
 
-Our side is the command line and the metrics.csv that it leaves, TRL's is `tests/support/trl_side.py`; they share files
-only. At every step thirteen numbers must agree in float32, on dialogues that neither side cuts; measured, they agree
-five times more closely than is asked. TRL ignores label smoothing without a word, so that is not compared here.
+This project runs on its command line and is read from metrics.csv; TRL runs in `tests/support/trl_side.py`. They share
+only files. Thirteen numbers must agree at every step in float32, on dialogues that neither side cuts off; the measured
+differences are at most a fifth of the tolerance. TRL silently ignores label smoothing, so that is not compared here.
 """
 
 import math

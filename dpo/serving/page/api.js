@@ -1,8 +1,8 @@
-// Speaks with the server: JSON calls, streams, the key, and errors in plain words. Knows nothing of the page.
+// Requests to the server: JSON calls, streamed answers, the API key, and error messages for the user.
 
 const KEY = "dpo.key";
 
-/** What went wrong, as a sentence for the reader. */
+/** An error whose message is a sentence for the user. */
 export class ServerError extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -10,30 +10,30 @@ export class ServerError extends Error {
   }
 }
 
-const door = { ask: null, asking: null, heard: () => {} };
+const hooks = { askKey: null, pendingKey: null, onReachable: () => {} };
 
-/** `askKey(wrong)` resolves to a key or null; `heard(yes)` is told whether the server answered at all. */
-export function connect(askKey, heard) {
-  Object.assign(door, { ask: askKey, heard });
+/** `askKey(wrong)` resolves to a key or null; `onReachable(yes)` is called with whether the server responded at all. */
+export function connect(askKey, onReachable) {
+  Object.assign(hooks, { askKey, onReachable });
 }
 
-/** One question for the key, however many calls were refused. */
-function key(wrong) {
-  door.asking ??= door.ask(wrong).finally(() => (door.asking = null));
-  return door.asking;
+/** Ask for the key, once for all calls that were refused. */
+function requestKey(wrong) {
+  hooks.pendingKey ??= hooks.askKey(wrong).finally(() => (hooks.pendingKey = null));
+  return hooks.pendingKey;
 }
 
-async function explained(response) {
+async function toError(response) {
   const body = await response.json().catch(() => ({}));
-  const said = body?.error?.message ?? `status ${response.status}`;
+  const message = body?.error?.message ?? `status ${response.status}`;
   const wait = Number(response.headers.get("Retry-After"));
   if (response.status === 429) {
     const when = wait ? `in ${wait} ${wait === 1 ? "second" : "seconds"}` : "in a moment";
     return new ServerError(`The server is busy. Try again ${when}.`, 429);
   }
-  if (response.status === 503) return new ServerError(`The model is not ready: ${said}`, 503);
-  if (response.status >= 500) return new ServerError(`The server failed at this: ${said}`, response.status);
-  return new ServerError(said, response.status);
+  if (response.status === 503) return new ServerError(`The model is not ready: ${message}`, 503);
+  if (response.status >= 500) return new ServerError(`The server reported an error: ${message}`, response.status);
+  return new ServerError(message, response.status);
 }
 
 async function call(path, options = {}, signal) {
@@ -44,27 +44,28 @@ async function call(path, options = {}, signal) {
     response = await fetch(path, { ...options, headers, signal, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    door.heard(false);
-    throw new ServerError("The server does not answer. Is it still running?");
+    hooks.onReachable(false);
+    throw new ServerError("The server is not responding. Is it still running?");
   }
-  door.heard(true);
+  hooks.onReachable(true);
   if (response.ok) return response;
   if (response.status === 401) {
-    const given = sessionStorage.getItem(KEY) !== stored ? sessionStorage.getItem(KEY) : await key(Boolean(stored));
-    if (!given) throw new ServerError("The server wants a key before it answers.", 401);
-    sessionStorage.setItem(KEY, given);
+    const current = sessionStorage.getItem(KEY);
+    const key = current !== stored ? current : await requestKey(Boolean(stored)); // another call may have set it
+    if (!key) throw new ServerError("This server requires a key.", 401);
+    sessionStorage.setItem(KEY, key);
     return call(path, options, signal);
   }
-  throw await explained(response);
+  throw await toError(response);
 }
 
-// Half a surrogate pair is no character, and no text that a server could read.
-const readable = (_, value) => (typeof value === "string" && value.toWellFormed?.()) || value;
+// Half a surrogate pair cannot be encoded as UTF-8, so it is replaced.
+const wellFormed = (_, value) => (typeof value === "string" && value.toWellFormed?.()) || value;
 
 const json = (body) => ({
   method: "POST",
   headers: { "Content-Type": "application/json" },
-  body: JSON.stringify(body, readable),
+  body: JSON.stringify(body, wellFormed),
 });
 
 export const get = async (path) => (await call(path)).json();
@@ -89,7 +90,7 @@ async function* events(body) {
   }
 }
 
-/** The chunks of a streamed chat completion; a stream that does not say it is done is an error. */
+/** Yield the chunks of a streamed chat completion; a stream that ends without [DONE] is an error. */
 export async function* chat(body, signal) {
   const streaming = { ...body, stream: true, stream_options: { include_usage: true } };
   const response = await call("/v1/chat/completions", json(streaming), signal);
@@ -97,11 +98,11 @@ export async function* chat(body, signal) {
     for await (const data of events(response.body)) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ServerError(`The answer broke off: ${chunk.error.message}`);
+      if (chunk.error) throw new ServerError(`The answer was cut off: ${chunk.error.message}`);
       yield chunk;
     }
   } catch (error) {
     if (error.name === "AbortError" || error instanceof ServerError) throw error;
   }
-  throw new ServerError("The answer broke off: the connection was closed.");
+  throw new ServerError("The answer was cut off: the connection closed.");
 }

@@ -1,4 +1,4 @@
-// Brings the page to life: tabs, the key, whether the server is there, and what the run offers to all views.
+// Starts the page: tabs, menus, the key dialog, the offline banner, and loading the run.
 
 import { connect, get } from "./api.js";
 import { showExamples, startChat } from "./chat.js";
@@ -13,7 +13,7 @@ const EXAMPLES = [
   "I would like to make tea. What do I do?",
   "What is five plus three?",
 ];
-const MOST_EXAMPLES = 4;
+const MAX_EXAMPLES = 4;
 
 let run = null;
 let current = "chat";
@@ -29,8 +29,8 @@ function show(view) {
   if (view === "why") showWhy();
 }
 
-/** The address names the view; any other fragment leaves the view as it is. */
-const addressed = () => VIEWS.find((name) => location.hash === `#${name}`) ?? current;
+/** The view named by the URL fragment; the current one if it names none. */
+const viewFromUrl = () => VIEWS.find((name) => location.hash === `#${name}`) ?? current;
 
 function startTabs() {
   for (const name of VIEWS) $(`tab-${name}`).addEventListener("click", () => (location.hash = name));
@@ -43,11 +43,11 @@ function startTabs() {
     location.hash = view;
     $(`tab-${view}`).focus();
   });
-  window.addEventListener("hashchange", () => (show(addressed()), window.scrollTo(0, 0)));
-  show(addressed());
+  window.addEventListener("hashchange", () => (show(viewFromUrl()), window.scrollTo(0, 0)));
+  show(viewFromUrl());
 }
 
-/** Menus close when something else is clicked, and on Escape. */
+/** Close menus on a click elsewhere and on Escape. */
 function startMenus() {
   const menus = [...document.querySelectorAll(".menu")];
   document.addEventListener("click", (event) => {
@@ -71,19 +71,19 @@ function askKey(wrong) {
     dialog.addEventListener("close", () => resolve(dialog.returnValue && $("key-value").value.trim()), { once: true }));
 }
 
-function heard(yes) {
-  $("offline").hidden = yes;
-  if (!yes) {
+function showReachable(reachable) {
+  $("offline").hidden = reachable;
+  if (!reachable) {
     const again = h("button", { class: "plain", click: loadRun }, "Try again");
-    $("offline").replaceChildren("The server does not answer. Is it still running? ", again);
+    $("offline").replaceChildren("The server is not responding. Is it still running? ", again);
   }
 }
 
-/** The human turns with which held-out dialogues open, different ones first. */
+/** Example prompts: the first human turns of held-out dialogues without repeats, then the default ones. */
 function openings(pairs) {
   const human = pairs.map(({ prompt }) => prompt.split(/\n\n(?:Human|Assistant):/)[1]?.trim()).filter(Boolean);
   const shortOnes = [...new Set(human)].filter((text) => text.length <= 160);
-  return [...shortOnes, ...EXAMPLES].slice(0, MOST_EXAMPLES);
+  return [...shortOnes, ...EXAMPLES].slice(0, MAX_EXAMPLES);
 }
 
 async function loadRun() {
@@ -104,7 +104,7 @@ async function loadRun() {
   showExamples(openings(pairs));
 }
 
-connect(askKey, heard);
+connect(askKey, showReachable);
 startChat(
   () => run?.name ?? null,
   (index) => {

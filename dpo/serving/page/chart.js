@@ -1,12 +1,12 @@
-// Series of points -> a figure with axes, a legend and the values at the pointer (or, with the arrow keys, at a step).
-// Draws SVG by hand at the width it is given. Knows nothing of runs.
+// A line chart with axes and a legend, drawn as SVG at the available width. The pointer or the arrow keys select a step
+// whose values are read out.
 
 import { h, svg } from "./dom.js";
 
 const HEIGHT = 190;
 const MARGIN = { top: 8, right: 12, bottom: 26 };
 
-/** A number as short as it can be said: 0.0005, 1.25, 12,300. */
+/** A number in short form: 0.0005, 1.25, 12,300. */
 export function brief(value) {
   if (value == null || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
@@ -16,7 +16,7 @@ export function brief(value) {
   return text.replace("-", "−").replace("^-", "^−");
 }
 
-/** About `count` round numbers that span low to high. */
+/** About `count` round numbers that cover low to high. */
 function ticks(low, high, count) {
   const raw = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(raw));
@@ -112,13 +112,13 @@ class Chart {
   select(step) {
     this.step = step;
     const here = this.series.filter(({ at }) => at.has(step));
-    const said = here.map(({ name, at }) => `${name} ${brief(at.get(step))}`);
-    this.readout.textContent = step === null ? " " : `step ${step}: ${said.join(" · ")}`;
+    const values = here.map(({ name, at }) => `${name} ${brief(at.get(step))}`);
+    this.readout.textContent = step === null ? " " : `step ${step}: ${values.join(" · ")}`;
     const line = () => svg("path", { d: `M${this.x(step)},${MARGIN.top}V${HEIGHT - MARGIN.bottom}` });
     const dot = ({ at, colour }) => svg("circle", { class: colour, cx: this.x(step), cy: this.y(at.get(step)), r: 4 });
     this.cursor?.replaceChildren(...(step === null ? [] : [line()]), ...here.map(dot));
   }
 }
 
-/** A figure; each series is { name, points: [[step, value], ...], colour, stage }, none of them empty. */
+/** Return a chart; each series is { name, points: [[step, value], ...], colour, stage }, and none may be empty. */
 export const chart = (title, series) => new Chart(title, series).node;

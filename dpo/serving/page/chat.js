@@ -1,5 +1,5 @@
-// The chat: one prompt, two models answering side by side, over several turns. Holds the buttons of the view and what
-// happens on them; `turn.js` draws, `store.js` keeps.
+// The chat view: each prompt goes to both models, which answer side by side. This file handles the view's buttons and
+// the streams; `turn.js` draws a turn, `store.js` keeps the conversations.
 
 import { chat } from "./api.js";
 import { $, download, h, hiddenNote, notice, say, short, write } from "./dom.js";
@@ -12,10 +12,10 @@ let views = []; // one for each turn of the open conversation
 let running = []; // abort controllers of the streams
 
 function keep() {
-  if (!save()) notice("The browser keeps no more history for this page: export what you need.");
+  if (!save()) notice("The browser cannot store any more history for this page: export what you need.");
   const { rows, skipped } = preferences();
-  const left = skipped ? `, ${skipped} cannot be written in this format` : "";
-  $("export-count").textContent = `${rows.length} ${rows.length === 1 ? "pair" : "pairs"} marked${left}`;
+  const omitted = skipped ? `, ${skipped} cannot be written in this format` : "";
+  $("export-count").textContent = `${rows.length} ${rows.length === 1 ? "pair" : "pairs"} marked${omitted}`;
   $("export-pairs").disabled = !rows.length;
   const kept = state.conversations.length;
   $("history-summary").textContent = kept ? `Conversations (${kept})` : "Conversations";
@@ -30,7 +30,7 @@ function frame() {
   for (const [index, view] of views.entries()) view.refresh({ busy, last: index === views.length - 1 });
 }
 
-/** Draw the open conversation anew. */
+/** Redraw the open conversation. */
 function draw() {
   const { turns } = state.current;
   views = turns.map((turn, index) => makeView(turn, index));
@@ -64,10 +64,8 @@ function reward(index) {
   score(turns, index).then((scored) => view.reward(scored), (error) => view.reward(null, error.message));
 }
 
-const seconds = (since) => (performance.now() - since) / 1000;
-
-/** Add a chunk of the stream to an answer; the text that is new. */
-function take(answer, chunk) {
+/** Add a chunk of the stream to an answer, and return the text that it adds. */
+function addChunk(answer, chunk) {
   const choice = chunk.choices?.[0];
   const piece = choice?.delta?.content ?? "";
   const added = answer.text ? piece : piece.trimStart();
@@ -81,21 +79,21 @@ async function answer(index, side, signal) {
   const { turns } = state.current;
   const turn = turns[index];
   const view = views[index];
-  const mine = (turn.answers[side] = { text: "", state: "streaming" });
+  const current = (turn.answers[side] = { text: "", state: "streaming" });
   const began = performance.now();
   view.begin(side);
   try {
     const body = { model: side, messages: messages(turns, index), ...turn.settings };
     for await (const chunk of chat(body, signal)) {
-      const added = take(mine, chunk);
+      const added = addChunk(current, chunk);
       if (added) view.append(side, added);
     }
-    mine.state = "done";
+    current.state = "done";
   } catch (error) {
-    mine.state = error.name === "AbortError" ? "stopped" : "failed";
-    if (mine.state === "failed") mine.error = error.message;
+    current.state = error.name === "AbortError" ? "stopped" : "failed";
+    if (current.state === "failed") current.error = error.message;
   }
-  mine.seconds = seconds(began);
+  current.seconds = (performance.now() - began) / 1000;
   keep();
   frame();
 }
@@ -112,8 +110,8 @@ async function stream(index, sides = SIDES) {
   running = running.filter((one) => one !== controller);
   frame();
   if (state.current !== conversation) return;
-  const told = { done: "finished", stopped: "stopped", failed: "failed" };
-  say(sides.map((side) => `${side} ${told[turn.answers[side].state]}`).join(", "));
+  const outcome = { done: "finished", stopped: "stopped", failed: "failed" };
+  say(sides.map((side) => `${side} ${outcome[turn.answers[side].state]}`).join(", "));
   reward(index);
 }
 
@@ -140,7 +138,7 @@ function again(index) {
   stream(index);
 }
 
-/** Ask a turn with other words; what followed it no longer follows, and can be brought back. */
+/** Replace a turn by an edited prompt. Later turns no longer follow from it and are removed, which can be undone. */
 function edit(index, prompt) {
   stop();
   const { turns } = state.current;
@@ -161,12 +159,12 @@ function edit(index, prompt) {
 
 function clear() {
   stop();
-  const gone = state.current;
-  const marked = gone.turns.filter((turn) => turn.preferred).length;
-  const undo = remove(gone);
+  const conversation = state.current;
+  const marked = conversation.turns.filter((turn) => turn.preferred).length;
+  const undo = remove(conversation);
   draw();
-  const also = marked ? ` with ${marked} marked ${marked === 1 ? "pair" : "pairs"}` : "";
-  notice(`Conversation removed${also}.`, "Undo", () => (undo(), draw()));
+  const pairs = marked ? ` with ${marked} marked ${marked === 1 ? "pair" : "pairs"}` : "";
+  notice(`Conversation removed${pairs}.`, "Undo", () => (undo(), draw()));
   $("prompt").focus();
 }
 
@@ -186,7 +184,7 @@ function drawHistory() {
         h("strong", { dir: "auto" }, short(one.turns[0].prompt, 48)),
         h("span", { class: "quiet" }, `${one.turns.length} ${one.turns.length === 1 ? "turn" : "turns"}`)),
     ));
-  const empty = h("p", { class: "quiet" }, "Nothing yet. What you ask is kept here, in this browser only.");
+  const empty = h("p", { class: "quiet" }, "Nothing yet. Conversations are kept here, in this browser only.");
   $("history").replaceChildren(rows.length ? h("ul", {}, rows) : empty);
 }
 
@@ -208,13 +206,13 @@ function keys(event) {
   }
 }
 
-/** Offer prompts to begin with. */
+/** Show example prompts. */
 export function showExamples(prompts) {
   const item = (prompt) => h("li", {}, h("button", { dir: "auto", click: () => ask(prompt) }, short(prompt, 120)));
   $("examples").replaceChildren(...prompts.map(item));
 }
 
-/** Prepare the view; `run` gives the name of the run, `why(index)` shows a turn's explanation. */
+/** Set up the view; `run()` returns the name of the run, `why(index)` shows the explanation of a turn. */
 export function startChat(run, why) {
   actions.why = why;
   startSettings(keep);

@@ -1,9 +1,9 @@
-// Makes elements from strings. Text always becomes a text node, never markup, and characters that could reorder or
-// hide text are shown by name. Knows nothing of models or of the server.
+// Helpers that create elements. Text always becomes a text node, never markup, and characters that could reorder or
+// hide text are shown as code points.
 
-const SVG = "http://www.w3.org/2000/svg"; // a name, not an address: nothing is fetched
+const SVG = "http://www.w3.org/2000/svg"; // an XML namespace, nothing is fetched
 
-// Controls, direction marks and overrides, invisible fillers, tags; not the joiners that emoji and Persian need.
+// Control characters, direction marks, invisible fillers and tags, but not the joiners that emoji and Persian need.
 const HIDDEN = new RegExp(
   "[\\u0000-\\u0008\\u000b\\u000c\\u000e-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u115f\\u1160\\u17b4\\u17b5\\u180e" +
     "\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\u3164\\ufeff\\uffa0\\ufff9-\\ufffb" +
@@ -23,56 +23,56 @@ function build(node, attributes, children) {
   return node;
 }
 
-/** An element: attributes by name, listeners where the value is a function, strings and nodes as children. */
+/** Create an element. Attributes whose value is a function are event listeners; children are strings or nodes. */
 export const h = (tag, attributes = {}, ...children) => build(document.createElement(tag), attributes, children);
 
-/** The same for SVG. */
+/** Create an SVG element in the same way. */
 export const svg = (tag, attributes = {}, ...children) =>
   build(document.createElementNS(SVG, tag), attributes, children);
 
-const named = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+const codePoint = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 
-/** A string as nodes, with every hidden character shown as its code point. */
+/** Return a string as nodes in which every hidden character is shown as its code point. */
 export function visible(text) {
   const nodes = [];
   let from = 0;
   for (const match of text.matchAll(HIDDEN)) {
     nodes.push(text.slice(from, match.index));
-    nodes.push(h("span", { class: "hidden-character", title: "a character that is not seen" }, named(match[0])));
+    nodes.push(h("span", { class: "hidden-character", title: "an invisible character" }, codePoint(match[0])));
     from = match.index + match[0].length;
   }
   return [...nodes, text.slice(from)];
 }
 
-/** A string as plain text, with every hidden character replaced by its code point: for labels and options. */
-export const harmless = (text) => text.replace(HIDDEN, (character) => `[${named(character)}]`);
+/** Return a string with every hidden character replaced by its code point, for labels and options. */
+export const harmless = (text) => text.replace(HIDDEN, (character) => `[${codePoint(character)}]`);
 
-/** A line that names the hidden characters of a text field, which shows its text as the browser orders it. */
+/** Return a line below a text field that lists its hidden characters, which the field itself cannot show. */
 export function hiddenNote(field) {
   const note = h("p", { class: "quiet small", hidden: true });
   const update = () => {
-    const found = [...new Set(field.value.match(HIDDEN)?.map(named))];
-    note.hidden = !found.length;
-    note.textContent = `Holds characters that are not seen: ${found.join(", ")}`;
+    const hidden = [...new Set(field.value.match(HIDDEN)?.map(codePoint))];
+    note.hidden = !hidden.length;
+    note.textContent = `Contains invisible characters: ${hidden.join(", ")}`;
   };
   field.addEventListener("input", update);
   update();
   return note;
 }
 
-/** Set a field's value as if it were typed. */
+/** Set the value of a field as if the user had typed it. */
 export function write(field, text) {
   field.value = text;
   field.dispatchEvent(new Event("input"));
 }
 
-/** `text` on one line, at most `length` characters. */
+/** Return `text` on one line, shortened to `length` characters. */
 export function short(text, length = 60) {
   const line = [...harmless(text.trim().replace(/\s+/g, " "))];
   return line.length > length ? `${line.slice(0, length - 1).join("")}…` : line.join("");
 }
 
-/** A number with a fixed number of decimals, a true minus sign and, if asked, a plus. */
+/** Format a number with fixed decimals, a true minus sign and, if `plus`, a plus sign. */
 export function number(value, decimals = 2, plus = false) {
   if (value == null || !Number.isFinite(value)) return "–";
   const digits = Math.abs(value).toFixed(decimals);
@@ -80,14 +80,14 @@ export function number(value, decimals = 2, plus = false) {
   return sign + digits;
 }
 
-/** Say something to screen readers only. */
+/** Announce something to screen readers only. */
 export function say(text) {
   $("spoken").textContent = text;
 }
 
 let timer;
 
-/** Show a short message at the lower edge for some seconds, with at most one thing to do about it. */
+/** Show a short message at the bottom for some seconds, with an optional action button. */
 export function notice(text, action, act) {
   clearTimeout(timer);
   const close = () => $("notice").replaceChildren();
@@ -101,11 +101,11 @@ export async function copy(text) {
     await navigator.clipboard.writeText(text);
     notice("Copied.");
   } catch {
-    notice("The browser does not let this page copy; select the text and copy it by hand.");
+    notice("The browser does not allow this page to copy. Select the text and copy it by hand.");
   }
 }
 
-/** Hand a file to the browser's downloads. */
+/** Offer a text as a file download. */
 export function download(name, type, text) {
   const url = URL.createObjectURL(new Blob([text], { type }));
   h("a", { href: url, download: name }).click();

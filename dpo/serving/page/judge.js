@@ -1,5 +1,5 @@
-// The judge: a prompt and two answers, typed or a held-out pair of the run, and which one the policy prefers. Asks
-// /v1/compare; the pairs come from the run.
+// The judge view: which of two answers the policy prefers, by /v1/compare. Prompt and answers are typed, or taken from
+// the run's held-out pairs.
 
 import { post } from "./api.js";
 import { $, h, hiddenNote, number, say, short, write } from "./dom.js";
@@ -9,8 +9,8 @@ const TURN = /\n\n(Human|Assistant):/;
 const FIELDS = { prompt: "judge-prompt", chosen: "answer-a", rejected: "answer-b" };
 
 let pairs = [];
-let shown = null; // the text of the fields of a picked pair, to see whether it was changed
-let asking = null; // abort controller of the comparison under way
+let shown = null; // the fields as they were filled with a held-out pair, to notice edits
+let pending = null; // abort controller of the running comparison
 
 const fields = () => Object.fromEntries(Object.entries(FIELDS).map(([name, id]) => [name, $(id).value]));
 
@@ -21,7 +21,7 @@ function fill(texts) {
 const withoutEnd = (prompt) => prompt.replace(/\n\nAssistant:\s*$/, "").replace(/^\n\n/, "");
 const lastQuestion = (prompt) => withoutEnd(prompt).split(TURN).at(-1).replace(/^Human:/, "");
 
-/** The picked pair, if the fields still say what it says; `swapped` if A is the rejected one. */
+/** Return the selected held-out pair unless the fields were edited; `swapped` if answer A is the rejected one. */
 function picked() {
   const now = fields();
   if (!shown || now.prompt !== shown.prompt) return null;
@@ -30,18 +30,18 @@ function picked() {
   return a === shown.chosen && b === shown.rejected ? { pair: pairs[$("held-out").value], swapped } : null;
 }
 
-/** A typed prompt as messages: one of the user, or the turns of a dialogue that begins with "Human:". */
+/** Return a typed prompt as messages: a single user message, or a dialogue that begins with "Human:". */
 function messages(prompt) {
   if (!/^\s*Human:/.test(prompt)) return [{ role: "user", content: prompt }];
   const parts = `\n\n${withoutEnd(prompt.trim())}`.split(TURN).slice(1);
-  const said = [];
+  const result = [];
   for (let at = 0; at < parts.length; at += 2) {
     const role = parts[at] === "Human" ? "user" : "assistant";
-    said.push({ role, content: parts[at + 1].replace(/^ /, "") });
+    result.push({ role, content: parts[at + 1].replace(/^ /, "") });
   }
-  const wrong = said.some(({ role }, at) => (role === "user") !== (at % 2 === 0)) || said.at(-1).role !== "user";
-  if (wrong) throw new Error("A dialogue takes turns, Human first, and ends with a Human turn: the answers follow it.");
-  return said;
+  const wrong = result.some(({ role }, at) => (role === "user") !== (at % 2 === 0)) || result.at(-1).role !== "user";
+  if (wrong) throw new Error("Human and Assistant must alternate, beginning and ending with Human.");
+  return result;
 }
 
 const withoutSpace = (text) => text.replace(/^ /, "");
@@ -49,7 +49,7 @@ const withoutSpace = (text) => text.replace(/^ /, "");
 function request() {
   const now = fields();
   const same = now.chosen.trim() === now.rejected.trim();
-  if (same) throw new Error("Both answers are the same: there is nothing to prefer.");
+  if (same) throw new Error("Both answers are the same, so there is nothing to prefer.");
   const held = picked();
   const prompt = held ? { prompt: held.pair.prompt } : { messages: messages(now.prompt) };
   return { ...prompt, chosen: withoutSpace(now.chosen), rejected: withoutSpace(now.rejected) };
@@ -86,24 +86,24 @@ const problem = ({ message }) => h("p", { class: "problem", role: "alert" }, mes
 
 async function judge(event) {
   event?.preventDefault();
-  asking?.abort();
-  const mine = (asking = new AbortController());
+  pending?.abort();
+  const controller = (pending = new AbortController());
   const held = picked();
   $("verdict").replaceChildren(h("p", { class: "quiet loading" }, "Judging …"));
   $("judge-go").disabled = true;
   try {
-    const got = await post("/v1/compare", { pairs: [request()], tokens: true }, mine.signal);
+    const got = await post("/v1/compare", { pairs: [request()], tokens: true }, controller.signal);
     $("verdict").replaceChildren(...verdict(got.pairs[0], got.beta, held));
     say($("verdict").querySelector(".big").textContent);
   } catch (error) {
     if (error.name !== "AbortError") $("verdict").replaceChildren(problem(error));
   } finally {
-    if (asking === mine) $("judge-go").disabled = false;
+    if (pending === controller) $("judge-go").disabled = false;
   }
 }
 
 function forget() {
-  asking?.abort();
+  pending?.abort();
   $("judge-go").disabled = false;
   $("verdict").replaceChildren();
 }
@@ -116,7 +116,7 @@ function pick() {
   judge();
 }
 
-/** Offer the held-out pairs of the run. */
+/** Show the held-out pairs of the run for selection. */
 export function showPairs(held) {
   pairs = held;
   $("pick").hidden = !pairs.length;

@@ -1,4 +1,4 @@
-// The run that is served: its table of results, its curves, its values and its configuration. Takes what /v1/run says.
+// The run view: table of results, curves, final values and configuration, as returned by /v1/run.
 
 import { brief, chart } from "./chart.js";
 import { $, copy, h, harmless, visible } from "./dom.js";
@@ -6,7 +6,7 @@ import { $, copy, h, harmless, visible } from "./dom.js";
 const STAGES = { train: "training", val: "validation" };
 const SIDES = { chosen: "up", rejected: "down" };
 
-// Measures by name, in the order in which they are shown; others follow under their own names.
+// Titles of the metrics in display order; other metrics follow under their own names.
 const TITLES = {
   loss: "Loss",
   "rewards/accuracies": "Reward accuracy",
@@ -14,16 +14,16 @@ const TITLES = {
   rewards: "Rewards",
   logps: "Log-probabilities of the answers (nats)",
   displaced: "Pairs whose chosen answer lost probability",
-  entropy: "Entropy (nats a token)",
+  entropy: "Entropy (nats per token)",
   token_accuracy: "Token accuracy",
   grad_norm: "Gradient norm",
   learning_rate: "Learning rate",
-  tokens_per_second: "Tokens a second",
+  tokens_per_second: "Tokens per second",
 };
-const FIRST = 4; // of TITLES: charts that are seen at once
+const FIRST = 4; // metrics of TITLES whose charts are always visible
 
 const MEANINGS = {
-  loss: "mean loss a pair; log 2 = 0.693 is where DPO begins",
+  loss: "mean loss per pair; DPO starts at log 2 = 0.693",
   "rewards/chosen": "β (log π − log π_ref) of the chosen answers",
   "rewards/rejected": "β (log π − log π_ref) of the rejected answers",
   "rewards/margins": "chosen reward − rejected reward",
@@ -33,8 +33,8 @@ const MEANINGS = {
   "logits/chosen": "mean logit over the chosen answers",
   "logits/rejected": "mean logit over the rejected answers",
   entropy: "entropy of the next token, nats",
-  token_accuracy: "share of chosen tokens that were the likeliest",
-  "nll/chosen": "−log-probability a token of the chosen answers, nats",
+  token_accuracy: "share of chosen tokens that were the most probable",
+  "nll/chosen": "−log-probability per token of the chosen answers, nats",
   "length/chosen": "tokens of a chosen answer",
   "length/rejected": "tokens of a rejected answer",
   displaced: "share of pairs whose chosen answer is less likely than under the reference",
@@ -60,7 +60,7 @@ function results({ header, rows }) {
     h("tbody", {}, rows.map((row) => h("tr", {}, row.map(cell)))))));
 }
 
-/** Columns of metrics.csv by the chart they belong to: "train/rewards/chosen" -> rewards, chosen, train. */
+/** Group the columns of metrics.csv by chart: "train/rewards/chosen" is the series chosen, training of rewards. */
 function groups(metrics) {
   const found = new Map();
   const columns = [...new Set(metrics.flatMap(Object.keys))].filter((name) => name !== "step");
@@ -110,19 +110,19 @@ function configuration(text) {
 
 const NOTHING = { name: "", results: { rows: [] }, metrics: [], values: {}, config: "" };
 
-/** Draw the run; null where nothing was trained. */
+/** Draw the run; null if the models were served without one. */
 export function showRun(run) {
   const { name, results: table, metrics, values: finals, config } = { ...NOTHING, ...run };
   const empty = !table.rows.length && !metrics.length && !Object.keys(finals).length && !config;
   $("run-name").textContent = empty ? "" : harmless(name);
   const intro = h("div", { class: "intro" }, h("h2", {}, empty ? "The run" : harmless(name)));
-  const text = "These models were served without the run that made them, so there are no results to show here.";
+  const text = "These models are served without the run that trained them, so there are no results to show.";
   const none = () => [h("div", { class: "empty" }, h("h3", {}, "No run"), h("p", {}, text))];
   const all = () => [results(table), curves(metrics), values(finals), configuration(config)];
   $("run").replaceChildren(intro, ...(empty ? none() : all()));
 }
 
-/** Say that the run could not be read. */
+/** Show that the run could not be loaded. */
 export function showRunProblem(message, again) {
   const button = h("button", { class: "plain", click: again }, "Try again");
   $("run").replaceChildren(h("p", { class: "problem" }, message, " ", button));

@@ -1,4 +1,4 @@
-// How answers are drawn: the four fields below the message, what they say in a line, and their values for a request.
+// The sampling settings: four fields below the message, and a one-line summary of them.
 
 import { $ } from "./dom.js";
 import { DEFAULTS, state } from "./store.js";
@@ -11,7 +11,7 @@ function describe() {
   $("settings-text").textContent = `temperature ${temperature} · top-p ${top_p} · ${max_tokens} tokens · ${seeded}`;
 }
 
-/** Whether every field holds a number that can be used; if not, the browser says at the field what is wrong. */
+/** Return whether all fields are valid; if not, the browser marks the first invalid one. */
 export function settingsHold() {
   const wrong = FIELDS.find((name) => !$(name).checkValidity());
   if (!wrong) return true;
@@ -20,14 +20,14 @@ export function settingsHold() {
   return false;
 }
 
-/** The values for one turn, the same for both models; without a seed one is drawn. */
+/** Return the settings of one turn, the same for both models; without a seed, a random one is chosen. */
 export function drawn() {
   const given = { ...state.settings };
   given.seed ??= crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
   return given;
 }
 
-/** Fill the fields; `changed` is called when a value was. */
+/** Fill the fields; `changed` is called after every change. */
 export function startSettings(changed) {
   for (const name of FIELDS) {
     $(name).value = state.settings[name] ?? "";

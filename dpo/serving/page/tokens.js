@@ -1,11 +1,11 @@
-// One scored answer -> its reward, and its tokens coloured by log-ratio with the numbers on hover, on focus and as
-// text. Takes what /v1/score gives for an answer; knows nothing of conversations or of the server.
+// A scored answer: its reward and its tokens coloured by log-ratio, with the numbers on hover, on focus and in a table.
+// The input is an answer as returned by /v1/score.
 
 import { $, h, harmless, number, visible } from "./dom.js";
 
-const FULL = 3; // nats at which a colour is at its strongest
-const NEUTRAL = 0.05; // nats below which a token has no colour
-const MOVERS = 3; // tokens named as raised or lowered most
+const FULL = 3; // log-ratio in nats at which the colour is strongest
+const NEUTRAL = 0.05; // log-ratio in nats below which a token has no colour
+const MOVERS = 3; // number of tokens listed as raised or lowered most
 
 const ratio = (token) => token.policy - token.reference;
 const percent = (logprob) => {
@@ -49,7 +49,7 @@ function colour(node, value) {
   if (Math.abs(value) >= NEUTRAL) node.classList.add(value > 0 ? "up" : "down");
 }
 
-/** Tokens that make one word stay together; after a token that breaks the line, the line breaks. */
+/** Group the tokens of a word, so that lines break between words and after line breaks in the text. */
 function words(tokens, nodes) {
   const parts = [];
   for (const [index, { text }] of tokens.entries()) {
@@ -62,7 +62,7 @@ function words(tokens, nodes) {
   return parts;
 }
 
-/** The tokens in reading order: one stop for the Tab key, arrow keys inside. */
+/** Return the tokens in reading order: one Tab stop, with the arrow keys moving between tokens. */
 function strip(answer, name) {
   const nodes = answer.tokens.map((token, index) => {
     const last = index === answer.tokens.length - 1;
@@ -139,7 +139,7 @@ function numbers(answer) {
   );
 }
 
-/** "reward +0.17", and where it comes from. */
+/** Return the reward with its formula: "reward +0.17 = 0.1 × ...". */
 function reward(answer, beta) {
   const { policy, reference } = answer.logprob;
   const sum = `${Number(beta.toPrecision(4))} × (${number(policy)} − (${number(reference)}))`;
@@ -150,12 +150,12 @@ function reward(answer, beta) {
   );
 }
 
-/** Everything there is to say about one answer; `name` is what it is called, as in "the policy's answer". */
+/** Return the whole explanation of an answer; `name` describes it, as in "the policy's answer". */
 export function explain(answer, beta, name) {
   return [reward(answer, beta), strip(answer, name), movers(answer), numbers(answer)];
 }
 
-/** The meaning of the colours. */
+/** Return the legend of the colours. */
 export function legend() {
   const steps = [-3, -2, -1, 0, 1, 2, 3].map((value) => {
     const step = h("span", { class: "token" }, number(value, 0, true));

@@ -1,14 +1,14 @@
-// Draws one turn: the prompt, and the answers of policy and reference beside each other. Takes a turn of the store and
-// what to do on its buttons; asks nobody.
+// Draws one turn: the prompt, and the answers of policy and reference side by side. `on` holds the handlers of its
+// buttons.
 
 import { copy, h, hiddenNote, number, visible } from "./dom.js";
 import { SIDES, keeps, unfit } from "./store.js";
 
-const HEADER = 96; // pixels at the upper edge that the page's header takes at most
-const EMPTY = { done: "The model ended at once: an empty answer.", stopped: "Stopped before the first word." };
+const HEADER = 96; // maximum height of the page's header, in pixels
+const EMPTY = { done: "The model ended at once, with an empty answer.", stopped: "Stopped before the first word." };
 const TITLES = { policy: "Policy", reference: "Reference" };
 
-/** What is worth knowing about an answer, in a few words. */
+/** Return the length, the time and how the answer ended, in a few words. */
 function facts(answer, settings) {
   const some = [];
   if (answer.tokens != null) some.push(`${answer.tokens} tokens`);
@@ -86,7 +86,7 @@ class AnswerView {
     this.better.hidden = streaming || reason !== null;
     this.unfit.hidden = streaming || reason === null;
     this.unfit.textContent = reason ?? "";
-    this.better.title = chosen ? "Press again to take it back" : "Kept as a preference pair for the export";
+    this.better.title = chosen ? "Press again to undo" : "Mark as a preference pair for the export";
     this.better.textContent = chosen ? "✓ Better" : "This one is better";
     this.better.setAttribute("aria-pressed", String(chosen));
   }
@@ -118,15 +118,15 @@ export class TurnView {
     this.prompt.querySelector(".facts").textContent = `seed ${this.turn.settings.seed}`;
   }
 
-  /** Text grows: the page follows it down, but where the answers stand in one column not past the prompt. */
+  /** Add text, and scroll along with it; where the answers are in one column, not so far that the prompt is hidden. */
   append(side, piece) {
-    const left = () => document.body.scrollHeight - window.innerHeight - window.scrollY;
-    const follow = left() < 80;
+    const below = () => document.body.scrollHeight - window.innerHeight - window.scrollY;
+    const follow = below() < 80;
     this.sides[side].append(piece);
     if (!follow) return;
     const [first, second] = SIDES.map((name) => this.sides[name].node.getBoundingClientRect().top);
-    const most = first === second ? Infinity : this.node.getBoundingClientRect().top - HEADER;
-    window.scrollBy(0, Math.max(0, Math.min(left(), most)));
+    const limit = first === second ? Infinity : this.node.getBoundingClientRect().top - HEADER;
+    window.scrollBy(0, Math.max(0, Math.min(below(), limit)));
   }
 
   reward(scored, problem) {
@@ -140,7 +140,7 @@ export class TurnView {
     for (const side of SIDES) this.sides[side].refresh(state);
   }
 
-  /** The prompt becomes a field; what is asked anew replaces this turn and those after it. */
+  /** Turn the prompt into a text field; sending it replaces this turn and all later ones. */
   edit() {
     const field = h("textarea", { rows: 2, dir: "auto", "aria-label": "Edit the message" });
     field.value = this.turn.prompt;

@@ -1,5 +1,5 @@
-// The view that takes every answer of the open conversation apart, and the scores that the chat shows too. Takes
-// turns; asks the server for their scores once.
+// The view that explains every answer of the open conversation token by token. Scores are requested once per turn and
+// shared with the chat view.
 
 import { post } from "./api.js";
 import { $, h, short, visible } from "./dom.js";
@@ -8,20 +8,20 @@ import { explain, legend } from "./tokens.js";
 
 const scores = new WeakMap(); // turn -> { key, promise of { beta, policy, reference } }
 
-/** What the server says about both answers of a turn; an empty answer has no score. */
+/** Return the scores of both answers of a turn; an empty answer has none. */
 export function score(turns, index) {
   const turn = turns[index];
-  const said = messages(turns, index);
+  const history = messages(turns, index);
   const sides = SIDES.filter((side) => turn.answers[side].text.trim());
   const answers = sides.map((side) => turn.answers[side].text);
-  const key = JSON.stringify([said, sides, answers]);
+  const key = JSON.stringify([history, sides, answers]);
   if (scores.get(turn)?.key !== key) {
-    const asked = sides.length ? post("/v1/score", { messages: said, answers, tokens: true }) : { answers: [] };
-    const promise = Promise.resolve(asked).then((got) => ({
+    const response = sides.length ? post("/v1/score", { messages: history, answers, tokens: true }) : { answers: [] };
+    const promise = Promise.resolve(response).then((got) => ({
       beta: got.beta,
       ...Object.fromEntries(sides.map((side, at) => [side, got.answers[at]])),
     }));
-    promise.catch(() => scores.delete(turn)); // asked again when it is looked at again
+    promise.catch(() => scores.delete(turn)); // request them again next time
     scores.set(turn, { key, promise });
   }
   return scores.get(turn).promise;
@@ -49,7 +49,7 @@ function block(turns, index) {
     score(turns, index).then(fill, fail);
   };
   if (SIDES.some((side) => turn.answers[side].state === "streaming"))
-    columns.replaceChildren(h("p", { class: "quiet" }, "Still being answered …"));
+    columns.replaceChildren(h("p", { class: "quiet" }, "Still being generated …"));
   else ask();
   return h("section", { class: "turn", "aria-label": short(turn.prompt) },
     h("h3", { class: "said", dir: "auto" }, visible(turn.prompt)), columns);
@@ -62,7 +62,7 @@ export function showWhy() {
   $("why-turns").replaceChildren(...turns.map((_, index) => block(turns, index)));
 }
 
-/** Prepare the view; `toChat` goes to the chat. */
+/** Set up the view; `toChat` opens the chat. */
 export function startWhy(toChat) {
   $("legend").replaceChildren(...legend());
   $("why-chat").addEventListener("click", toChat);

@@ -1,0 +1,114 @@
+"""Checkpoint files that are either complete or absent, and verified when they are read.
+
+`AtomicCheckpointIO` is Lightning's plugin for writing and reading them. Each checkpoint has its SHA-256 beside it, and
+reading never unpickles code.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from dpo.files import write_atomically
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written."""
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes checkpoints under a temporary name, flushes and renames them; reads only what hashes as it was written."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint and its hash.
+
+        Raises:
+            CheckpointWriteError: The file cannot be written; the message says how much space is free and which
+                checkpoints are intact.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path) as temporary:
+            try:
+                torch.save(checkpoint, temporary)
+            except (OSError, RuntimeError) as error:  # torch raises either when the disk is full
+                raise CheckpointWriteError(_write_error_message(path, error)) from error
+            digest = _sha256(temporary)
+            # if the process is killed from here on, the new checkpoint has no hash rather than the old one's
+            _digest_file(path).unlink(missing_ok=True)
+        with write_atomically(_digest_file(path)) as temporary:
+            temporary.write_text(digest + "\n")
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint with `read_checkpoint`, whatever `weights_only` says.
+
+        Raises:
+            ValueError: It is not a local file, its bytes are not those that were written, or it holds more than
+                tensors and plain values.
+        """
+        return read_checkpoint(path, map_location)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint and its hash."""
+        Path(path).unlink(missing_ok=True)
+        _digest_file(Path(path)).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any]:
+    """Read a checkpoint after verifying its hash, without unpickling code.
+
+    Args:
+        path: A file on this machine.
+        map_location: Device for the tensors. Default: the CPU.
+
+    Raises:
+        ValueError: It is not a local file, its bytes are not those that were written, or it holds more than tensors
+            and plain values.
+    """
+    path = local_checkpoint(path)
+    digest = _digest_file(path)
+    if digest.exists() and digest.read_text().strip() != _sha256(path):
+        raise ValueError(
+            f"{path} was changed or truncated after it was written: its SHA-256 is not the one in {digest.name}. "
+            "Resume from another checkpoint."
+        )
+    try:
+        loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a checkpoint of tensors and plain values: {error}") from error
+    return loaded
+
+
+def local_checkpoint(path: str | Path) -> Path:
+    """Return the path of a checkpoint file that exists.
+
+    Raises:
+        ValueError: It is not a file on this machine.
+    """
+    if "://" in str(path) or not Path(path).is_file():
+        hint = " The first validation of a run writes it." if Path(path).name == "best.ckpt" else ""
+        raise ValueError(f"--ckpt_path: expected last, best or a checkpoint file on this machine, got {path}.{hint}")
+    return Path(path)
+
+
+def _write_error_message(path: Path, error: Exception) -> str:
+    free = shutil.disk_usage(path.parent).free / 2**20
+    intact = ", ".join(sorted(map(str, path.parent.glob("*.ckpt"))))
+    return (
+        f"the checkpoint {path} could not be written. Is the disk full? It has {free:,.0f} MiB free. ({error})\n"
+        + (f"Intact checkpoints: {intact}. " if intact else "There is no earlier checkpoint. ")
+        + f"Free some space and {'resume from one with --ckpt_path' if intact else 'start the run again'}."
+    )
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
