@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 
-from dpo.callbacks.checkpoints import LastAndBest
+from dpo.callbacks.checkpoints import CheckpointCadence, LastAndBest
 from dpo.callbacks.metrics_rewind import MetricsRewind
 from dpo.callbacks.optimizer_overrides import OptimizerOverrides
 from dpo.callbacks.predictions import PredictionWriter
@@ -36,7 +36,8 @@ def standard_callbacks(
     Raises:
         ValueError: The verb needs preference pairs and the data are something else.
     """
-    callbacks: list[L.Callback] = [stop, FinalValidation(), LastAndBest(run)]
+    cadence = CheckpointCadence(**vars(config.checkpoint)) if verb == "fit" else CheckpointCadence()
+    callbacks: list[L.Callback] = [stop, FinalValidation(), LastAndBest(run, cadence)]
     if verb == "predict":
         callbacks.append(PredictionWriter(run, config.output, config.scorer))
     elif not isinstance(data, PairData):

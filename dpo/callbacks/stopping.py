@@ -4,14 +4,18 @@ import signal
 from types import FrameType
 
 import lightning as L
+import torch
 
 from dpo.data.sampler import Step
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
 
 class GracefulStop(L.Callback):
-    """Stops training on SIGINT or SIGTERM after the current optimizer step.
+    """Stops training on a signal after the current optimizer step.
 
-    The checkpoint, the table of results and the export are written as at any other end of a run.
+    SIGINT and SIGTERM, and the SIGUSR1 and SIGUSR2 by which schedulers announce the end of a job. The checkpoint, the
+    table of results and the export are written as at any other end of a run.
     """
 
     def __init__(self) -> None:
@@ -19,8 +23,8 @@ class GracefulStop(L.Callback):
         self.signal_number = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Replace Lightning's handlers of both signals; Lightning restores the original ones at teardown."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Replace Lightning's handlers; Lightning restores the original ones at teardown."""
+        for number in STOP_SIGNALS:
             signal.signal(number, self._handle_signal)
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
@@ -39,6 +43,9 @@ class GracefulStop(L.Callback):
         """At the end of an optimizer step, stop all processes if one of them got a signal."""
         is_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if is_step_end and trainer.strategy.reduce_boolean_decision(bool(self.signal_number), all=False):
+            number = torch.tensor(self.signal_number, device=trainer.strategy.root_device)
+            # every process ends with the exit code of whoever was signalled
+            self.signal_number = int(trainer.strategy.reduce(number, reduce_op="max"))
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # whoever sent the signal may kill the process before a validation ends
 

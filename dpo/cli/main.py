@@ -24,6 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSched
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from dpo.callbacks.checkpoints import CheckpointCadence
 from dpo.callbacks.defaults import standard_callbacks
 from dpo.callbacks.predictions import PredictionWriter
 from dpo.callbacks.stopping import GracefulStop
@@ -32,11 +33,11 @@ from dpo.data.datamodule import PairData, TextData
 from dpo.data.preferences import HHRLHF, PreferencePairs
 from dpo.data.prompts import Prompts
 from dpo.files import append_jsonl
-from dpo.models.checkpoint_io import AtomicCheckpointIO, local_checkpoint
+from dpo.models.checkpoint_io import AtomicCheckpointIO, local_checkpoint, newest_intact_checkpoint
 from dpo.models.cpu import keep_freed_memory, limit_onednn_cache
 from dpo.runs import results
 from dpo.runs.export import export_run
-from dpo.runs.folder import NAMED_CHECKPOINTS, Run, checkpoint_run_name
+from dpo.runs.folder import Run, checkpoint_run_name
 from dpo.runs.loggers import MetricsCSV, wandb_logger
 from dpo.training.base import Stage, check_trainer_support
 from dpo.training.dpo import DPO
@@ -70,6 +71,7 @@ def _check_run_name(_: type, name: str) -> None:
 
 
 RunName = extend_base_type("Name", str, _check_run_name, "Name of a run's folder.", register_key=("Name", str))
+AUTO = "auto"  # of --ckpt_path: go on if there is something to go on from
 DEFAULT_OPTIMIZER = {"class_path": "torch.optim.AdamW", "init_args": ADAMW_OPTIONS}
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -86,6 +88,7 @@ class TrainingCLI(LightningCLI):
     Attributes:
         run: The run.
         is_resuming: Whether the verb starts from one of the run's own checkpoints.
+        may_restart: Whether a run that was ended before its first checkpoint begins again.
         graceful_stop: The callback that stops the run on a signal, and knows the exit code.
         metrics_csv: The logger that writes metrics.csv.
     """
@@ -94,6 +97,7 @@ class TrainingCLI(LightningCLI):
     datamodule: PairData
     run: Run
     is_resuming: bool
+    may_restart: bool
     graceful_stop: GracefulStop
     metrics_csv: MetricsCSV
 
@@ -114,6 +118,8 @@ class TrainingCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Add the options that only ``predict`` takes."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_class_arguments(CheckpointCadence, "checkpoint", instantiate=False)
         if subcommand == "predict":
             parser.add_class_arguments(PredictionWriter, None, skip={"run"}, instantiate=False)
         return parser
@@ -127,18 +133,37 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         root = Path(config.trainer.default_root_dir)
         checkpoint = config.ckpt_path
-        name = config.name or (checkpoint and checkpoint_run_name(root, checkpoint))
+        name = config.name
+        if checkpoint and checkpoint != AUTO:
+            name = name or checkpoint_run_name(root, checkpoint)
         config.name = name or f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed_everything}"
         set_argv([*sys.argv[1:], "--name", config.name])
         self.run = Run(root / config.name)
-        if checkpoint in NAMED_CHECKPOINTS:
-            checkpoint = self.run.checkpoint_folder / f"{checkpoint}.ckpt"
-        if checkpoint:
-            config.ckpt_path = str(local_checkpoint(checkpoint))
+        self.may_restart = checkpoint == AUTO
+        if self.may_restart:
+            checkpoint = self._checkpoint_to_go_on_from(named=bool(name))
+        if checkpoint == "last":
+            checkpoint = newest_intact_checkpoint(self.run.checkpoint_folder / "last.ckpt")
+        if checkpoint == "best":
+            checkpoint = self.run.checkpoint_folder / "best.ckpt"
+        config.ckpt_path = str(local_checkpoint(checkpoint)) if checkpoint else None
         self.is_resuming = bool(checkpoint) and checkpoint_run_name(root, checkpoint) == config.name
         self.run.check_verb_allowed(str(self.subcommand), self.is_resuming)
         if (config.trainer.max_epochs, config.trainer.max_steps, config.trainer.max_time) == (None, -1, None):
             config.trainer.max_epochs = 1
+
+    def _checkpoint_to_go_on_from(self, named: bool) -> str | None:
+        """Return ``last`` if the run has a checkpoint, for ``--ckpt_path auto``.
+
+        Raises:
+            ValueError: The run is not named, or another verb than fit asks.
+        """
+        if self.subcommand != "fit" or not named:
+            raise ValueError(
+                "--ckpt_path auto: expected fit and the --name of the run, which goes on if it has a checkpoint and "
+                "begins otherwise."
+            )
+        return "last" if any(self.run.checkpoint_folder.glob("last*.ckpt")) else None
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: options come from the command line and configurations, never from a checkpoint."""
@@ -174,7 +199,7 @@ class TrainingCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the verb; a fit locks its folder."""
         trains = subcommand == "fit" and self.trainer.is_global_zero
-        with self.run.lock_folder(self.is_resuming) if trains else nullcontext():
+        with self.run.lock_folder(self.is_resuming, self.may_restart) if trains else nullcontext():
             try:
                 super()._run_subcommand(subcommand)
             finally:

@@ -5,13 +5,16 @@ reading never unpickles code.
 """
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dpo.files import write_atomically
 
@@ -56,6 +59,51 @@ class AtomicCheckpointIO(CheckpointIO):
         """Remove a checkpoint and its hash."""
         Path(path).unlink(missing_ok=True)
         _digest_file(Path(path)).unlink(missing_ok=True)
+
+
+def generation_path(path: Path, age: int) -> Path:
+    """Return the path of an older generation of a checkpoint: ``last.ckpt``, ``last-1.ckpt``, ``last-2.ckpt``, ..."""
+    return path.with_name(f"{path.stem}-{age}{path.suffix}") if age else path
+
+
+def rotate_generations(path: Path, keep: int) -> None:
+    """Keep a checkpoint, which is about to be overwritten, as the generation before; drop those beyond `keep`."""
+    for age in range(keep - 1, 0, -1):
+        source, target = generation_path(path, age - 1), generation_path(path, age)
+        if source.is_file():
+            _digest_file(target).unlink(missing_ok=True)
+            for old, new in ((source, target), (_digest_file(source), _digest_file(target))):
+                if old.is_file():  # a second name of the same file: `path` itself is there all the time
+                    temporary = new.with_name(f".{new.name}.link.tmp")
+                    temporary.unlink(missing_ok=True)
+                    os.link(old, temporary)
+                    temporary.replace(new)
+
+
+def newest_intact_checkpoint(path: Path) -> Path:
+    """Return a checkpoint or, if it is damaged or missing, its newest intact generation; log what is passed over.
+
+    Raises:
+        ValueError: No generation is there, or none is intact.
+    """
+    generations = [path, *sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))]
+    for candidate in [each for each in generations if each.is_file()]:
+        if problem := _damage(candidate):
+            rank_zero_warn(f"{candidate} is passed over: {problem}.")
+            continue
+        if not _digest_file(candidate).exists():
+            rank_zero_warn(f"{candidate} has no SHA-256 beside it: damage since it was written cannot be noticed.")
+        if candidate != path:
+            rank_zero_warn(f"the run goes on from {candidate}, the generation before.")
+        return candidate
+    return local_checkpoint(path)
+
+
+def _damage(path: Path) -> str:
+    digest = _digest_file(path)
+    if digest.exists() and digest.read_text().strip() != _sha256(path):
+        return f"its SHA-256 is not the one in {digest.name}"
+    return "" if is_zipfile(path) else "it is no checkpoint, or was cut off"
 
 
 def read_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any]:

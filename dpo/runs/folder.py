@@ -10,6 +10,7 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 
 from dpo.files import remove, write_atomically
+from dpo.models.checkpoint_io import rotate_generations
 
 NAMED_CHECKPOINTS = ("last", "best")  # --ckpt_path takes these names instead of a path
 
@@ -86,7 +87,7 @@ class Run:
             )
 
     @contextmanager
-    def lock_folder(self, is_resuming: bool) -> Iterator[None]:
+    def lock_folder(self, is_resuming: bool, may_restart: bool = False) -> Iterator[None]:
         """Create the folder and lock it for this process until the block ends.
 
         If the block ends before audit.json is written (when nothing can refuse the run any more), a folder that was
@@ -94,6 +95,7 @@ class Run:
 
         Args:
             is_resuming: Whether the run continues from one of its own checkpoints.
+            may_restart: Whether a run without any checkpoint begins again; what it has left is removed.
 
         Raises:
             ValueError: Another process trains in the folder, or a run has trained there and is not being resumed.
@@ -106,10 +108,7 @@ class Run:
             except BlockingIOError as error:
                 raise ValueError(f"another process trains in {self.folder}: choose another --name, or wait.") from error
             if (self.metrics_path.exists() or self.checkpoint_folder.exists()) and not is_resuming:
-                raise ValueError(
-                    f"the run {self.folder} exists: choose another --name, remove the folder, or resume the run with "
-                    f"--config {self.config_path} --ckpt_path {self.checkpoint_folder / 'last.ckpt'}"
-                )
+                self._require_restart(may_restart)
             self._remove_partial_writes()
             try:
                 yield
@@ -117,10 +116,27 @@ class Run:
                 if is_new and not self.audit_path.exists():
                     shutil.rmtree(self.folder)
 
+    def _require_restart(self, may_restart: bool) -> None:
+        has_checkpoint = any(self.checkpoint_folder.glob("*.ckpt"))
+        if may_restart and not has_checkpoint:
+            for path in (self.metrics_path, self.samples_path, self.checkpoint_folder):
+                remove(path)
+            return
+        way_on = (
+            f"resume the run with --config {self.config_path} --ckpt_path {self.checkpoint_folder / 'last.ckpt'}"
+            if has_checkpoint
+            else f"begin it again, as it has no checkpoint, with --name {self.folder.name} --ckpt_path auto"
+        )
+        raise ValueError(f"the run {self.folder} exists: choose another --name, remove the folder, or {way_on}")
+
     def _remove_partial_writes(self) -> None:
         """Remove what a process that was killed while writing a checkpoint or an export has left behind."""
         for path in (*self.checkpoint_folder.glob(".*.tmp"), *self.folder.glob(f".{self.export_folder.name}.*.tmp")):
             remove(path)
+
+    def rotate_last_checkpoint(self, keep: int) -> None:
+        """Keep last.ckpt, which is about to be overwritten, as an older generation; at most `keep` in all."""
+        rotate_generations(self.checkpoint_folder / "last.ckpt", keep)
 
     def link_as_latest(self) -> None:
         """Point the symbolic link ``latest``, beside the folder, at this run."""

@@ -71,10 +71,18 @@ class MetricsCSV(Logger):
             csv.DictWriter(file, self.columns).writerow(self.last_row)
 
     @rank_zero_only
-    def rewind_to_step(self, step: int) -> None:
-        """Remove all rows after a step, so that these steps can be logged again."""
+    def rewind_to_step(self, step: int, drop_prefix: str = "") -> None:
+        """Remove all rows after a step, so that these steps can be logged again.
+
+        Args:
+            step: The last step to keep.
+            drop_prefix: Metrics of that step that are removed too, by the beginning of their names. Empty: none.
+        """
         rows = read_metrics(self.path)
         kept_rows = [row for row in rows if int(row["step"]) <= step]
+        if drop_prefix and kept_rows and int(kept_rows[-1]["step"]) == step:
+            last = {name: "" if name.startswith(drop_prefix) else value for name, value in kept_rows.pop().items()}
+            kept_rows += [last] if any(value for name, value in last.items() if name != "step") else []
         if rows:
             self.columns = list(rows[0])
             self._rewrite(kept_rows[:-1])

@@ -28,7 +28,7 @@ from dpo.models.prompt_sharing import share_if_exact
 from dpo.training.hyperparameters import to_plain
 from dpo.training.inference import PolicyModule
 from dpo.training.metrics import DerivedMetric, MetricMeans
-from dpo.training.nonfinite import FiniteMonitor
+from dpo.training.nonfinite import FiniteMonitor, require_finite_weights
 from dpo.training.schedules import default_optimizer, validate_optimizer
 
 
@@ -39,6 +39,7 @@ class Stage(PolicyModule):
         answer_sides: Sides of a preference pair that an example of this stage holds, in this order.
         metric_names: Metrics that `losses` adds to the means.
         derived_metrics: Metrics computed from a mean.
+        restored_step_is_logged: The loggers have the metrics of the step that training resumes from, or are new.
     """
 
     answer_sides: tuple[str, ...]
@@ -97,6 +98,10 @@ class Stage(PolicyModule):
         )
         self.finite_monitor = FiniteMonitor()
         self.grad_norm = torch.zeros(())
+        self._window_means: dict[str, Tensor] = {}  # as they were when the accumulation window began
+        self._in_window = False
+        self._restored_means: dict[str, Tensor] | None = None
+        self.restored_step_is_logged = False
 
     @property
     @abstractmethod
@@ -126,9 +131,25 @@ class Stage(PolicyModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save nothing that comes after a step that was not finite."""
-        self.finite_monitor.raise_if_nonfinite()
+        """Save the means since the last logged step; save nothing that is not finite.
+
+        Raises:
+            NonFiniteError: A step that was taken was not finite, or a weight is not.
+        """
+        self.finite_monitor.raise_if_nonfinite(self.trainer.global_step)
+        require_finite_weights(self.policy, self.trainer.global_step)
         super().on_save_checkpoint(checkpoint)
+        means = self._window_means if self._in_window else self.train_means.copy_state()
+        checkpoint["train_means"] = {  # of all processes
+            name: self.trainer.strategy.reduce(value.clone(), reduce_op="sum").cpu() for name, value in means.items()
+        }
+        checkpoint["grad_norm"] = self.grad_norm.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the means since the last logged step."""
+        super().on_load_checkpoint(checkpoint)
+        self._restored_means = checkpoint.get("train_means")
+        self.grad_norm = checkpoint.get("grad_norm", self.grad_norm)
 
     def setup(self, stage: str) -> None:
         """Refuse precisions and strategies under which a step would not be exact."""
@@ -188,6 +209,9 @@ class Stage(PolicyModule):
         by the accumulated batches, so both are multiplied away. The backward pass of every micro-batch but the last
         runs here, so that one graph is alive at a time.
         """
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._window_means = self.train_means.copy_state()
+        self._in_window = True
         scale = self.trainer.world_size / self.loss_denominator(step)
         *others, last = step.micro_batches
         for batch in others:
@@ -246,12 +270,25 @@ class Stage(PolicyModule):
             ValueError: The last optimizer step of an epoch would be cut short.
         """
         self.zero_grad()
+        if self._restored_means:
+            if self.trainer.is_global_zero:  # the means of all processes are added up
+                self.train_means.update(**self._restored_means)
+            self._restored_means = None
+            if self.trainer.global_step % log_interval(self.trainer) == 0:
+                self._complete_logged_step()
         batches, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         if batches != float("inf") and batches % accumulate:
             raise ValueError(
                 "--trainer.limit_train_batches: expected a multiple of --trainer.accumulate_grad_batches "
                 f"{accumulate}, got {batches} batches an epoch: the last optimizer step would lack pairs."
             )
+
+    def _complete_logged_step(self) -> None:
+        """Log a step that was saved but not yet logged when the run ended; begin new means after it."""
+        if self.restored_step_is_logged:
+            self.train_means.reset()
+        elif self.train_means.counts.any():
+            self._log_training()
 
     def on_train_epoch_start(self) -> None:
         """Begin an epoch that a checkpoint has not begun like any other: it is no restart within one."""
@@ -265,6 +302,7 @@ class Stage(PolicyModule):
     ) -> None:
         """Step, then clear the gradients."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._in_window = False
         optimizer.zero_grad()
 
     def on_train_batch_end(self, outputs: object, batch: Step, batch_idx: int) -> None:
@@ -318,8 +356,12 @@ class Stage(PolicyModule):
 
 def is_logged_step(trainer: L.Trainer, batch_idx: int) -> bool:
     """Return whether an optimizer step that is to be logged has just ended with this batch."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets but does not declare it
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step % every == 0
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step % log_interval(trainer) == 0
+
+
+def log_interval(trainer: L.Trainer) -> int:
+    """Return the number of optimizer steps from one logged step to the next."""
+    return trainer.log_every_n_steps  # type: ignore[attr-defined,no-any-return]  # Lightning does not declare it
 
 
 def check_trainer_support(trainer: L.Trainer) -> None:

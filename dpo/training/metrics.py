@@ -119,6 +119,10 @@ class MetricMeans(Metric):
         self.sums += sums
         self.counts += counts
 
+    def copy_state(self) -> dict[str, Tensor]:
+        """Return copies of the sums and counts of this process."""
+        return {"sums": self.sums.clone(), "counts": self.counts.clone()}
+
     def compute(self) -> dict[str, Tensor]:
         """Return every mean and derived metric by name."""
         means = dict(zip(self.names, (self.sums / self.counts).unbind(), strict=True))

@@ -7,7 +7,7 @@ pairs whose loss was not finite.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class NonFiniteError(RuntimeError):
@@ -65,15 +65,37 @@ class FiniteMonitor:
         self.nonfinite_flag = torch.maximum(self.nonfinite_flag.to(finite.device), (~finite).float())
         return self.nonfinite_flag
 
-    def raise_if_nonfinite(self) -> None:
+    def raise_if_nonfinite(self, last_step: int | None = None) -> None:
         """Wait for the device, and discard the steps that have ended if all of their values are finite.
+
+        Args:
+            last_step: The last step that counts; a later one was not taken. None: all steps count.
 
         Raises:
             NonFiniteError: A value is not finite; the message names the first such step and its pairs.
         """
-        if self.nonfinite_flag:
-            raise NonFiniteError(next(filter(None, map(_describe_nonfinite, self.step_records))))
-        self.step_records.clear()
+        if not self.nonfinite_flag:
+            self.step_records.clear()
+            return
+        taken = [record for record in self.step_records if last_step is None or record.step <= last_step]
+        if message := next(filter(None, map(_describe_nonfinite, taken)), ""):
+            raise NonFiniteError(message)
+
+
+@torch.no_grad()
+def require_finite_weights(model: nn.Module, step: int) -> None:
+    """Wait for the device, and check the weights that train.
+
+    Raises:
+        NonFiniteError: A weight is not finite.
+    """
+    finite = {name: p.isfinite().all() for name, p in model.named_parameters() if p.requires_grad}
+    if finite and not torch.stack(list(finite.values())).all():
+        broken = [name for name, is_finite in finite.items() if not is_finite]
+        raise NonFiniteError(
+            f"after step {step} the weights are not finite ({', '.join(broken[:3])}): nothing is saved. Try "
+            "a smaller --optimizer.lr, and resume from the last checkpoint, if there is one, or start again."
+        )
 
 
 def _describe_nonfinite(record: StepRecord) -> str:
@@ -85,6 +107,6 @@ def _describe_nonfinite(record: StepRecord) -> str:
         return ""
     return (
         f"step {record.step}: the {'loss' if bad_ids else 'gradient'} is not finite for the pairs "
-        f"{', '.join(bad_ids or ids)}. The weights are still those from before this step and the last checkpoint is "
-        "intact. Try a smaller --optimizer.lr, --trainer.precision 32-true or bf16-mixed, or check these rows."
+        f"{', '.join(bad_ids or ids)}. The weights are still those from before this step. "
+        "Try a smaller --optimizer.lr, --trainer.precision 32-true or bf16-mixed, or check these rows."
     )

@@ -44,7 +44,7 @@ def test_all_files_of_a_run_are_in_its_folder(run: Run, lab: Lab) -> None:
         "export",
     }
     assert {path.name for path in run.checkpoint_folder.iterdir()} == {
-        f"{name}.ckpt{end}" for name in ("last", "best") for end in ("", ".sha256")
+        f"{name}.ckpt{end}" for name in ("last", "last-1", "best") for end in ("", ".sha256")
     }
     assert sorted(path.name for path in lab.folder.iterdir()) == ["latest", "one"]
     assert (lab.folder / "latest").resolve() == run.folder

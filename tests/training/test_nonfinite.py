@@ -59,7 +59,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(
     assert lab.main("fit", "--name=broken", *words) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("NonFiniteError: step 2: the loss is not finite for the pairs pairs/train:")
-    assert "The weights are still those from before this step and the last checkpoint is intact" in message
+    assert "The weights are still those from before this step. Try a smaller --optimizer.lr" in message
     run = Run(lab.folder / "broken")
     assert [row["step"] for row in metrics(run)] == [1]
     saved = weights(run)
