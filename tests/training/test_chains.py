@@ -70,9 +70,8 @@ def run_until(lab: Lab, kind: str, place: int, *words: str) -> None:
             raise STOPS[kind]
         return step(stage, given, batch_idx)
 
-    with patch.object(Stage, "training_step", training_step):
-        with suppress(Killed, BrokenError, SystemExit):
-            lab.main("fit", *words)
+    with patch.object(Stage, "training_step", training_step), suppress(Killed, BrokenError, SystemExit):
+        lab.main("fit", *words)
 
 
 def logged(run: Run) -> list[dict[str, float]]:
