@@ -1,7 +1,9 @@
 """The package as a notebook uses it: no command line, no run folder, any Trainer."""
 
+import copy
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -191,3 +193,68 @@ def test_the_package_is_imported_quickly_and_lists_its_names() -> None:
     assert {"DPO", "HHRLHF", "LoRA", "losses"} <= set(dir(dpo))
     with pytest.raises(AttributeError, match="has no attribute 'KTO'"):
         dpo.KTO  # noqa: B018
+
+
+def fit_in_parts(folder: Path, data: HHRLHF, stops: list[dict[str, object]], **options: object) -> DPO:
+    """Fit with Lightning's default checkpoints, one trainer after the other, each from where the last one stopped."""
+    path = None
+    for number, stop in enumerate(stops):
+        model = DPO(str(policy()), optimizer=partial(torch.optim.AdamW, lr=1e-3))
+        run = trainer(folder / str(number), **{**options, **stop})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The dirpath has changed")  # one folder each, on purpose
+            run.fit(model, data, ckpt_path=path)
+        path = run.checkpoint_callback.best_model_path
+    return model
+
+
+@pytest.mark.parametrize("stops", [[3, 8], [6, 8], [4, 6, 8], [1, 2, 3, 5, 8]], ids=str)
+def test_default_checkpoints_resume_the_very_run(tmp_path: Path, data: HHRLHF, stops: list[int]) -> None:
+    """Lightning saves them after an epoch, also after one that `max_steps` has cut short."""
+    options = {"limit_train_batches": 4, "max_epochs": -1}
+    whole = fit_in_parts(tmp_path / "whole", data, [{"max_steps": 8}], **options)
+    parts = fit_in_parts(tmp_path / "parts", data, [{"max_steps": stop} for stop in stops], **options)
+    for name, value in whole.policy.named_parameters():
+        assert torch.equal(value, parts.policy.get_parameter(name)), name
+
+
+def test_a_model_is_fitted_twice(data: HHRLHF, tmp_path: Path, fast: partial) -> None:
+    model = DPO(str(policy()), optimizer=fast)
+    for name in ("first", "second"):
+        trainer(tmp_path / name).fit(model, data)
+    copied = copy.deepcopy(model)
+    assert copied.rewards("How?", ["Yes."]) == model.rewards("How?", ["Yes."])
+
+
+def test_saving_leaves_other_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    DPO(str(policy())).save_pretrained(tmp_path)
+    DPO(str(policy())).save_pretrained(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path) is not None
+
+
+class Reduced(losses.PreferenceLoss):
+    """A loss that forgets that there are several pairs."""
+
+    def __call__(self, logps: PairLogps) -> torch.Tensor:
+        return logps.logratios.sum()
+
+
+def test_a_loss_that_reduces_is_refused(data: HHRLHF, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected one value for each of 4 pairs, got a tensor of shape \(\)"):
+        trainer(tmp_path).fit(DPO(str(policy()), loss=Reduced(), preflight=False), data)
+
+
+@pytest.mark.parametrize(("stage", "answers"), [(DPO, 1), (DPO, 4), (SFT, 2)])
+def test_examples_with_other_numbers_of_answers_are_refused(tmp_path: Path, stage: type, answers: int) -> None:
+    loader = DataLoader([Example("x:1", [5, 6], ([7, 8],) * answers)] * 4, batch_size=2, collate_fn=list)
+    with pytest.raises(ValueError, match=rf"x:1: expected one answer for each of .*, got {answers} answers"):
+        trainer(tmp_path).fit(stage(str(policy()), preflight=False), loader, loader)
+
+
+def test_a_checkpoint_of_another_stage_says_so(data: HHRLHF, tmp_path: Path, fast: partial) -> None:
+    run = trainer(tmp_path)
+    run.fit(DPO(str(policy()), optimizer=fast), data)
+    with pytest.raises(ValueError, match="is a checkpoint of DPO, not of SFT"):
+        SFT.load_from_checkpoint(run.checkpoint_callback.best_model_path)

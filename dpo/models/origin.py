@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,9 +76,24 @@ class ServedPolicy:
 def save_policy(
     folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: PolicyOrigin
 ) -> None:
-    """Write the files of `write_policy_files` to a new folder, completely or not at all."""
-    with write_atomically(Path(folder)) as scratch:
+    """Write the files of `write_policy_files` to a folder; what else is in it stays.
+
+    Raises:
+        ValueError: There is a file of that name.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if folder.is_file():
+        raise ValueError(f"save_pretrained: expected a folder, got the file {folder}.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        with write_atomically(folder) as scratch:
+            write_policy_files(scratch, model, tokenizer, origin)
+        return
+    with TemporaryDirectory(dir=folder, prefix=".saving-") as scratch_name:
+        scratch = Path(scratch_name)
         write_policy_files(scratch, model, tokenizer, origin)
+        for file in scratch.iterdir():
+            file.replace(folder / file.name)
 
 
 def write_policy_files(

@@ -6,10 +6,10 @@ is divided by. It runs in any Lightning Trainer.
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -44,7 +44,7 @@ class Stage(PolicyModule):
 
     answer_sides: tuple[str, ...]
     metric_names: tuple[str, ...]
-    derived_metrics: Mapping[str, DerivedMetric] = MappingProxyType({})
+    derived_metrics: ClassVar[Mapping[str, DerivedMetric]] = {}
 
     def __init__(
         self,
@@ -102,6 +102,7 @@ class Stage(PolicyModule):
         self._in_window = False
         self._restored_means: dict[str, Tensor] | None = None
         self.restored_step_is_logged = False
+        self.has_trained = False  # or was loaded: the policy need not equal its reference any more
 
     @property
     @abstractmethod
@@ -194,6 +195,7 @@ class Stage(PolicyModule):
             TypeError: The batch is of another kind.
         """
         if isinstance(batch, list | tuple) and batch and all(isinstance(each, Example) for each in batch):
+            self._require_answers(batch)
             parts = self.trainer.world_size * (self.trainer.accumulate_grad_batches if self.trainer.training else 1)
             return Step.from_examples(batch, parts)
         if not hasattr(batch, "to"):
@@ -201,6 +203,14 @@ class Stage(PolicyModule):
                 f"expected batches of dpo.Example (collate_fn=list) or the data modules of dpo, got {type(batch)}."
             )
         return batch
+
+    def _require_answers(self, examples: Sequence[Example]) -> None:
+        for example in examples:
+            if len(example.answers) != len(self.answer_sides):
+                raise ValueError(
+                    f"{example.id}: expected one answer for each of {', '.join(self.answer_sides)}, got "
+                    f"{len(example.answers)} answers."
+                )
 
     def training_step(self, step: Step, batch_idx: int) -> Tensor:
         """Return the sum of the losses divided by the denominator of the whole optimizer step.
@@ -220,6 +230,7 @@ class Stage(PolicyModule):
 
     def _monitored_losses(self, batch: Batch) -> Tensor:
         losses = self.losses(batch, self.train_means)
+        self.has_trained = True
         self.finite_monitor.add_losses(batch.ids, losses)
         return losses
 
@@ -291,7 +302,7 @@ class Stage(PolicyModule):
             self._log_training()
 
     def on_train_epoch_start(self) -> None:
-        """Begin an epoch that a checkpoint has not begun like any other: it is no restart within one."""
+        """Tell Lightning that this epoch starts at its beginning, also after a resume."""
         self.trainer.fit_loop.epoch_loop.restarting = False
 
     def optimizer_zero_grad(self, *_: object) -> None:

@@ -22,6 +22,8 @@ class CheckpointedModule(L.LightningModule, ABC):
     Frozen weights (a base model under an adapter, a fixed reference) are read from where they came from.
     """
 
+    has_trained: bool = False
+
     def __init__(self) -> None:
         """Let Lightning accept checkpoints without the frozen weights; `load_state_dict` checks the others."""
         super().__init__()
@@ -62,19 +64,25 @@ class CheckpointedModule(L.LightningModule, ABC):
         return AttributeDict(self.plain_options())
 
     @classmethod
-    def load_from_checkpoint(cls: type[_Module], checkpoint_path: str | Path, *_: Any, **options: Any) -> _Module:  # type: ignore[override]
+    def load_from_checkpoint(  # type: ignore[override]
+        cls: type[_Module], checkpoint_path: str | Path, map_location: Any = None, **options: Any
+    ) -> _Module:
         """Rebuild a module from one of its checkpoints, with the weights in it.
 
         The file must hash as it was written and is read with ``weights_only=True``; no code is imported that it names.
 
         Args:
             checkpoint_path: A checkpoint file on this machine.
+            map_location: Device that the weights are read to. Default: the CPU.
             options: Constructor arguments that replace the saved ones.
 
         Raises:
             ValueError: The checkpoint is changed, of another module or model, or names a class that is not imported.
         """
-        saved = read_checkpoint(checkpoint_path)
+        saved = read_checkpoint(checkpoint_path, map_location)
+        written_by = saved.get("module", cls.__name__)
+        if written_by not in {base.__name__ for base in cls.__mro__}:
+            raise ValueError(f"{checkpoint_path} is a checkpoint of {written_by}, not of {cls.__name__}.")
         described = {name: value for name, value in saved["hyper_parameters"].items() if name not in options}
         if is_unsaved(described.get("lr_scheduler")):  # of no use but to train on
             rank_zero_warn("the checkpoint does not hold the learning rate schedule: pass lr_scheduler= to train on.")
@@ -84,6 +92,7 @@ class CheckpointedModule(L.LightningModule, ABC):
         module.configure_model()
         module.check_checkpoint(saved)
         module.load_state_dict(saved["state_dict"])
+        module.has_trained = True
         return module
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -92,6 +101,7 @@ class CheckpointedModule(L.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the position after the last optimizer step (see `dpo.training.position`) and describe the optimizer."""
         self._normalize_position(checkpoint)
+        checkpoint["module"] = type(self).__name__
         if self.trainer.optimizers:
             checkpoint["hyper_parameters"]["optimizer"] = describe_optimizer(self.trainer.optimizers[0])
 

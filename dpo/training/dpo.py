@@ -199,7 +199,13 @@ class DPO(Stage):
     def losses(self, batch: Batch, means: MetricMeans) -> Float[Tensor, " pairs"]:
         """Return the weighted loss of every pair of a micro-batch, and add its metrics to the means."""
         policy, logps = self.score_pairs(batch)
-        losses = batch.weights * self.loss(logps)
+        losses = self.loss(logps)
+        if losses.shape != batch.weights.shape:
+            raise ValueError(
+                f"{self.loss}: expected one value for each of {len(batch)} pairs, got a tensor of shape "
+                f"{tuple(losses.shape)}. A loss does not reduce over the batch."
+            )
+        losses = batch.weights * losses
         means.update(*sums_and_counts(batch, policy, logps, losses, self.loss.rewards(logps), self.metric_names))
         return losses
 

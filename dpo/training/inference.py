@@ -108,7 +108,7 @@ class PolicyModule(CheckpointedModule):
         """Write policy and tokenizer as a Hugging Face folder; of a policy with an adapter, as the adapter says.
 
         Args:
-            folder: Where to; written completely or not at all.
+            folder: Where to. Other files that are there stay.
         """
         self.configure_model()
         save_policy(folder, self.adapter.model_to_export(self.policy), self.encoder.tokenizer, self.origin())

@@ -5,7 +5,6 @@ Names and definitions are those of TRL. Every mean is over all pairs (or answer 
 """
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -100,7 +99,7 @@ class MetricMeans(Metric):
     counts: Tensor
 
     def __init__(
-        self, names: tuple[str, ...] = METRIC_NAMES, derived_metrics: Mapping[str, DerivedMetric] = MappingProxyType({})
+        self, names: tuple[str, ...] = METRIC_NAMES, derived_metrics: Mapping[str, DerivedMetric] | None = None
     ) -> None:
         """Start with sums and counts of zero.
 
@@ -110,7 +109,7 @@ class MetricMeans(Metric):
         """
         super().__init__()
         self.names = names
-        self.derived_metrics = derived_metrics
+        self.derived_metrics = derived_metrics or {}
         self.add_state("sums", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
 

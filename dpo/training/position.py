@@ -2,7 +2,7 @@
 
 Lightning saves its loop counters as they are at the moment of saving. Restored, they repeat data once a run has been
 stopped at the end of an epoch and then again, and they lose the gradients of an accumulation window that was half
-done. Checkpoints of ours hold the counters as they are right after the last optimizer step, which name one position.
+done. Checkpoints of ours hold the counters as they are right after the last optimizer step: exactly one position.
 """
 
 from typing import Any
@@ -28,14 +28,15 @@ def loop_state_after_step(loop_state: dict[str, Any], accumulate: int) -> dict[s
     epochs_ended = epochs["processed"]
     batches_read = batches["total"]["ready"]
     position = 0  # batches read of the epoch that has begun
-    if epochs["started"] > epochs_ended:
+    if batches["current"]["ready"]:
+        # Not `processed`: Lightning counts an epoch that a stop has cut short as processed, too.
+        epochs_ended = epochs["started"] - 1
         position = steps["current"]["completed"] * accumulate
         batches_read += position - batches["current"]["ready"]
-    if batches["is_last_batch"] and position == batches["current"]["ready"]:
-        epochs_ended += 1
-        position = 0
-    # Inside an epoch the last batch is left uncompleted: Lightning completes it when it resumes, and does not validate
-    # a second time.
+        if batches["is_last_batch"] and position == batches["current"]["ready"]:
+            epochs_ended += 1
+            position = 0
+    # The last batch is marked as not completed, so that Lightning completes it on resuming and does not validate twice.
     pending = int(position > 0)
     epoch = _counters(epochs_ended + pending, processed=epochs_ended, completed=epochs_ended)
     step = {"total": _counters(steps["total"]["completed"]), "current": _counters(position // accumulate)}

@@ -66,7 +66,7 @@ def run_preflight(module: Stage) -> None:
         passed += _check_sharing(module, largest)
         if isinstance(module, DPO):
             passed += _check_whole_steps(module, trainer, getattr(data, "max_tokens", None))
-            if not trainer.ckpt_path:  # a resumed policy no longer equals its reference
+            if not (trainer.ckpt_path or module.has_trained):  # the policy no longer equals its reference
                 passed += _check_start(module, batch)
     rank_zero_info("Preflight: " + "; ".join(passed) + ".")
 

@@ -1,7 +1,7 @@
 """The supervised stage before preference training: the policy learns to give the chosen answers."""
 
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from dpo.models.batch import Batch
 from dpo.models.origin import PolicyOrigin
 from dpo.models.scoring import score
 from dpo.training.base import Stage
-from dpo.training.metrics import MetricMeans
+from dpo.training.metrics import DerivedMetric, MetricMeans
 from dpo.training.predict import predict_rows
 
 
@@ -23,7 +23,7 @@ class SFT(Stage):
     """Supervised fine-tuning on the chosen answers; the loss of a step is its mean over answer tokens, in nats."""
 
     answer_sides = ("chosen",)
-    derived_metrics = MappingProxyType({"perplexity": ("loss", torch.exp)})
+    derived_metrics: ClassVar[Mapping[str, DerivedMetric]] = {"perplexity": ("loss", torch.exp)}
     metric_names = ("loss", "token_accuracy", "entropy", "length/chosen")
 
     @property
