@@ -1,6 +1,7 @@
 """The callback that writes the rows of ``predict`` to a JSON Lines or Parquet file in the run's folder."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pyarrow import parquet
 
 from dpo.files import append_jsonl, write_atomically
 from dpo.runs.folder import Run
-from dpo.training.predict import label_best_and_worst, load_scorer
+from dpo.training.predict import AnswerCounts, PredictionRow, label_best_and_worst, load_scorer
 
 
 class PredictionWriter(L.Callback):
@@ -24,7 +25,8 @@ class PredictionWriter(L.Callback):
             run: The run whose folder the file is written to.
             output: Name of the file; it ends in .jsonl or .parquet.
             scorer: ``module:function`` that scores the answers to a prompt, to mark the best as chosen and the worst
-                as rejected.
+                as rejected. ``function(prompt, answers)`` returns one number per answer; prompt is text, or messages
+                if the data has messages.
 
         Raises:
             ValueError: The scorer does not exist, or `output` is a path or of an unknown format.
@@ -37,22 +39,40 @@ class PredictionWriter(L.Callback):
         self.scorer = load_scorer(scorer) if scorer else None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove the rows of an earlier prediction."""
+        """Begin without the rows of an earlier prediction."""
         if trainer.is_global_zero:
             self.run.folder.mkdir(parents=True, exist_ok=True)
-            self.rows_path.unlink(missing_ok=True)
+            self.rows_path.write_text("")
         trainer.strategy.barrier()
 
-    def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
         """Append the rows of a step; every process appends its own."""
-        rows = [label_best_and_worst(row, self.scorer) for row in outputs] if self.scorer else outputs
-        append_jsonl(self.rows_path, rows)
+        append_jsonl(self.rows_path, list(self._labelled(outputs, batch)) if self.scorer else outputs)
+
+    def _labelled(self, rows: list[PredictionRow], batch: Any) -> Iterator[PredictionRow]:
+        assert self.scorer is not None
+        given_as_messages = {prompt.id: prompt.given_as_messages for prompt in getattr(batch, "prompts", ())}
+        for row in rows:
+            yield label_best_and_worst(row, self.scorer, given_as_messages.get(row["id"], False))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Convert the rows to Parquet if that was asked for, and print the path."""
+        """Convert the rows to Parquet if that was asked for, and print the path and what came of the prompts.
+
+        Raises:
+            ValueError: There is a scorer, and nothing could be labelled.
+        """
+        trainer.strategy.barrier()
+        with self.rows_path.open(encoding="utf-8") as lines:
+            counts = AnswerCounts.from_rows(map(json.loads, lines))  # in every process, so that all of them end alike
         trainer.strategy.barrier()
         if trainer.is_global_zero and self.rows_path != self.output_path:
             with write_atomically(self.output_path) as temporary, self.rows_path.open(encoding="utf-8") as lines:
                 parquet.write_table(pa.Table.from_pylist(list(map(json.loads, lines))), temporary)
             self.rows_path.unlink()
         rank_zero_info(f"Predictions: {self.output_path}")
+        if self.scorer and not counts.labelled:
+            raise ValueError(f"--scorer: {counts}.")
+        if counts.prompts:
+            rank_zero_info(f"{counts}.")

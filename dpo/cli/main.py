@@ -36,6 +36,7 @@ from dpo.files import append_jsonl
 from dpo.models.checkpoint_io import AtomicCheckpointIO, local_checkpoint, newest_intact_checkpoint
 from dpo.models.cpu import keep_freed_memory, limit_onednn_cache
 from dpo.runs import results
+from dpo.runs.card import TrainingFacts, hardware_in_words
 from dpo.runs.export import export_run
 from dpo.runs.folder import Run, checkpoint_run_name
 from dpo.runs.loggers import MetricsCSV, wandb_logger
@@ -236,6 +237,11 @@ class TrainingCLI(LightningCLI):
             self.model.origin(),
             data=self.datamodule.path,
             card_summary=self.model.card_summary,
+            facts=TrainingFacts(
+                method="sft" if isinstance(self.model, SFT) else "dpo",
+                pair_count=len(self.datamodule.pairs_by_split["train"]),
+                hardware=hardware_in_words(self.trainer.strategy.root_device, self.trainer.world_size),
+            ),
         )
         self.run.held_out_path.unlink(missing_ok=True)
         append_jsonl(self.run.held_out_path, self.datamodule.example_texts("val", HELD_OUT_PAIRS))

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo.data.columns import Columns, chat_messages
 from dpo.data.datamodule import OnBadRow, TextData, cache_folder, check_option
 from dpo.data.dialogue import DialoguePair, Refusal, Turns
-from dpo.data.formats import BadLineError, Fault, read_rows
+from dpo.data.formats import BadLineError, Fault, RawRow, read_rows
 from dpo.data.sources import ListedFiles, list_data_files
 from dpo.data.tokenization import MIN_LENGTH, EncodedPair, PairEncoder, TextFormat
 from dpo.models.generation import Sampling
@@ -35,11 +35,13 @@ class EncodedPrompt:
         id: ``prompts:line``.
         prompt: The prompt as it is written beside its answers: text in the format of hh-rlhf, or messages.
         tokens: Its token ids, up to where the answer begins.
+        given_as_messages: Whether the data has it as messages rather than as text.
     """
 
     id: str
     prompt: str | list[dict[str, str]]
     tokens: list[int]
+    given_as_messages: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,8 @@ class Prompts(TextData):
 
     def _prompts(self, refused: Counter[str]) -> Iterator[EncodedPrompt]:
         """Yield the usable prompts and count the others by reason."""
-        for line, history in enumerate(self._histories(), 1):
+        for line, parsed in enumerate(self._parsed_rows(), 1):
+            history, given_as_messages = (parsed, False) if isinstance(parsed, Fault) else parsed
             if isinstance(history, Refusal | Fault):
                 refused[history] += 1
                 continue
@@ -185,12 +188,17 @@ class Prompts(TextData):
                 refused[encoded] += 1
                 continue
             prompt = chat_messages(history) if self.encoder.uses_chat_template else pair.prompt_text
-            yield EncodedPrompt(f"prompts:{line}", prompt, encoded.prompt)
+            yield EncodedPrompt(f"prompts:{line}", prompt, encoded.prompt, given_as_messages)
 
-    def _histories(self) -> Iterator[Turns | Refusal | Fault]:
+    def _parse(self, raw_row: RawRow) -> tuple[Turns | Refusal, bool]:
+        """Return the turns to be answered, and whether they are given as messages."""
+        given = raw_row.get(self.columns.prompt, raw_row.get(self.columns.chosen))
+        return self.columns.parse_history(raw_row), isinstance(given, list)
+
+    def _parsed_rows(self) -> Iterator[tuple[Turns | Refusal, bool] | Fault]:
         for _, file, _ in self._list_files(fetch=False):
             with fsspec.open(file, "rb") as raw:
-                yield from islice(read_rows(raw, file, self.columns.parse_history, self.skip_bad_rows), self.limit)
+                yield from islice(read_rows(raw, file, self._parse, self.skip_bad_rows), self.limit)
 
     def _list_files(self, fetch: bool) -> ListedFiles:
         return list_data_files(self.path, cache_folder() / "listings", fetch)

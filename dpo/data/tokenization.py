@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo.data.columns import chat_messages
 from dpo.data.dialogue import TURN_MARKERS, DialoguePair, Refusal, Role, Turn, Turns
+from dpo.models.chat_template import added_prefix
 
 MIN_LENGTH = 8
 """Smallest allowed maximum length, in tokens of prompt and answer; shorter pairs say nothing about a preference."""
@@ -108,7 +109,7 @@ class PairEncoder:
         self.format: TextFormat = "chat" if self.uses_chat_template else "hh"
         self.next_turn = None if self.uses_chat_template else TURN_MARKERS[0]
         self._render: _Render = self._chat_texts if self.uses_chat_template else _plain_texts
-        prefix = _added_prefix(tokenizer)
+        prefix = added_prefix(tokenizer)
         self._prefix = [] if self.uses_chat_template else prefix  # a chat template writes its own
         self._kept_prefix = prefix or [i for i in (tokenizer.bos_token_id,) if i is not None]
         self._control = control_token_pattern(tokenizer, self.end_ids, () if self.uses_chat_template else TURN_MARKERS)
@@ -225,13 +226,6 @@ def _tokens_before(answer: range, encoding: Encoding) -> int:
     """Return how many tokens come before the first that covers a character of the answer."""
     covering = map(encoding.char_to_token, answer)  # None for a character that the tokenizer skips
     return next((token for token in covering if token is not None), len(encoding))
-
-
-def _added_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return what the tokenizer itself puts before a text: usually a begin-of-sequence token, or nothing."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    return list(full[: next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)])
 
 
 def control_token_pattern(

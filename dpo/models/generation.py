@@ -4,6 +4,7 @@ Answers are drawn from the model as it is scored: whatever its own generation co
 Each one is cut at its end, which is an end-of-sequence token or the beginning of the next human turn.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -86,6 +87,11 @@ class GeneratedAnswer:
     tokens: list[int]
     text: str
     is_complete: bool
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a seed of 64 bits that depends on all parts in all its bits; CPU generators use only the lowest 32."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
 
 
 @torch.no_grad()

@@ -17,11 +17,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file, find_adapter_config_file
 
 from dpo import quickstart
+from dpo.models.chat_template import remove_hh_template
 
 WEIGHT_ALIGNMENT = 64  # bytes; torch allocates at multiples of it
 PEFT_PREFIX = "base_model.model."  # of weight names in an adapter's file
@@ -90,6 +98,8 @@ class ModelLoader:
     def load_model(self, path: str, **options: Any) -> PreTrainedModel:
         """Load a causal language model in float32 and in eval mode, as scoring and training both need dropout off.
 
+        The number format that its configuration names is kept as the model's attribute `stored_dtype`.
+
         An adapter is loaded onto the model that it was trained on, whose weights are then frozen.
 
         Args:
@@ -105,6 +115,7 @@ class ModelLoader:
             return self._load_adapter(self.load_model(base, **options), path)
         loaded: Any  # with output_loading_info a pair, which the annotations of transformers do not say
         try:
+            stored_dtype = AutoConfig.from_pretrained(path, **self._options(path)).dtype
             loaded = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=torch.float32,
@@ -126,6 +137,7 @@ class ModelLoader:
                 f"({', '.join(missing[:3])}, ...). Download or export the model again."
             )
         _align(model)
+        model.stored_dtype = stored_dtype or torch.float32
         return model.eval()  # type: ignore[no-any-return]
 
     def _load_adapter(self, model: PreTrainedModel, path: str) -> PreTrainedModel:
@@ -153,17 +165,21 @@ class ModelLoader:
     def load_tokenizer(self, path: str) -> PreTrainedTokenizerBase:
         """Load the tokenizer of a model; an adapter without one uses that of its base model.
 
+        The chat template that an export adds is left out: dialogues are rendered here as they were in training.
+
         Raises:
             ValueError: There is no tokenizer.
         """
         path = resolve_model_path(path)
         try:
-            return AutoTokenizer.from_pretrained(path, **self._options(path))
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **self._options(path))
         except (OSError, ValueError) as error:
             base = adapter_base_model(path)
             if base is not None:
                 return self.load_tokenizer(base)
             raise ValueError(f"cannot read a tokenizer from {path!r}: {error}") from error
+        remove_hh_template(tokenizer)
+        return tokenizer
 
 
 def _align(model: PreTrainedModel) -> None:

@@ -8,9 +8,9 @@ into ordinary models (adapter left out, or merged into the weights) and into fil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +24,7 @@ from dpo.models.loading import PEFT_PREFIX, ModelLoader, attach_adapter
 PEFT_ADAPTER_NAME = "default"  # peft's name for an adapter that is given none
 ALL_LINEAR = "all-linear"
 """The target that stands for every linear layer except the output head."""
+ExportDtype = Literal["auto", "float32"]
 
 
 class Adapter(ABC):
@@ -31,17 +32,25 @@ class Adapter(ABC):
 
     Attributes:
         merge: Export a full model with the adapter merged into it, instead of the adapter alone.
+        export_dtype: Number format of an exported full model: ``auto`` is that of the model that training started from.
     """
 
     merge: bool
+    export_dtype: ExportDtype
 
     @abstractmethod
     def load_policy(self, loader: ModelLoader, path: str) -> PreTrainedModel:
         """Load the policy from a folder or hub id; exactly the weights that train require a gradient."""
 
     def model_to_export(self, policy: PreTrainedModel) -> PreTrainedModel:
-        """Return what a run exports of its policy: the policy itself, or the policy with its adapter merged."""
-        return merge_adapter(policy) if self.merge else policy
+        """Return what a run exports of its policy: the policy itself, or the policy with its adapter merged.
+
+        A full model is exported in the number format of `export_dtype`; training is in float32 either way.
+        """
+        exported = merge_adapter(policy) if self.merge else policy
+        if self.export_dtype == "float32" or adapter_layers(exported):
+            return exported
+        return _copy_in_dtype(exported, getattr(policy, "stored_dtype", torch.float32))
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,13 @@ class AsLoaded(Adapter):
     Attributes:
         four_bits: Keep all weights except those of the adapter in 4 bits (CUDA only).
         merge: Export a full model with the adapter merged into it.
+        export_dtype: Number format of an exported full model: ``auto`` is that of the model that training started
+            from, ``float32`` keeps every digit of the trained weights. An adapter alone is always float32.
     """
 
     four_bits: bool = False
     merge: bool = False
+    export_dtype: ExportDtype = field(default="auto", repr=False)  # a checkpoint resumes with any
 
     def load_policy(self, loader: ModelLoader, path: str) -> PreTrainedModel:
         """Load the policy.
@@ -78,12 +90,15 @@ class LoRA(Adapter):
         alpha: The product is scaled by alpha / r.
         targets: Last parts of the names of layers; ``all-linear`` is every linear layer except the output head.
         merge: Export a full model with the adapter merged into it, instead of the adapter alone.
+        export_dtype: Number format of an exported full model: ``auto`` is that of the model that training started
+            from, ``float32`` keeps every digit of the trained weights. An adapter alone is always float32.
     """
 
     r: int = 16
     alpha: int = 32
     targets: tuple[str, ...] = (ALL_LINEAR,)
     merge: bool = False
+    export_dtype: ExportDtype = field(default="auto", repr=False)  # a checkpoint resumes with any
 
     def load_policy(self, loader: ModelLoader, path: str) -> PreTrainedModel:
         """Load the policy and add a new adapter, which has no effect until it is trained."""
@@ -104,6 +119,7 @@ class QLoRA(Adapter):
     alpha: int = 32
     targets: tuple[str, ...] = (ALL_LINEAR,)
     merge = False  # the sum would have to be quantized again and differ from the model that was trained
+    export_dtype: ExportDtype = field(default="float32", init=False, repr=False)
 
     def load_policy(self, loader: ModelLoader, path: str) -> PreTrainedModel:
         """Load the policy in 4 bits and add a new adapter, which has no effect until it is trained."""
@@ -193,13 +209,20 @@ def save_model_or_adapter(model: PreTrainedModel, folder: Path) -> None:
 
     weights = get_peft_model_state_dict(model, adapter_name=PEFT_ADAPTER_NAME, save_embedding_layers=False)
     folder.mkdir(exist_ok=True)
-    config = model.peft_config[PEFT_ADAPTER_NAME]
-    base = Path(str(config.base_model_name_or_path))
-    config.base_model_name_or_path = str(base.resolve() if base.is_dir() else base)  # works from any folder
+    config: Any = model.peft_config[PEFT_ADAPTER_NAME]
+    config.task_type = "CAUSAL_LM"  # without it peft's Auto classes do not know what to load
     weights = {f"{PEFT_PREFIX}{name}": p.contiguous() for name, p in weights.items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+
+
+def _copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model itself if it is in this number format, else a copy on the CPU with its parameters in it."""
+    if model.dtype == dtype:
+        return model
+    converted = {id(p): nn.Parameter(p.detach().to("cpu", dtype), requires_grad=False) for p in model.parameters()}
+    return deepcopy(model, converted)
 
 
 def copy_trainable_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -11,9 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.files import write_atomically
+from dpo.models.chat_template import make_hh_template
 from dpo.models.checkpoint_io import read_checkpoint
 from dpo.models.loading import ModelLoader, resolve_model_path
 from dpo.models.lora import merge_adapter, save_model_or_adapter
@@ -99,12 +100,31 @@ def save_policy(
 def write_policy_files(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: PolicyOrigin
 ) -> None:
-    """Write weights (of a model with an adapter, the adapter alone), tokenizer and origin, readable by everybody."""
+    """Write weights (of a model with an adapter, the adapter alone), tokenizer and origin, readable by everybody.
+
+    A tokenizer without a chat template gets one that renders messages as the policy was trained on them, and the
+    generation config the token ids that end an answer.
+    """
     save_model_or_adapter(model, folder)
+    _add_end_of_sequence(folder, model, tokenizer)
     tokenizer.save_pretrained(folder)
+    template = make_hh_template(tokenizer) if tokenizer.chat_template is None and origin.format == "hh" else None
+    if template:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     (folder / ORIGIN_FILE).write_text(json.dumps(asdict(origin), indent=2) + "\n", encoding="utf-8")
     for file in folder.iterdir():
         os.chmod(file, 0o644)  # safetensors writes 0600
+
+
+def _add_end_of_sequence(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let generation end at the tokenizer's end of sequence too, which ends every answer in training."""
+    known = model.generation_config.eos_token_id
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id in ends:
+        return
+    config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    config.eos_token_id = [tokenizer.eos_token_id, *ends]
+    config.save_pretrained(folder)
 
 
 def find_policy(path: str, reference: str | None = None) -> ServedPolicy:

@@ -1,16 +1,14 @@
 """Export of a run as a Hugging Face folder, with a model card that reports the measured values."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import __version__
 from dpo.files import write_atomically
-from dpo.models.loading import resolve_model_path
+from dpo.models.lora import adapter_layers
 from dpo.models.origin import PolicyOrigin, write_policy_files
-from dpo.runs import results
+from dpo.runs.card import HH_PROMPT, QUESTION, TrainingFacts, model_card
 from dpo.runs.folder import Run
 
 
@@ -21,6 +19,7 @@ def export_run(
     origin: PolicyOrigin,
     data: str,
     card_summary: str,
+    facts: TrainingFacts = TrainingFacts(),  # noqa: B008  # frozen
 ) -> Path:
     """Write ``export/`` in a run's folder, completely or not at all.
 
@@ -31,6 +30,7 @@ def export_run(
         origin: How the policy was trained; written to origin.json.
         data: Path or name of the training data.
         card_summary: How the policy was trained, for the model card: "trained on preferences with ...".
+        facts: What else the model card says about the training; what it says about the export is found out here.
 
     Returns:
         The export folder.
@@ -38,47 +38,28 @@ def export_run(
     with write_atomically(run.export_folder) as folder:
         folder.mkdir()
         (folder / "train_config.yaml").write_bytes(run.config_path.read_bytes())
-        card = model_card(run, origin.base, data, card_summary)
-        (folder / "README.md").write_text(str(card), encoding="utf-8")
+        (folder / "README.md").touch()  # gets its mode with the others
         write_policy_files(folder, policy, tokenizer, origin)
+        is_adapter = bool(adapter_layers(policy))
+        prompt, takes_messages = _example_prompt(folder, tokenizer, origin.format)
+        facts = replace(
+            facts,
+            is_adapter=is_adapter,
+            dtype="float32" if is_adapter else str(policy.dtype).removeprefix("torch."),
+            prompt=prompt,
+            takes_messages=takes_messages,
+            license=getattr(policy.config, "license", None),
+        )
+        card = model_card(run, origin.base, data, card_summary, facts)
+        (folder / "README.md").write_text(str(card), encoding="utf-8")
     return run.export_folder
 
 
-def model_card(run: Run, base: str, data: str, card_summary: str) -> ModelCard:
-    """Return the model card of a run.
-
-    Args:
-        run: The run whose results are reported.
-        base: Folder or hub id of the model that training started from. A folder is named without its path, and not in
-            the metadata, where only hub ids mean anything to others.
-        data: Path or name of the training data; only its last part is named.
-        card_summary: How the policy was trained; continues a sentence that begins with the base model.
-    """
-    is_local = Path(resolve_model_path(base)).is_dir()
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["dpo"],
-        base_model=None if is_local else base,
-    )
-    values = json.loads(run.results_path.read_text()) if run.results_path.exists() else {}
-    value_rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(values.items()))
-    text = f"""---
-{metadata.to_yaml()}
----
-
-# {run.folder.name}
-
-`{Path(base).name if is_local else base}` {card_summary}, on {Path(data).name}, by dpo-lightning {__version__}.
-`train_config.yaml` is the whole configuration.
-
-Last measured on the validation and test pairs of this run (nats; rewards: beta times the log-ratio to the reference):
-
-| metric | value |
-| --- | ---: |
-{value_rows or "| none | |"}
-
-During training:
-
-{results.results_markdown(run.metrics_path)}"""
-    return ModelCard(text)
+def _example_prompt(folder: Path, tokenizer: PreTrainedTokenizerBase, text_format: str) -> tuple[str, bool]:
+    """Return a question as the policy was trained to see it, and whether the export renders messages so."""
+    if text_format == "chat":
+        messages = [{"role": "user", "content": QUESTION}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), True
+    if text_format == "plain":
+        return QUESTION, False
+    return HH_PROMPT, tokenizer.chat_template is None and (folder / "chat_template.jinja").is_file()

@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from dpo.models.batch import Batch
+from dpo.models.generation import derive_seed
 from dpo.models.prompt_sharing import share_if_exact, weight_sharing_copy
 from dpo.models.scoring import score
 from dpo.serving.schema import APIError
@@ -68,7 +69,7 @@ class TokenSampler:
         scores = logits / self.temperature
         if self.top_p < 1:
             scores = TopPLogitsWarper(self.top_p)(None, scores[None])[0]
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + position) % 2**63)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, position))
         noise = torch.empty(scores.shape).exponential_(generator=generator)
         return scores - noise.log_().to(scores.device)
 

@@ -129,14 +129,80 @@ def test_an_adapter_is_saved_alone_and_loaded_unchanged(case: tuple[Path, LoRA],
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:fan_in_fan_out is set")
 def test_an_adapter_can_be_read_by_transformers_and_peft(case: tuple[Path, LoRA], tmp_path: Path) -> None:
-    from peft import PeftModel
+    from peft import AutoPeftModelForCausalLM, PeftModel
 
     base, adapter = case
     model = trained(adapter, base)
     lora.save_model_or_adapter(model, tmp_path / "adapter")
     by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
-    for read in (AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), by_peft):
+    by_auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    for read in (AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), by_peft, by_auto):
         torch.testing.assert_close(logits(read), logits(model))
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("given", ["org/base", "models/base"])
+def test_an_adapter_names_its_base_as_it_was_given(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder beside a hub id of the same name changes nothing."""
+    monkeypatch.chdir(tmp_path)
+    model = trained(LoRA(4, 8, ("q_proj",)), policy())
+    model.save_pretrained(tmp_path / "models" / "base")
+    model = LoRA(4, 8, ("q_proj",)).load_policy(ModelLoader(), str(policy()))
+    (tmp_path / given).mkdir(parents=True, exist_ok=True)
+    model.peft_config["default"].base_model_name_or_path = given  # what peft takes from a model of this name
+    lora.save_model_or_adapter(model, tmp_path / "adapter")
+    assert adapter_base_model("adapter") == given
+
+
+def stored_types(folder: Path) -> set[torch.dtype]:
+    return {weight.dtype for weight in load_file(folder / "model.safetensors").values()}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_full_model_is_exported_in_the_number_format_of_its_base(
+    stored: torch.dtype, tied: bool, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    tiny_model(tie_word_embeddings=tied).to(stored).save_pretrained(tmp_path / "base")
+    for name, adapter in (("all", AsLoaded()), ("merged", LoRA(4, 8, ("q_proj",), merge=True))):
+        model = trained(adapter, tmp_path / "base")
+        before = weights_sha256(model)
+        adapter.model_to_export(model).save_pretrained(tmp_path / name)
+        assert weights_sha256(model) == before and model.dtype == torch.float32, "training may go on"
+        assert stored_types(tmp_path / name) == {stored}
+        read = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert read.dtype == stored
+        wanted = lora.merge_adapter(model).state_dict()
+        assert all(torch.equal(weight, wanted[key].to(stored)) for key, weight in read.state_dict().items())
+        assert (tmp_path / name / "model.safetensors").stat().st_size == (
+            tmp_path / "base" / "model.safetensors"
+        ).stat().st_size
+
+
+def test_a_full_model_is_exported_in_float32_on_request(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    adapters = (AsLoaded(export_dtype="float32"), LoRA(4, 8, ("q_proj",), merge=True, export_dtype="float32"))
+    for adapter in adapters:
+        exported = adapter.model_to_export(trained(adapter, tmp_path / "base"))
+        assert {p.dtype for p in exported.parameters()} == {torch.float32}
+
+
+def test_a_float32_base_and_an_adapter_are_exported_as_they_are(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = trained(AsLoaded(), tmp_path / "base")
+    assert AsLoaded().model_to_export(model) is model
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    adapter = LoRA(4, 8, ("q_proj",))
+    model = trained(adapter, tmp_path / "half")
+    assert adapter.model_to_export(model) is model, "an adapter keeps all digits"
+
+
+def test_the_number_format_of_the_export_does_not_keep_a_run_from_resuming() -> None:
+    assert str(AsLoaded(export_dtype="float32")) == str(AsLoaded()) == "AsLoaded(four_bits=False, merge=False)"
 
 
 # Gradients of the scorer, with shared prompts and recomputed layers, against a plain forward of every sequence.

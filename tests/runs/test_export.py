@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo import quickstart
 from dpo.losses import DPO, IPO, LD, NLL, WPO, PairLogps, PreferenceLoss, SimPO, Sum
 from dpo.models.loading import ModelLoader
-from dpo.models.origin import PolicyOrigin, find_policy
+from dpo.models.origin import PolicyOrigin, find_policy, save_policy
 from dpo.models.reference import AdapterOff, Copy, Model, Moving, Nothing, Reference
-from dpo.runs.export import export_run, model_card
+from dpo.runs.card import model_card
+from dpo.runs.export import export_run
 from dpo.runs.folder import Run, run_of_export
 from dpo.runs.loggers import MetricsCSV
 from dpo.training.precomputed import Cached
@@ -84,8 +85,8 @@ def minimal_run(folder: Path) -> Run:
 
 def test_the_model_card_names_a_base_model_of_the_hub(tmp_path: Path) -> None:
     card = model_card(minimal_run(tmp_path), "someone/model", "someone/data", "trained on preferences")
-    assert card.data.base_model == "someone/model"
-    assert "`someone/model` trained on preferences, on data," in card.text
+    assert (card.data.base_model, card.data.datasets) == ("someone/model", ["someone/data"])
+    assert "`someone/model` trained on preferences, on someone/data," in card.text
     assert "| none | |" in card.text, "nothing was validated"
 
 
@@ -105,6 +106,32 @@ def test_a_kill_while_exporting_leaves_the_old_folder(tmp_path: Path, monkeypatc
         export_run(run, model, tokenizer, PolicyOrigin(path, path), data="x", card_summary="trained")
     assert {file.name: file.read_bytes() for file in run.export_folder.iterdir()} == before
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_a_bfloat16_base_is_exported_in_bfloat16_and_the_card_says_so(run: Run, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.POLICY_FOLDER)
+    base = tmp_path / "base"
+    ModelLoader().load_model("quickstart").to(torch.bfloat16).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    lab = Lab(tmp_path)
+    for name, found, options in (
+        ("auto", "bfloat16", []),
+        ("full", "float32", ["--model.adapter.export_dtype=float32"]),
+    ):
+        exported = lab.fit(name, f"--model.policy={base}", "--trainer.max_steps=1", *options)
+        assert json.loads((exported.export_folder / "config.json").read_text())["dtype"] == found
+        assert {p.dtype for p in weights(exported).values()} == {torch.float32}, "checkpoints keep all digits"
+        assert f"The weights, the full model, are in {found}" in (exported.export_folder / "README.md").read_text()
+
+
+def test_generation_ends_at_the_end_of_sequence_of_the_tokenizer_too(tmp_path: Path) -> None:
+    path = str(policy())
+    model, tokenizer = ModelLoader().load_model(path), ModelLoader().load_tokenizer(path)
+    for known, expected in ((None, [2]), (5, [2, 5]), ([5, 6], [2, 5, 6]), ([5, 2], [5, 2]), (2, 2)):
+        model.generation_config.eos_token_id = known
+        folder = tmp_path / str(known)
+        save_policy(folder, model, tokenizer, PolicyOrigin(path, path))
+        assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == expected
 
 
 def write_origin(folder: Path, origin: PolicyOrigin) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo.runs import results
-from dpo.runs.export import model_card
+from dpo.runs.card import model_card
 from dpo.runs.folder import Run
 from dpo.runs.loggers import MetricsCSV
 

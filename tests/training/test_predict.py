@@ -16,7 +16,7 @@ from dpo.data.preferences import PreferencePairs
 from dpo.data.prompts import EncodedPrompt, Prompts
 from dpo.data.tokenization import PairEncoder
 from dpo.models.batch import Example, collate
-from dpo.models.generation import GREEDY_SAMPLING, GeneratedAnswer, Sampling, generate_answers
+from dpo.models.generation import GREEDY_SAMPLING, GeneratedAnswer, Sampling, derive_seed, generate_answers
 from dpo.models.prompt_sharing import share_if_exact
 from dpo.models.scoring import score
 from dpo.runs.folder import Run
@@ -39,6 +39,30 @@ def ties(prompt: str, answers: list[str]) -> list[float]:
 
 def one_too_few(prompt: str, answers: list[str]) -> list[float]:
     return [1.0] * (len(answers) - 1)
+
+
+def broken(prompt: str, answers: list[str]) -> list[float]:
+    raise RuntimeError("the reward model\nis not there")
+
+
+def words(prompt: str, answers: list[str]) -> list[Any]:
+    return ["1"] * len(answers)
+
+
+def one_text(prompt: str, answers: list[str]) -> Any:
+    return "1" * len(answers)
+
+
+def not_numbers(prompt: str, answers: list[str]) -> list[float]:
+    return [math.nan] * len(answers)
+
+
+def one_number(prompt: str, answers: list[str]) -> Any:
+    return 1.0
+
+
+def as_tensor(prompt: str, answers: list[str]) -> Any:
+    return torch.tensor([len(answer) for answer in answers])
 
 
 NOT_A_FUNCTION = 3
@@ -92,6 +116,20 @@ def test_every_prompt_is_answered_by_both_models(sampled: Run) -> None:
             assert answer["logps"]["policy"] < 0
             assert answer["logps"]["policy"] == pytest.approx(answer["logps"]["reference"])  # equal before training
             assert answer["reward"] == pytest.approx(0, abs=1e-5)
+        by_role = [{a["text"] for a in row["answers"] if a["from"] == role} for role in ("policy", "reference")]
+        assert by_role[0] != by_role[1], "equal models draw with seeds of their own"
+
+
+def test_the_same_seed_draws_the_same_answers(lab: Lab, prompts: Path, sampled: Run) -> None:
+    assert predict(lab, prompts, "again") == 0
+    for again, before in zip(rows_of(Run(lab.folder / "again")), rows_of(sampled), strict=True):
+        assert [a["text"] for a in again["answers"]] == [a["text"] for a in before["answers"]]
+
+
+def test_derived_seeds_differ_in_the_bits_that_a_generator_on_the_cpu_uses() -> None:
+    seeds = [derive_seed(seed, role) for seed in (0, 1, 2**32, 2**40) for role in ("policy", "reference")]
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)
+    assert len({torch.Generator().manual_seed(seed).get_state().numpy().tobytes() for seed in seeds}) == len(seeds)
 
 
 def test_a_supervised_stage_answers_too(lab: Lab, prompts: Path, sampled: Run) -> None:
@@ -184,9 +222,12 @@ def test_the_next_round_starts_from_the_trained_policy(lab: Lab, prompts: Path, 
     assert any(abs(answer["reward"]) > 1e-3 for answer in answers)
 
 
-def test_unmarked_rows_are_counted_when_they_are_read_back(lab: Lab, prompts: Path) -> None:
+def test_unmarked_rows_are_counted_when_they_are_read_back(
+    lab: Lab, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Equal scores mark nothing; the rows are the same in Parquet as in JSON Lines."""
-    assert predict(lab, prompts, "ties", "--scorer=tests.training.test_predict:ties", "--output=answers.parquet") == 0
+    assert predict(lab, prompts, "ties", "--scorer=tests.training.test_predict:ties", "--output=answers.parquet") == 1
+    assert "0 of 3 prompts labelled; 3 prompts have no two answers with different scores" in capsys.readouterr().err
     assert [file.name for file in (lab.folder / "ties").iterdir()] == ["answers.parquet"]
     data = read_back(lab.folder / "ties" / "answers.parquet")
     counts = data.audits_by_split["train"].counts_by_subset["total"]
@@ -200,6 +241,12 @@ def test_unmarked_rows_are_counted_when_they_are_read_back(lab: Lab, prompts: Pa
         (["--scorer=tests.training.test_predict"], "--scorer: expected module:function,"),
         (["--scorer=tests.training.test_predict:NOT_A_FUNCTION"], "--scorer: expected a function"),
         (["--scorer=tests.training.test_predict:one_too_few"], "finite numbers, one per answer"),
+        (["--scorer=tests.training.test_predict:broken"], "an error (test_predict.py, line "),
+        (["--scorer=tests.training.test_predict:broken"], "RuntimeError: the reward model is not there\n"),
+        (["--scorer=tests.training.test_predict:words"], "at the prompt prompts:1: expected"),
+        (["--scorer=tests.training.test_predict:one_text"], "one per answer, got '1"),
+        (["--scorer=tests.training.test_predict:not_numbers"], "one per answer, got [nan"),
+        (["--scorer=tests.training.test_predict:one_number"], "one per answer, got 1.0.\n"),
         (["--output=answers.csv"], "--output: expected the name of a file that ends in .jsonl or .parquet"),
         (["--output=../a.jsonl"], "--output: expected the name of a file"),
         (["--data.sampling.temperature=0"], "more than 0, or all answers would be the same"),
@@ -216,7 +263,8 @@ def test_wrong_options_are_refused_with_a_message(
     except SystemExit as end:
         code = end.code
     assert code in (1, 2)
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
 
 
 def test_prompts_cannot_be_trained_on(lab: Lab, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,11 +283,61 @@ def test_a_scorer_is_refused_for_pairs() -> None:
 
 def test_an_answer_that_was_cut_off_is_not_marked() -> None:
     answers = [{"text": text, "complete": complete} for text, complete in (("aaaa", False), ("a", True), ("aa", True))]
-    row = {"prompt": "b", "chosen": None, "rejected": None, "answers": answers}
+    row = {"id": "a", "prompt": "\n\nHuman: b\n\nAssistant:", "chosen": None, "rejected": None, "answers": answers}
     marked = label_best_and_worst(row, by_length)
     assert (marked["chosen"], marked["rejected"]) == ("aa", "a")
     assert [answer["score"] for answer in marked["answers"]] == [None, 1.0, 2.0]
     assert label_best_and_worst({**row, "answers": answers[:1]}, by_length)["chosen"] is None
+
+
+def test_a_scorer_may_return_a_tensor() -> None:
+    answers = [{"text": text, "complete": True} for text in ("aaaa", "a")]
+    row = {"id": "a", "prompt": "b", "chosen": None, "rejected": None, "answers": answers}
+    assert label_best_and_worst(row, as_tensor)["chosen"] == "aaaa"
+
+
+@pytest.mark.parametrize("given_as_messages", [False, True])
+@pytest.mark.parametrize("stored_as_messages", [False, True])
+def test_a_scorer_gets_the_prompt_as_the_data_has_it(given_as_messages: bool, stored_as_messages: bool) -> None:
+    """Whether or not the model has a chat template, which decides how the row has it."""
+    text, messages = "\n\nHuman: b\n\nAssistant:", [{"role": "user", "content": "b"}]
+    asked = []
+
+    def scorer(prompt: Any, answers: list[str]) -> list[float]:
+        asked.append(prompt)
+        return [0.0, 1.0]
+
+    answers = [{"text": "x", "complete": True}, {"text": "y", "complete": True}]
+    row = {"id": "a", "prompt": messages if stored_as_messages else text, "chosen": None, "answers": answers}
+    label_best_and_worst(row, scorer, given_as_messages)
+    assert asked == [messages if given_as_messages else text]
+
+
+def only_messages(prompt: Any, answers: list[str]) -> list[float]:
+    assert prompt == [{"role": "user", "content": PROMPTS[0]}]
+    return [len(answer) for answer in answers]
+
+
+def test_message_data_reaches_the_scorer_as_messages(lab: Lab, tmp_path: Path) -> None:
+    file = tmp_path / "messages.jsonl"
+    file.write_text(json.dumps({"prompt": [{"role": "user", "content": PROMPTS[0]}]}) + "\n")
+    assert predict(lab, file, "messages", "--scorer=tests.training.test_predict:only_messages") == 0
+    assert rows_of(Run(lab.folder / "messages"))[0]["prompt"] == f"\n\nHuman: {PROMPTS[0]}\n\nAssistant:"
+
+
+def test_a_round_without_a_complete_answer_fails_and_says_why(
+    lab: Lab, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--data.sampling.max_new_tokens=1", "--scorer=tests.training.test_predict:by_length"]
+    assert predict(lab, prompts, "short", *short) == 1
+    expected = "0 of 3 prompts labelled; 18 of 18 answers were cut at 1 tokens: raise --data.sampling.max_new_tokens."
+    assert expected in capsys.readouterr().err
+    assert len(rows_of(Run(lab.folder / "short"))) == 3, "the answers are kept"
+
+
+def test_the_counts_are_printed_without_a_scorer_too(lab: Lab, prompts: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert predict(lab, prompts, "unscored", "--data.sampling.max_new_tokens=1") == 0
+    assert "0 of 3 prompts labelled; 18 of 18 answers were cut at 1 tokens" in caplog.text
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
