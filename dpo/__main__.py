@@ -26,6 +26,7 @@ VERBS = {  # verb: its function, imported only when it is asked for, and what it
     "push": ("dpo.runs.hub:main", "Upload a run's export to the Hugging Face hub."),
     "quickstart": ("dpo.cli.shipped:make_policy", "Make the shipped quickstart policy again from nothing."),
     "serve": ("dpo.cli.serve:main", "Serve a trained policy beside its reference: a page and an API."),
+    "show": ("dpo.cli.show:main", "Show a row of the data as the model sees it, with the tokens that are scored."),
 }
 
 

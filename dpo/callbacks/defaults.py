@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 
 from dpo.callbacks.checkpoints import CheckpointCadence, LastAndBest
+from dpo.callbacks.example import ExampleDisplay
 from dpo.callbacks.metrics_rewind import MetricsRewind
 from dpo.callbacks.optimizer_overrides import OptimizerOverrides
 from dpo.callbacks.predictions import PredictionWriter
@@ -49,6 +50,7 @@ def standard_callbacks(
             OptimizerOverrides(),
             MetricsRewind(metrics_csv),
             RunRecorder(run, data, config_text),
+            ExampleDisplay(data),
             ThroughputLogger(data),
             AnswerSampler(run, data),
             *callbacks,

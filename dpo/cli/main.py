@@ -28,6 +28,7 @@ from dpo.callbacks.checkpoints import CheckpointCadence
 from dpo.callbacks.defaults import standard_callbacks
 from dpo.callbacks.predictions import PredictionWriter
 from dpo.callbacks.stopping import GracefulStop
+from dpo.cli.own_data import choose_data_class
 from dpo.cli.parser import HintingParser, complete_arguments, error_message, set_argv
 from dpo.data.datamodule import PairData, TextData
 from dpo.data.preferences import HHRLHF, PreferencePairs
@@ -265,11 +266,12 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value] if value else []
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], cli_class: type[TrainingCLI] | None = None) -> int:
     """Run a training command line; a ``fit`` that names no configuration, policy or data trains the quickstart.
 
     Args:
         arguments: Verb and options.
+        cli_class: What is done with them; training by default.
 
     Returns:
         Exit code: 0 done, 1 refused with a message, 130 or 143 stopped by a signal.
@@ -282,9 +284,9 @@ def main(arguments: Sequence[str]) -> int:
         lambda record: not any(word in record.getMessage() for word in IGNORED_LOG_WORDS)
     )
     transformers.logging.disable_progress_bar()  # of loading and saving; training has its own
-    set_argv(complete_arguments(arguments))
     try:
-        cli = TrainingCLI(
+        set_argv(choose_data_class(complete_arguments(arguments)))
+        cli = (cli_class or TrainingCLI)(
             Stage,
             TextData,
             subclass_mode_model=True,

@@ -6,9 +6,12 @@ is stripped of white space.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dpo.data.delimited import CellRow
 from dpo.data.dialogue import (
     TURN_MARKERS,
     DialoguePair,
@@ -43,6 +46,10 @@ class PairRow:
     margin: float | None = None
 
 
+PairParser = Callable[["Columns", RawRow], DialoguePair | Refusal]
+"""Reads the two answers of a row and what they answer; may raise `BadLineError`."""
+
+
 @dataclass(frozen=True)
 class Columns:
     """The column name of each field; an empty name means that the data have no such field, whatever columns exist.
@@ -72,15 +79,27 @@ class Columns:
         Raises:
             BadLineError: A column is missing or has a wrong type.
         """
-        self._require(raw_row, self.chosen, self.rejected)
+        return self.parse_row_with(raw_row, Columns._pair)
+
+    def parse_row_with(self, raw_row: RawRow, pair_of: "PairParser") -> PairRow:
+        """Return the pair that a function reads from a row, with its weight and margin.
+
+        Raises:
+            BadLineError: A column is missing or has a wrong type.
+        """
+        self.require(raw_row, self.chosen, self.rejected)
         if raw_row[self.chosen] is raw_row[self.rejected] is None:
             return PairRow(Refusal.UNMARKED)
+        pair = self.refuse_unread(raw_row) or pair_of(self, raw_row)
+        weight = _number(raw_row, self.weight, 0)
+        margin = _number(raw_row, self.margin, -math.inf)
+        return PairRow(pair, 1.0 if weight is None else weight, margin)
+
+    def _pair(self, raw_row: RawRow) -> DialoguePair | Refusal:
         prompt = self._prompt(raw_row)
         system = self._system(raw_row)
         chosen, rejected = (self._dialogue(raw_row, name, prompt, system) for name in (self.chosen, self.rejected))
-        weight = _number(raw_row, self.weight, 0)
-        margin = _number(raw_row, self.margin, -math.inf)
-        return PairRow(pair_dialogues(chosen, rejected), 1.0 if weight is None else weight, margin)
+        return pair_dialogues(chosen, rejected)
 
     def parse_history(self, raw_row: RawRow) -> Turns | Refusal:
         """Return the turns to be answered: the prompt, or the chosen dialogue without its last answer.
@@ -88,8 +107,10 @@ class Columns:
         Raises:
             BadLineError: A column is missing or has a wrong type.
         """
+        if refusal := self.refuse_unread(raw_row):
+            return refusal
         if self.prompt not in raw_row:
-            self._require(raw_row, self.chosen)
+            self.require(raw_row, self.chosen)
         prompt = self._prompt(raw_row)
         system = self._system(raw_row)
         if isinstance(prompt, Refusal):
@@ -98,8 +119,18 @@ class Columns:
         turns = validate_turns(system + prompt + empty) if prompt else self._dialogue(raw_row, self.chosen, (), system)
         return turns if isinstance(turns, Refusal) else turns[:-1]
 
-    def _require(self, raw_row: RawRow, *names: str) -> None:
-        """Raise an error unless these columns and all that were renamed exist."""
+    def refuse_unread(self, raw_row: RawRow) -> Refusal | None:
+        """Refuse a row with images or tools, which the model would have to see and no format shows it."""
+        fields_by_refusal = {Refusal.HAS_IMAGES: ("images", "image"), Refusal.HAS_TOOLS: ("tools",)}
+        unread = {refusal for refusal, names in fields_by_refusal.items() if any(map(raw_row.get, names))}
+        return min(unread, default=None)
+
+    def require(self, raw_row: RawRow, *names: str) -> None:
+        """Check that these columns exist, and all that have another name than by default.
+
+        Raises:
+            BadLineError: A column is missing.
+        """
         renamed = [name for field in fields(self) if (name := getattr(self, field.name)) not in ("", field.default)]
         for name in (*names, *renamed):
             if name not in raw_row:
@@ -121,7 +152,7 @@ class Columns:
         value = raw_row[self.prompt]
         if not isinstance(value, str) or not value.startswith(HUMAN_MARKER):
             return _turns(self.prompt, value, Role.HUMAN)
-        turns = parse_dialogue(_text(self.prompt, value).removesuffix(ASSISTANT_MARKER) + ASSISTANT_MARKER)
+        turns = parse_dialogue(require_text(self.prompt, value).removesuffix(ASSISTANT_MARKER) + ASSISTANT_MARKER)
         return turns if isinstance(turns, Refusal) else turns[:-1]
 
     def _dialogue(self, raw_row: RawRow, name: str, prompt: Turns | Refusal, system: Turns) -> Turns | Refusal:
@@ -133,7 +164,7 @@ class Columns:
             return turns
         if turns[0].role is Role.ASSISTANT:
             if not prompt and self.prompt:
-                self._require(raw_row, self.prompt)
+                self.require(raw_row, self.prompt)
             turns = prompt + turns
         elif not _contains(turns[:-1], prompt):
             return Refusal.HISTORIES_DIFFER
@@ -154,12 +185,21 @@ def chat_messages(turns: Turns) -> list[dict[str, str]]:
 def _turns(name: str, value: object, role: Role) -> Turns | Refusal:
     """Return the turns of a value of column `name`; text that is no dialogue is one turn of `role`."""
     if isinstance(value, str):
-        return parse_dialogue(_text(name, value)) if value.startswith(HUMAN_MARKER) else (_turn(name, role, value),)
+        return (
+            parse_dialogue(require_text(name, value)) if value.startswith(HUMAN_MARKER) else (_turn(name, role, value),)
+        )
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise BadLineError(Fault.WRONG_TYPE, f"column {name!r}: expected text or messages, got {str(value)[:40]!r}")
     if any(message.get("role") in _TOOL_ROLES or any(map(message.get, _CALL_FIELDS)) for message in value):
         return Refusal.TOOL_MESSAGE
+    if any(map(_has_image, value)):
+        return Refusal.HAS_IMAGES
     return tuple(_message_turn(name, message) for message in value)
+
+
+def _has_image(message: dict[str, Any]) -> bool:
+    parts = message.get("content")
+    return isinstance(parts, list) and any("image" in str(dict(part).get("type")) for part in parts)
 
 
 def _message_turn(name: str, message: dict[str, Any]) -> Turn:
@@ -172,10 +212,15 @@ def _message_turn(name: str, message: dict[str, Any]) -> Turn:
 
 
 def _turn(name: str, role: Role, value: object) -> Turn:
-    return Turn(role, f" {_text(name, value).strip()}")
+    return Turn(role, f" {require_text(name, value).strip()}")
 
 
-def _text(name: str, value: object) -> str:
+def require_text(name: str, value: object) -> str:
+    """Return the value of column `name`, which must be text.
+
+    Raises:
+        BadLineError: It is something else, or has half a character.
+    """
     if not isinstance(value, str):
         raise BadLineError(Fault.WRONG_TYPE, f"column {name!r}: expected text, got {str(value)[:40]!r}")
     try:
@@ -196,6 +241,11 @@ def _number(raw_row: RawRow, name: str, minimum: float) -> float | None:
     if not name or name not in raw_row:
         return None
     value = raw_row[name]
+    if isinstance(raw_row, CellRow):
+        if not value.strip():
+            return None
+        with suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < math.inf:
         expected = "a number of 0 or more" if minimum == 0 else "a finite number"
         raise BadLineError(Fault.WRONG_TYPE, f"column {name!r}: expected {expected}, got {value!r}")

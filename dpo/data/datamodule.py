@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo.data import store
 from dpo.data.audit import KEPT_VERDICT, Audit
 from dpo.data.sampler import EpochPlan, StepLoader
-from dpo.data.sources import SPLITS, SourceFile
+from dpo.data.shortage import missing_pairs_message, plain_hint
+from dpo.data.sources import SourceFile, splits_of
 from dpo.data.tokenization import MIN_LENGTH, PairEncoder, TextFormat
 from dpo.models.batch import Example
 from dpo.models.loading import ModelLoader, read_end_ids
@@ -85,8 +87,8 @@ class TextData(LightningDataModule):
                 start of the prompt; an answer is cut only if it does not fit alone.
             batch_size: Pairs per optimizer step, over all devices and accumulated batches.
             limit: Maximum number of rows to read from each file, train and test, from its start. None: all.
-            format: ``hh`` keeps the text of a dialogue, ``chat`` uses the tokenizer's chat template, ``auto`` uses the
-                template if there is one.
+            format: ``hh`` keeps the text of a dialogue, ``chat`` uses the tokenizer's chat template, ``plain`` takes
+                text as it stands, ``auto`` is ``chat`` if there is a template and ``hh`` otherwise.
             on_bad_row: Stop at an unreadable row (``error``), or leave it out and count it (``skip``).
             seed: Seed of the order of training pairs and of sampled answers.
 
@@ -235,6 +237,8 @@ class PairData(TextData, ABC):
         self.audits_by_split: dict[str, Audit] = {}
         self.pairs_by_split: dict[str, PairDataset] = {}
         self._opened_for: tuple[Any, ...] = ()
+        self._cut_fraction = val_fraction
+        self._validates = val_fraction > 0
 
     @abstractmethod
     def list_sources(self, fetch: bool) -> list[SourceFile]:
@@ -261,31 +265,37 @@ class PairData(TextData, ABC):
         """
         sources = self.list_sources(fetch=True)
         folder = self._folder(sources)
+        rank_zero_info(f"Format: {self.encoder.format_reason}.")
+        if own := [Path(source.file).name for source in sources if source.split == "val"]:
+            rank_zero_info(f"Validation: the pairs of {', '.join(own)}; none are cut from train (--data.val_fraction).")
         if not folder.is_dir():
             store.build_store(folder, sources, self.encoder, self.limit, self.skip_bad_rows)
-        for split in _splits(sources):
+        for split in splits_of(sources):
             Console().print(store.audit_split(folder, split).to_rich_table())
 
     def setup(self, stage: str) -> None:
         """Open the store in every process.
 
         Raises:
-            ValueError: The stage is validation and `val_fraction` is 0; or only some of the pairs have a margin.
+            ValueError: The stage is validation, no file is for it and `val_fraction` is 0; or only some of the pairs
+                have a margin.
         """
-        if not self.val_fraction:
+        sources = self.list_sources(fetch=False)
+        self._cut_fraction = 0.0 if "val" in splits_of(sources) else self.val_fraction
+        self._validates = self._cut_fraction > 0 or "val" in splits_of(sources)
+        if not self._validates:
             check_option("val_fraction", self.val_fraction, stage != "validate", "more than 0, to validate")
             if self.trainer:
                 self.trainer.limit_val_batches = 0  # the only way to skip validation without a warning
         module = self.trainer.lightning_module if self.trainer else None
         self.answer_sides = getattr(module, "answer_sides", self.answer_sides)
-        sources = self.list_sources(fetch=False)
         folder = self._folder(sources)
         if self._opened_for == (folder, self.answer_sides):
             return
         self._opened_for = (folder, self.answer_sides)
         self.store_folder = folder
         self.pairs_by_split = {}
-        self.audits_by_split = {split: store.audit_split(folder, split) for split in _splits(sources)}
+        self.audits_by_split = {split: store.audit_split(folder, split) for split in splits_of(sources)}
         for split in self.audits_by_split:
             self._open(store.load_split(folder, split), split)
 
@@ -306,7 +316,7 @@ class PairData(TextData, ABC):
                 f"only {(~no_margin).sum()} of {len(no_margin)} {split} pairs have a margin: expected one for every "
                 "pair, or none. To ignore margins, set --data.columns.margin= (an empty name)."
             )
-        held_out = columns["opening"] < self.val_fraction if split == "train" else np.zeros_like(kept)
+        held_out = columns["opening"] < self._cut_fraction if split == "train" else np.zeros_like(kept)
         for name, selected in ((split, kept & ~held_out), ("val", kept & held_out)):
             if selected.any():
                 rows = np.flatnonzero(selected)
@@ -320,10 +330,10 @@ class PairData(TextData, ABC):
             ValueError: The split has no pairs.
         """
         if split not in self.pairs_by_split:
-            raise ValueError(
-                f"No pairs are left for {split!r} of {self.path}: see the table of rows that were read and refused; "
-                "more rows (--data.limit, --data.subsets) or another --data.val_fraction may help."
-            )
+            cut = split == "val" and split not in self.audits_by_split
+            audit = self.audits_by_split.get("train" if cut else split)
+            hint = plain_hint(audit, self.list_sources(fetch=False), self.encoder)
+            raise ValueError(missing_pairs_message(split, self.path, audit) + hint)
         return self.pairs_by_split[split]
 
     def train_dataloader(self) -> StepLoader:
@@ -334,7 +344,7 @@ class PairData(TextData, ABC):
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """Return steps over the validation pairs in order; an empty list without a validation split."""
-        return self._loader("val") if self.val_fraction else []
+        return self._loader("val") if self._validates else []
 
     def test_dataloader(self) -> StepLoader:
         """Return steps over the test pairs in order."""
@@ -371,7 +381,3 @@ class PairData(TextData, ABC):
 
     def _folder(self, sources: Sequence[SourceFile]) -> Path:
         return cache_folder() / f"tokens-{store.store_sha256(sources, self.encoder, self.limit, self.skip_bad_rows)}"
-
-
-def _splits(sources: Sequence[SourceFile]) -> list[str]:
-    return [split for split in SPLITS if any(source.split == split for source in sources)]

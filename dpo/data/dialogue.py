@@ -32,8 +32,11 @@ class Refusal(StrEnum):
 
     Attributes:
         UNMARKED: The row has sampled answers, but none is marked as chosen or rejected yet.
+        HAS_IMAGES: The row has images, which no format shows to the model.
+        HAS_TOOLS: The row has tools that the model may call, which no format shows to it.
         TOOL_MESSAGE: A message calls a tool or is the result of one.
-        NO_HUMAN_START: The dialogue does not begin with a human turn (or has text before the first marker).
+        NO_HUMAN_START: The dialogue does not begin with a human turn (or has text before the first marker);
+            or, as plain text, there is no prompt.
         NOT_ALTERNATING: One speaker has two turns in a row, or a system message comes later than first.
         ENDS_WITH_HUMAN: The last turn is not the assistant's, so there is no answer to learn from.
         HISTORIES_DIFFER: The dialogues differ before the last answer, or do not contain the prompt of the row.
@@ -41,11 +44,13 @@ class Refusal(StrEnum):
         IDENTICAL_ANSWERS: Both answers are the same text.
         SYSTEM_WITHOUT_TEMPLATE: The dialogue has a system message, but no chat template can render it.
         CONTROL_TOKEN_IN_TEXT: The text contains a control token, which the tokenizer would read as a command, or,
-            without a chat template, a turn marker.
+            without a chat template, a turn marker. Of plain text, an answer has an end token before its end.
         IDENTICAL_AFTER_TRUNCATION: Both answers have the same token ids once they are cut to the maximum length.
     """
 
     UNMARKED = "unmarked"
+    HAS_IMAGES = "has_images"
+    HAS_TOOLS = "has_tools"
     TOOL_MESSAGE = "tool_message"
     NO_HUMAN_START = "no_human_start"
     NOT_ALTERNATING = "not_alternating"

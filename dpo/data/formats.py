@@ -1,4 +1,4 @@
-"""Rows of JSON lines, JSON, Parquet and Arrow files, compressed or not.
+"""Rows of JSON lines, JSON, CSV, TSV, Parquet and Arrow files, compressed or not.
 
 Files are read while rows are asked for. In memory is one line, one batch of a Parquet file or one record batch of an
 Arrow file at a time; only a JSON array is read as a whole.
@@ -14,9 +14,11 @@ from typing import Any, BinaryIO, TypeVar
 import pyarrow as pa
 from pyarrow import ipc, parquet
 
+from dpo.data.delimited import DELIMITERS, CellRow, DelimitedLine, read_delimited
+
 _Parsed = TypeVar("_Parsed")
 RawRow = dict[str, Any]
-DATA_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".arrow")
+DATA_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", *DELIMITERS, ".parquet", ".arrow")
 _BATCH = 256  # rows of a Parquet file that are converted to Python at a time
 
 
@@ -76,8 +78,9 @@ def read_rows(
                 yield parse(_fields(item))
             except BadLineError as error:
                 if not skip_bad:
+                    place = item.line if isinstance(item, DelimitedLine) else line
                     raise ValueError(
-                        f"{file_name}, line {line}: {error.fault}, {error.detail}. "
+                        f"{file_name}, line {place}: {error.fault}, {error.detail}. "
                         "Fix or remove the row, or skip and count such rows with --data.on_bad_row skip."
                     ) from error
                 yield error.fault
@@ -95,6 +98,9 @@ def _items(raw: BinaryIO, name: str) -> Iterable[object]:
     if name.endswith(".arrow"):
         return _rows_of(_arrow_batches(raw))
     lines: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
+    for suffix, delimiter in DELIMITERS.items():
+        if name.endswith(suffix):
+            return read_delimited(lines, name, delimiter)
     if not name.removesuffix(".gz").endswith(".json"):
         return lines
     start = lines.read(64).lstrip()
@@ -128,10 +134,22 @@ def _json_array(text: bytes, name: str) -> list[object]:
 
 
 def _fields(item: object) -> RawRow:
+    if isinstance(item, DelimitedLine):
+        return _cell_row(item)
     row = _decode_json(item) if isinstance(item, bytes) else item
     if not isinstance(row, dict):
         raise BadLineError(Fault.WRONG_TYPE, f"expected a JSON object, got {type(row).__name__}")
     return row
+
+
+def _cell_row(item: DelimitedLine) -> RawRow:
+    if problem := item.problem():
+        raise BadLineError(Fault.WRONG_TYPE, problem)
+    try:
+        "".join(item.cells).encode()
+    except UnicodeEncodeError as error:
+        raise BadLineError(Fault.INVALID_UTF8, f"a cell is no UTF-8 ({error.reason})") from error
+    return CellRow(zip(item.header, item.cells, strict=True))
 
 
 def _decode_json(text: bytes) -> object:

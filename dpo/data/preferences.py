@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dpo import quickstart
 from dpo.data.columns import Columns
 from dpo.data.datamodule import QUICKSTART_NAME, OnBadRow, PairData, RowNumbers, cache_folder, check_option
-from dpo.data.sources import ListedFiles, SourceFile, download_dataset, find_hh_files, list_data_files
+from dpo.data.sources import ListedFiles, SourceFile, download_dataset, find_hh_files, list_data_files, why_no_hh_layout
 from dpo.data.tokenization import TextFormat
 
 
@@ -55,17 +55,22 @@ class HHRLHF(PairData):
             val_fraction: Share of the training rows that become the validation split. Rows with the same first human
                 turn go to the same split. 0: no validation split.
             limit: Maximum number of rows to read from each file, train and test, from its start. None: all.
-            format: ``hh`` keeps the text of a dialogue, ``chat`` uses the tokenizer's chat template, ``auto`` uses the
-                template if there is one.
+            format: ``hh`` keeps the text of a dialogue, ``chat`` uses the tokenizer's chat template, ``plain`` takes
+                text as it stands, ``auto`` is ``chat`` if there is a template and ``hh`` otherwise.
             on_bad_row: Stop at an unreadable row (``error``), or leave it out and count it (``skip``).
             seed: Seed of the order of training pairs.
 
         Raises:
-            ValueError: An option has an invalid value.
+            ValueError: An option has an invalid value, or the path is for `PreferencePairs`.
         """
         super().__init__(
             tokenizer, max_length, batch_size, max_tokens, shuffle, val_fraction, limit, format, on_bad_row, seed
         )
+        if reason := "" if path == QUICKSTART_NAME else why_no_hh_layout(path):
+            raise ValueError(
+                f"HHRLHF reads a folder or hub id of the layout <subset>/train.jsonl.gz, and {path!r} is {reason}: use "
+                f"PreferencePairs({path!r}), on the command line --data PreferencePairs."
+            )
         unique = subsets is None or len(set(subsets)) == len(subsets) > 0
         check_option("subsets", subsets, unique, "at least one name, each once, or null for all")
         self.path = path
@@ -106,13 +111,15 @@ class Part:
 class PreferencePairs(PairData):
     """Preference pairs from any files: prompt, chosen and rejected as text or as messages.
 
-    The files are JSON lines, JSON, Parquet or Arrow, on this machine, on the hub or at any address that fsspec reads.
-    Remote files are read in turn, from where they are; only their tokens are stored.
+    The files are JSON lines, JSON, CSV, TSV, Parquet or Arrow, on this machine, on the hub or at any address that
+    fsspec reads. Remote files are read in turn, from where they are; only their tokens are stored.
     """
 
     def __init__(
         self,
-        path: dict[str, Part] | str = "",
+        path: dict[str, Part]
+        | str
+        | Path = "",  # with a Path, jsonargparse does not read the file as an option's value
         columns: Columns = Columns(),  # noqa: B008  # frozen
         tokenizer: str | None = None,
         max_length: int = 512,
@@ -130,9 +137,10 @@ class PreferencePairs(PairData):
         Args:
             path: File, folder, pattern (``folder/*.parquet``), address (``s3://bucket/folder``), hub id
                 (``owner/name``), files of one (``owner/name/data/train-*.parquet``), or ``quickstart``, which generates
-                data with margins. Files with the word test, validation, valid, val, dev or eval in their name or folder
-                are the test split. Or several named parts to mix: if they have shares, an epoch lasts until every pair
-                was seen, and pairs of a part that is smaller than its share are seen more than once.
+                data with margins. Files with the word test in their name or folder are the test split, with validation,
+                valid, val, dev or eval the validation split. Or several named parts to mix: if they have shares, an
+                epoch lasts until every pair was seen, and pairs of a part that is smaller than its share are seen more
+                than once.
             columns: Column name for each field.
             tokenizer: Hub id or folder of the tokenizer. Default: the tokenizer of the policy that the trainer trains.
             max_length: Maximum tokens of prompt + answer. A longer pair loses its oldest exchanges first, then the
@@ -140,11 +148,11 @@ class PreferencePairs(PairData):
             batch_size: Pairs per optimizer step, over all devices and accumulated batches.
             max_tokens: Maximum tokens of one forward pass, prompts counted once. None: no limit.
             shuffle: Draw a new order of the training pairs every epoch; otherwise keep the order of the files.
-            val_fraction: Share of the training rows that become the validation split. Rows with the same first human
-                turn go to the same split. 0: no validation split.
+            val_fraction: Share of the training rows that become the validation split, if no file is for it. Rows with
+                the same first human turn go to the same split. 0: no validation split.
             limit: Maximum number of rows to read from each file, train and test, from its start. None: all.
-            format: ``hh`` keeps the text of a dialogue, ``chat`` uses the tokenizer's chat template, ``auto`` uses the
-                template if there is one.
+            format: ``hh`` keeps the text of a dialogue, ``chat`` uses the tokenizer's chat template, ``plain`` takes
+                text as it stands, ``auto`` is ``chat`` if there is a template and ``hh`` otherwise.
             on_bad_row: Stop at an unreadable row (``error``), or leave it out and count it (``skip``).
             seed: Seed of the order of training pairs.
 
@@ -155,7 +163,7 @@ class PreferencePairs(PairData):
             tokenizer, max_length, batch_size, max_tokens, shuffle, val_fraction, limit, format, on_bad_row, seed
         )
         check_option("path", path, bool(path), "a file, folder, pattern, address or hub id")
-        self.parts = {"pairs": Part(path)} if isinstance(path, str) else path
+        self.parts = {"pairs": Part(str(path))} if isinstance(path, str | Path) else path
         shares = [part.share for part in self.parts.values()]
         valid = all(share is not None and 0 < share < float("inf") for share in shares)
         check_option("path", shares, valid or not any(shares), "a share above 0 for every part, or for none")

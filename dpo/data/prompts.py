@@ -19,6 +19,7 @@ from dpo.data.columns import Columns, chat_messages
 from dpo.data.datamodule import OnBadRow, TextData, cache_folder, check_option
 from dpo.data.dialogue import DialoguePair, Refusal, Turns
 from dpo.data.formats import BadLineError, Fault, RawRow, read_rows
+from dpo.data.plain import history_parser
 from dpo.data.sources import ListedFiles, list_data_files
 from dpo.data.tokenization import MIN_LENGTH, EncodedPair, PairEncoder, TextFormat
 from dpo.models.generation import Sampling
@@ -33,7 +34,8 @@ class EncodedPrompt:
 
     Attributes:
         id: ``prompts:line``.
-        prompt: The prompt as it is written beside its answers: text in the format of hh-rlhf, or messages.
+        prompt: The prompt as it is written beside its answers: text in the format of hh-rlhf or as it stands, or
+            messages.
         tokens: Its token ids, up to where the answer begins.
         given_as_messages: Whether the data has it as messages rather than as text.
     """
@@ -82,7 +84,7 @@ def encode_answers(encoder: PairEncoder, prompt: Prompt, answers: Sequence[str])
     Raises:
         ValueError: The prompt or an answer cannot be used; the message says why.
     """
-    texts = [f" {answer.lstrip(' ')}" for answer in answers]
+    texts = list(map(encoder.answer_text, answers))
     encoded = [_encode(encoder, prompt, text, f"{text}.") for text in texts]
     return [(pair.prompt, pair.chosen) for pair in encoded]
 
@@ -90,13 +92,19 @@ def encode_answers(encoder: PairEncoder, prompt: Prompt, answers: Sequence[str])
 def _encode(encoder: PairEncoder, prompt: Prompt, chosen: str, rejected: str) -> EncodedPair:
     value = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
     try:
-        history = Columns().parse_history({"prompt": value})
+        history = history_parser(Columns(), encoder.format)({"prompt": value})
     except BadLineError as error:
         raise ValueError(f"the prompt cannot be used ({error.detail}): {prompt!r}") from error
     pair = history if isinstance(history, Refusal) else encoder.encode(DialoguePair(history, chosen, rejected))
     if isinstance(pair, Refusal):
         raise ValueError(f"the prompt cannot be used ({pair.replace('_', ' ')}): {prompt!r}")
     return pair
+
+
+def _written(encoder: PairEncoder, pair: DialoguePair) -> str | list[dict[str, str]]:
+    if encoder.format == "plain":
+        return pair.history[-1].text
+    return chat_messages(pair.history) if encoder.uses_chat_template else pair.prompt_text
 
 
 class Prompts(TextData):
@@ -129,8 +137,8 @@ class Prompts(TextData):
             max_length: Maximum tokens of prompt + answer; prompts are cut to leave room for the longest answer.
             batch_size: Prompts that are answered together.
             limit: Maximum number of rows to read from each file, from its start. None: all.
-            format: ``hh`` keeps the text of a dialogue, ``chat`` uses the tokenizer's chat template, ``auto`` uses the
-                template if there is one.
+            format: ``hh`` keeps the text of a dialogue, ``chat`` uses the tokenizer's chat template, ``plain`` takes
+                text as it stands, ``auto`` is ``chat`` if there is a template and ``hh`` otherwise.
             on_bad_row: Stop at an unreadable row (``error``), or leave it out and count it (``skip``).
             seed: Seed of the samples.
 
@@ -187,13 +195,13 @@ class Prompts(TextData):
             if isinstance(encoded, Refusal):
                 refused[encoded] += 1
                 continue
-            prompt = chat_messages(history) if self.encoder.uses_chat_template else pair.prompt_text
-            yield EncodedPrompt(f"prompts:{line}", prompt, encoded.prompt, given_as_messages)
+            yield EncodedPrompt(f"prompts:{line}", _written(self.encoder, pair), encoded.prompt, given_as_messages)
 
     def _parse(self, raw_row: RawRow) -> tuple[Turns | Refusal, bool]:
         """Return the turns to be answered, and whether they are given as messages."""
         given = raw_row.get(self.columns.prompt, raw_row.get(self.columns.chosen))
-        return self.columns.parse_history(raw_row), isinstance(given, list)
+        parse = history_parser(self.columns, self.encoder.format)
+        return parse(raw_row), isinstance(given, list)
 
     def _parsed_rows(self) -> Iterator[tuple[Turns | Refusal, bool] | Fault]:
         for _, file, _ in self._list_files(fetch=False):

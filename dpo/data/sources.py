@@ -25,13 +25,15 @@ from dpo.data.columns import Columns
 from dpo.data.formats import DATA_FILE_SUFFIXES
 from dpo.files import write_atomically
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "val", "test")
+HH_SPLITS = ("train", "test")
 HH_COLUMNS = Columns(prompt="", system="", weight="", margin="")
 """Two whole dialogues and no other field."""
 _HH_SUFFIXES = (".jsonl.gz", ".jsonl")
-_HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
+_VALIDATION = {"validation", "valid", "val", "dev", "eval"}
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _WILDCARD = re.compile(r"[*?\[]")
+_NAME_IT = "For pairs in files of any other layout, name their class: --data PreferencePairs."
 
 ListedFiles = list[tuple[str, str, str]]  # (split, file, version) of each
 
@@ -62,6 +64,25 @@ class SourceFile:
             return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
+def splits_of(sources: Sequence[SourceFile]) -> list[str]:
+    """Return the splits that the files belong to, train first."""
+    return [split for split in SPLITS if any(source.split == split for source in sources)]
+
+
+def why_no_hh_layout(path: str) -> str:
+    """Say why a path is for `PreferencePairs` and not for `HHRLHF`; empty if it may be for `HHRLHF`."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        has_layout = any(any(folder.glob(f"*/train{suffix}")) for suffix in _HH_SUFFIXES)
+        files = (file for file in folder.rglob("*") if file.name.endswith(DATA_FILE_SUFFIXES))
+        return "" if has_layout or not any(files) else "a folder without <subset>/train.jsonl.gz"
+    if "://" in path:
+        return "an address"
+    if _WILDCARD.search(path):
+        return "a pattern"
+    return "a file" if folder.is_file() or path.endswith(DATA_FILE_SUFFIXES) else ""
+
+
 def find_hh_files(folder: Path, subsets: Sequence[str] | None) -> list[SourceFile]:
     """List the files of a folder in the layout of hh-rlhf: subset by subset, train before test.
 
@@ -78,9 +99,9 @@ def find_hh_files(folder: Path, subsets: Sequence[str] | None) -> list[SourceFil
     if unknown or not existing:
         raise ValueError(
             f"{folder}: expected <subset>/train.jsonl.gz, found {', '.join(existing) or 'none'}"
-            + (f", not {', '.join(unknown)}: choose --data.subsets among those found." if existing else ".")
+            + (f", not {', '.join(unknown)}: choose --data.subsets among those found." if existing else f". {_NAME_IT}")
         )
-    names = [(subset, split) for subset in wanted for split in SPLITS]
+    names = [(subset, split) for subset in wanted for split in HH_SPLITS]
     return [SourceFile(*name, str(file)) for name in names for file in _hh_files(folder.joinpath(*name))]
 
 
@@ -102,7 +123,7 @@ def download_dataset(repository: str, subsets: Sequence[str] | None, local_only:
     Raises:
         ValueError: The data set is neither on the hub nor in the cache, or the hub cannot be reached.
     """
-    patterns = [f"{subset}/{split}.jsonl*" for subset in subsets or ["*"] for split in SPLITS]
+    patterns = [f"{subset}/{split}.jsonl*" for subset in subsets or ["*"] for split in HH_SPLITS]
     download = partial(snapshot_download, repository, repo_type="dataset", local_files_only=local_only)
     try:
         folder = Path(download(allow_patterns=patterns))
@@ -111,16 +132,16 @@ def download_dataset(repository: str, subsets: Sequence[str] | None, local_only:
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"{repository!r} is not a folder on this machine and cannot be read from the hub: {error}\n"
-            "Check --data.path; without a network, give a folder with <subset>/train.jsonl.gz."
+            f"Check --data.path; without a network, give a folder with <subset>/train.jsonl.gz. {_NAME_IT}"
         ) from error
     return folder
 
 
 def list_data_files(path: str, notes_folder: Path, fetch: bool) -> ListedFiles:
-    """List the data files behind a path, train before test.
+    """List the data files behind a path, train before val before test.
 
-    A file belongs to the test split if its name, or a folder name below the path, contains the word test, validation,
-    valid, val, dev or eval; every other file belongs to train.
+    A file belongs to the test split if its name, or a folder name below the path, contains the word test, and to val if
+    it contains validation, valid, val, dev or eval; every other file belongs to train.
 
     Args:
         path: File, folder, pattern, address or hub id; see the module's description.
@@ -172,11 +193,11 @@ def _list_files(address: str) -> ListedFiles:
     )
     if not data_files:
         raise ValueError(
-            f"{address}: expected files that end in {', '.join(DATA_FILE_SUFFIXES)}, found "
+            f"--data.path {address}: expected files that end in {', '.join(DATA_FILE_SUFFIXES)}, found "
             f"{', '.join(sorted(PurePosixPath(name).name for name in names)[:5]) or 'none'}."
         )
     listed = [(_split_of(name.removeprefix(base)), *_locate(files, name)) for name in data_files]
-    return sorted(listed, key=lambda entry: entry[0] == "test")
+    return sorted(listed, key=lambda entry: SPLITS.index(entry[0]))
 
 
 def _locate(files: AbstractFileSystem, name: str) -> tuple[str, str]:
@@ -188,4 +209,5 @@ def _locate(files: AbstractFileSystem, name: str) -> tuple[str, str]:
 
 
 def _split_of(name: str) -> str:
-    return "test" if _HELD_OUT & set(re.split(r"[^a-z]+", name.lower())) else "train"
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    return "test" if "test" in words else "val" if _VALIDATION & words else "train"

@@ -25,8 +25,9 @@ from dpo.data.audit import KEPT_VERDICT, Audit
 from dpo.data.columns import PairRow
 from dpo.data.dialogue import DialoguePair, Refusal
 from dpo.data.formats import Fault, read_rows
-from dpo.data.sources import SPLITS, SourceFile
-from dpo.data.tokenization import EncodedPair, PairEncoder
+from dpo.data.plain import row_parser
+from dpo.data.sources import SourceFile, splits_of
+from dpo.data.tokenization import EncodedPair, PairEncoder, TextFormat
 
 STORE_VERSION = 2
 """Version of the columns and their meaning; increased whenever they change."""
@@ -82,16 +83,16 @@ def build_store(
         unfinished = Path(scratch) / folder.name
         unfinished.mkdir()
         with Progress("Tokenizing {task.description}", *Progress.get_default_columns()[1:]) as bar:
-            for split in SPLITS:
+            for split in splits_of(sources):
                 lines = {source.subset: count(1) for source in sources}
                 tables = (
                     _table(source, rows, lines[source.subset], encoder)
                     for source in sources
                     if source.split == split
-                    for rows in _batches(source, limit, skip_bad, bar)
+                    for rows in _batches(source, encoder.format, limit, skip_bad, bar)
                 )
                 _write(unfinished / f"{split}.arrow", tables)
-        audits = {split: audit_split(unfinished, split).to_dict() for split in SPLITS}
+        audits = {split: audit_split(unfinished, split).to_dict() for split in splits_of(sources)}
         (unfinished / "audit.json").write_text(json.dumps(audits, indent=2) + "\n")
         try:
             unfinished.rename(folder)
@@ -124,13 +125,13 @@ def audit_split(folder: Path, split: str) -> Audit:
 
 
 def _batches(
-    source: SourceFile, limit: int | None, skip_bad: bool, bar: Progress
+    source: SourceFile, format: TextFormat, limit: int | None, skip_bad: bool, bar: Progress
 ) -> Iterator[Sequence[PairRow | Fault]]:
     files, path = fsspec.url_to_fs(source.file)
     size = files.size(path)
     label = f"{source.subset}/{source.split}"
     with files.open(path, "rb") as opened, bar.wrap_file(opened, total=size, description=label) as raw:
-        rows = islice(read_rows(raw, source.file, source.columns.parse_row, skip_bad), limit)
+        rows = islice(read_rows(raw, source.file, row_parser(source.columns, format), skip_bad), limit)
         while batch := list(islice(rows, _BATCH)):
             yield batch
     bar.update(bar.task_ids[-1], completed=size)  # with a limit, the file is not read to its end

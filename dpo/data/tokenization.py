@@ -23,9 +23,14 @@ from dpo.models.chat_template import added_prefix
 MIN_LENGTH = 8
 """Smallest allowed maximum length, in tokens of prompt and answer; shorter pairs say nothing about a preference."""
 
-TextFormat = Literal["auto", "hh", "chat"]
+TextFormat = Literal["auto", "hh", "chat", "plain"]
 _Texts = tuple[str, str, str]  # prompt, prompt + chosen, prompt + rejected
 _Render = Callable[[Sequence[DialoguePair]], list[_Texts]]
+_FORMAT_REASONS = {
+    "chat": "chat, as the tokenizer has a chat template",
+    "hh": 'hh, as the tokenizer has no chat template: a prompt without turns becomes "\\n\\nHuman: ... '
+    '\\n\\nAssistant:" (--data.format plain takes text as it stands)',
+}
 _PROBE = DialoguePair((Turn(Role.HUMAN, " Hello"),), " Good day.", " Bye.")
 
 
@@ -67,7 +72,8 @@ class PairEncoder:
             prompt first, then the start of what remains of it is cut (the begin-of-sequence token stays). An answer is
             cut only if it alone does not fit, and then it has no end-of-sequence token.
         format: ``hh`` tokenizes the text of the dialogue as it is, ``chat`` renders the dialogue, stripped of white
-            space, with the tokenizer's chat template, ``auto`` is ``chat`` if there is a template and ``hh`` otherwise.
+            space, with the tokenizer's chat template, ``plain`` tokenizes the only turn before the answer and the
+            answer as they stand, control tokens too; ``auto`` is ``chat`` if there is a template and ``hh`` otherwise.
             System messages need a chat template that renders them; pairs with one are refused otherwise.
         end_ids: Further token ids that end an answer, as named by the model's generation config. If the chat template
             ends a turn with one of these, it is the end of the sequence; otherwise the tokenizer's own end-of-sequence
@@ -76,8 +82,10 @@ class PairEncoder:
     Attributes:
         end_ids: All token ids that end an answer; the first is appended where the text has none.
         uses_chat_template: Whether dialogues are rendered with the chat template.
-        next_turn: Text that also ends a generated answer, because it begins the next human turn; None with a template.
-        format: The format in use, ``hh`` or ``chat``.
+        next_turn: Text that also ends a generated answer, because it begins the next human turn; None but for ``hh``.
+        format: The format in use, ``hh``, ``chat`` or ``plain``.
+        format_reason: The format and why it is in use, in words.
+        keeps_white_space: Whether white space around an answer is part of it.
 
     Raises:
         ValueError: The tokenizer or an option cannot be used; the message says what to do.
@@ -105,14 +113,18 @@ class PairEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.end_ids = tuple(ends)
-        self.uses_chat_template = format != "hh" and tokenizer.chat_template is not None
-        self.format: TextFormat = "chat" if self.uses_chat_template else "hh"
-        self.next_turn = None if self.uses_chat_template else TURN_MARKERS[0]
-        self._render: _Render = self._chat_texts if self.uses_chat_template else _plain_texts
+        chosen: TextFormat = "chat" if tokenizer.chat_template is not None else "hh"
+        self.format_reason = _FORMAT_REASONS[chosen] if format == "auto" else f"{format}, as asked for"
+        self.format: TextFormat = chosen if format == "auto" else format
+        self.uses_chat_template = self.format == "chat"
+        self.keeps_white_space = self.format == "plain"
+        self.next_turn = TURN_MARKERS[0] if self.format == "hh" else None
+        texts_by_format = {"chat": self._chat_texts, "hh": _dialogue_texts, "plain": _plain_texts}
+        self._render: _Render = texts_by_format[self.format]
         prefix = added_prefix(tokenizer)
         self._prefix = [] if self.uses_chat_template else prefix  # a chat template writes its own
         self._kept_prefix = prefix or [i for i in (tokenizer.bos_token_id,) if i is not None]
-        self._control = control_token_pattern(tokenizer, self.end_ids, () if self.uses_chat_template else TURN_MARKERS)
+        self._control = control_token_pattern(tokenizer, self.end_ids, TURN_MARKERS if self.format == "hh" else ())
         self._renders_system = self.uses_chat_template and self._template_renders_system()
         self.encode(_PROBE)  # so that a tokenizer that cannot work fails here and not at the first row
 
@@ -121,9 +133,13 @@ class PairEncoder:
         """SHA-256 of everything besides the text that decides the token ids."""
         tokenizer = self.tokenizer
         state = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
-        content = json.dumps(
-            [*state, self.end_ids, self.max_length, self.uses_chat_template], sort_keys=True, default=str
-        )
+        state += [
+            self.end_ids,
+            self.max_length,
+            self.uses_chat_template,
+            *(["plain"] if self.keeps_white_space else []),
+        ]
+        content = json.dumps(state, sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def encode(self, pair: DialoguePair) -> EncodedPair | Refusal:
@@ -148,8 +164,19 @@ class PairEncoder:
     def _refuse(self, pair: DialoguePair) -> Refusal | None:
         if pair.system_turns and not self._renders_system:
             return Refusal.SYSTEM_WITHOUT_TEMPLATE
+        if self.format == "plain":
+            return Refusal.CONTROL_TOKEN_IN_TEXT if any(map(self._ends_early, (pair.chosen, pair.rejected))) else None
         texts = (pair.chosen, pair.rejected, *(turn.text for turn in pair.history))
         return Refusal.CONTROL_TOKEN_IN_TEXT if any(map(self._control.search, texts)) else None
+
+    def _ends_early(self, answer: str) -> bool:
+        """Return whether text comes after an end token: it would be cut off."""
+        ends = self.tokenizer.convert_ids_to_tokens(list(self.end_ids))
+        return any(answer.partition(end)[2].strip() for end in ends)
+
+    def answer_text(self, text: str) -> str:
+        """Return an answer that somebody gives as it follows its prompt: after a space, or as it stands."""
+        return text if self.keeps_white_space else f" {text.lstrip(' ')}"
 
     def _template_renders_system(self) -> bool:
         """Return whether the chat template shows system messages; some raise an error at one, some drop it."""
@@ -175,9 +202,13 @@ class PairEncoder:
     def _split(self, chosen: list[int], rejected: list[int], boundary: int) -> EncodedPair:
         """Split both sides into prompt and answer where they differ first, or else after `boundary` tokens."""
         shared = next((i for i in range(boundary) if chosen[i] != rejected[i]), boundary)
-        if not shared:
-            raise ValueError("The tokenizer does not separate prompt and answers: use another tokenizer.")
-        return EncodedPair(self._prefix + chosen[:shared], self._ended(chosen[shared:]), self._ended(rejected[shared:]))
+        prefix = self._prefix if chosen[: len(self._prefix)] != self._prefix else []  # plain text may have its own
+        if not prefix + chosen[:shared]:
+            raise ValueError(
+                "The tokenizer does not separate prompt and answers: use another tokenizer, or end a prompt of one "
+                "word with a space or line end."
+            )
+        return EncodedPair(prefix + chosen[:shared], self._ended(chosen[shared:]), self._ended(rejected[shared:]))
 
     def _ended(self, answer: list[int]) -> list[int]:
         """Return the answer up to its first end token, which is appended if there is none."""
@@ -218,8 +249,13 @@ class PairEncoder:
         return list(texts)
 
 
-def _plain_texts(pairs: Sequence[DialoguePair]) -> list[_Texts]:
+def _dialogue_texts(pairs: Sequence[DialoguePair]) -> list[_Texts]:
     return [(pair.prompt_text, pair.prompt_text + pair.chosen, pair.prompt_text + pair.rejected) for pair in pairs]
+
+
+def _plain_texts(pairs: Sequence[DialoguePair]) -> list[_Texts]:
+    prompts = [pair.history[-1].text for pair in pairs]
+    return [(text, text + pair.chosen, text + pair.rejected) for text, pair in zip(prompts, pairs, strict=True)]
 
 
 def _tokens_before(answer: range, encoding: Encoding) -> int:

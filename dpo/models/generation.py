@@ -67,11 +67,13 @@ class Speech(Protocol):
         tokenizer: Tokenizer of the model.
         end_ids: Ids that end an answer; the first one is the end of sequence.
         next_turn: The marker of the next human turn if it ends an answer too, otherwise None.
+        keeps_white_space: Whether white space around an answer is part of it.
     """
 
     tokenizer: PreTrainedTokenizerFast
     end_ids: tuple[int, ...]
     next_turn: str | None
+    keeps_white_space: bool
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class GeneratedAnswer:
 
     Attributes:
         tokens: Token ids; those of a complete answer end with an end of sequence.
-        text: The text without control tokens and surrounding white space.
+        text: The text without control tokens, and without surrounding white space unless that is part of it.
         is_complete: Whether the model ended the answer, rather than the limit of its length.
     """
 
@@ -157,7 +159,8 @@ def _trim_answer(ids: list[int], encoder: Speech) -> GeneratedAnswer:
     if turn >= 0:
         length = next(n for n in range(len(body)) if len(_text(body[: n + 1], encoder)) > turn)
         return GeneratedAnswer([*body[:length], encoder.end_ids[0]], text[:turn].strip(), True)
-    return GeneratedAnswer(body if end is None else ids[: end + 1], text.strip(), end is not None)
+    text = text if encoder.keeps_white_space else text.strip()
+    return GeneratedAnswer(body if end is None else ids[: end + 1], text, end is not None)
 
 
 def _text(ids: list[int], encoder: Speech) -> str:

@@ -33,7 +33,7 @@ class PolicyOrigin:
         has_reference: Whether the policy was trained against that model; if not, the model only stands in for one.
         moving: Whether the reference moved during training. Its final weights are in the run's last checkpoint.
         beta: Scale of the rewards.
-        format: How dialogues become text: ``hh``, ``chat`` or ``auto``.
+        format: How dialogues become text: ``hh``, ``chat``, ``plain`` or ``auto``.
     """
 
     base: str
@@ -54,7 +54,7 @@ class ServedPolicy:
         has_reference: Whether the policy was trained against that model, or the user named it.
         reference_checkpoint: Checkpoint with the weights of a reference that moved; None if it did not.
         beta: Scale of the rewards.
-        format: How dialogues become text: ``hh``, ``chat`` or ``auto``.
+        format: How dialogues become text: ``hh``, ``chat``, ``plain`` or ``auto``.
     """
 
     policy_path: str
@@ -155,6 +155,12 @@ def find_policy(path: str, reference: str | None = None) -> ServedPolicy:
         )
     reference = resolve_model_path(origin.reference)
     return ServedPolicy(path, reference, origin.has_reference, checkpoint, origin.beta, origin.format)
+
+
+def trained_format(path: str) -> Any:
+    """Return how dialogues became text when a policy was trained; ``auto`` if it has no record of that."""
+    file = Path(path) / ORIGIN_FILE
+    return _read_origin(file).format if file.is_file() else "auto"
 
 
 def _read_origin(file: Path) -> PolicyOrigin:

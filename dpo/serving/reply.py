@@ -56,9 +56,9 @@ class CompletionReply:
         temperature, top_p = (1.0 if value is None else value for value in (body.temperature, body.top_p))
         seed = secrets.randbits(62) if body.seed is None else body.seed
         self.token_sampler = TokenSampler(temperature, top_p, seed, top_logprobs)
-        plain_dialogue = self.is_chat and not codec.encoder.uses_chat_template
-        stops = (body.stop or []) + [HUMAN_MARKER] * plain_dialogue
-        self.writer = StreamDecoder(codec, prompt, stops, skip_space=plain_dialogue)
+        hh_dialogue = self.is_chat and codec.encoder.format == "hh"
+        stops = (body.stop or []) + [HUMAN_MARKER] * hh_dialogue
+        self.writer = StreamDecoder(codec, prompt, stops, skip_space=hh_dialogue)
         self.role_field = {"role": "assistant"}  # sent once, as clients concatenate the fields of all chunks
         self.answer_tokens: list[int] = []
         self.token_texts: list[str] = []

@@ -10,7 +10,7 @@ from typing import TypeVar
 from tokenizers.decoders import DecodeStream
 
 from dpo.data.columns import ASSISTANT_MARKER, HUMAN_MARKER, Columns
-from dpo.data.dialogue import TURN_MARKERS, DialoguePair, Refusal, Turns
+from dpo.data.dialogue import TURN_MARKERS, DialoguePair, Refusal, Role, Turn, Turns
 from dpo.data.prompts import PROBE_ANSWERS
 from dpo.data.tokenization import PairEncoder, control_token_pattern
 from dpo.models.batch import Example
@@ -37,24 +37,34 @@ class TextCodec:
 
     def encode_prompt(self, prompt: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
         """Return the token ids of a prompt, up to where the answer begins."""
-        encoded = _accepted(self.encoder.encode(DialoguePair(_history(prompt, messages), *PROBE_ANSWERS)))
+        encoded = _accepted(self.encoder.encode(DialoguePair(self._history(prompt, messages), *PROBE_ANSWERS)))
         return self._fitting(encoded.prompt, answer_length=1)
 
     def encode_raw(self, prompt: str) -> list[int]:
         """Return the token ids of a text as it is, without a dialogue format."""
+        if self.encoder.format == "plain":
+            return self.encode_prompt(prompt, None)
         if self.control_pattern.search(prompt):
             raise APIError(400, "the prompt contains a control token of the model", "control_token_in_text", "prompt")
         return self._fitting(self.tokenizer(prompt, verbose=False)["input_ids"], answer_length=1)
 
     def encode_example(self, request: PromptRequest, *answers: str) -> Example:
         """Return the tokens of one answer, or of two that are tokenized together as in training."""
-        chosen, *others = (f" {answer.lstrip(' ')}" for answer in answers)
+        chosen, *others = map(self.encoder.answer_text, answers)
         # The encoder takes pairs of different answers; what stands in for a missing one is dropped again below.
         rejected = others[0] if others else f"{chosen}."
-        pair = DialoguePair(_history(request.prompt, request.messages), chosen, rejected)
+        pair = DialoguePair(self._history(request.prompt, request.messages), chosen, rejected)
         encoded = _accepted(self.encoder.encode(pair))
         ids = (encoded.chosen, encoded.rejected)[: len(answers)]
         return Example("request", self._fitting(encoded.prompt, max(map(len, ids))), ids)
+
+    def _history(self, prompt: str | None, messages: Sequence[ChatMessage] | None) -> Turns:
+        if self.encoder.format != "plain":
+            return _dialogue(prompt, messages)
+        if messages and [message.role for message in messages] != ["user"]:
+            text = "this model was trained on plain text, without roles: send one user message, or the text as prompt"
+            raise APIError(400, text, "bad_prompt", "messages")
+        return (Turn(Role.HUMAN, prompt or "".join(message.content for message in messages or ())),)
 
     def _fitting(self, prompt: list[int], answer_length: int) -> list[int]:
         if not prompt or len(prompt) + answer_length > self.context:
@@ -67,7 +77,7 @@ class TextCodec:
         return StreamDecoder(self).decode_tokens(ids)
 
 
-def _history(prompt: str | None, messages: Sequence[ChatMessage] | None) -> Turns:
+def _dialogue(prompt: str | None, messages: Sequence[ChatMessage] | None) -> Turns:
     """Return the turns to be answered, from a question, a dialogue in hh-rlhf's text format, or messages."""
     is_dialogue = prompt and prompt.startswith(HUMAN_MARKER) and prompt.endswith(ASSISTANT_MARKER)
     if prompt and any(marker in prompt for marker in TURN_MARKERS) and not is_dialogue:

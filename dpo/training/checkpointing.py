@@ -20,9 +20,13 @@ class CheckpointedModule(L.LightningModule, ABC):
     """A module whose checkpoints are small, and from which `load_from_checkpoint` rebuilds it without unpickling code.
 
     Frozen weights (a base model under an adapter, a fixed reference) are read from where they came from.
+
+    Attributes:
+        text_format: How dialogues became text in the checkpoint that the module was rebuilt from; None if unknown.
     """
 
     has_trained: bool = False
+    text_format: Any = None
 
     def __init__(self) -> None:
         """Let Lightning accept checkpoints without the frozen weights; `load_state_dict` checks the others."""
@@ -93,6 +97,7 @@ class CheckpointedModule(L.LightningModule, ABC):
         module.check_checkpoint(saved)
         module.load_state_dict(saved["state_dict"])
         module.has_trained = True
+        module.text_format = saved.get("text_format")
         return module
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:

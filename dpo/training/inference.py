@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -12,7 +13,7 @@ from dpo.data.tokenization import PairEncoder
 from dpo.models.generation import Sampling, generate_answers
 from dpo.models.loading import ModelLoader, context_length, read_end_ids
 from dpo.models.lora import Adapter
-from dpo.models.origin import PolicyOrigin, save_policy
+from dpo.models.origin import PolicyOrigin, save_policy, trained_format
 from dpo.training.checkpointing import CheckpointedModule
 
 DEFAULT_CONTEXT = 4096  # tokens, of models that name no limit
@@ -34,6 +35,13 @@ class PolicyModule(CheckpointedModule):
     loader: ModelLoader
     _encoder: PairEncoder | None = None
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the format of the text that the policy is trained on, for whoever generates from the checkpoint."""
+        super().on_save_checkpoint(checkpoint)
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, TextData):
+            checkpoint["text_format"] = data.encoder.format
+
     @abstractmethod
     def models_by_role(self) -> dict[str, PreTrainedModel]:
         """Return every model in memory by its role, ``policy`` or ``reference``."""
@@ -50,8 +58,9 @@ class PolicyModule(CheckpointedModule):
             self._encoder = data.encoder
         elif self._encoder is None:
             tokenizer = self.loader.load_tokenizer(self.policy_path)
+            format = self.text_format or trained_format(self.policy_path)
             length = context_length(self.policy) or DEFAULT_CONTEXT
-            self._encoder = PairEncoder(tokenizer, length, "auto", read_end_ids(self.policy_path))
+            self._encoder = PairEncoder(tokenizer, length, format, read_end_ids(self.policy_path))
         return self._encoder
 
     def generate(

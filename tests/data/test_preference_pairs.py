@@ -260,11 +260,12 @@ def test_the_split_follows_from_the_file_name(tokenizer: str, tmp_path: Path) ->
         write(folder / f"{name}.jsonl", many(2, 10 * number))
     data = ready(tokenizer, folder, val_fraction=0.0)
     assert prompts(data, "train") == ["50", "51", "60", "61", "0", "1", "10", "11"]  # by name
-    assert prompts(data, "test") == ["30", "31", "20", "21", "40", "41"]
+    assert prompts(data, "test") == ["20", "21"]
+    assert prompts(data, "val") == ["30", "31", "40", "41"]
     only = ready(tokenizer, str(folder / "t*-0*.jsonl"), val_fraction=0.0)
     assert (prompts(only, "train"), prompts(only, "test")) == (["0", "1", "10", "11"], ["20", "21"])
     assert [example.id for example in examples(only)] == [f"pairs/train:{i}" for i in (1, 2, 3, 4)]
-    assert prompts(ready(tokenizer, folder / "validation.jsonl"), "test") == ["40", "41"]
+    assert prompts(ready(tokenizer, folder / "validation.jsonl"), "val") == ["40", "41"]
 
 
 def test_no_opening_is_in_both_train_and_val(tokenizer: str, tmp_path: Path) -> None:

@@ -11,7 +11,13 @@ from dpo.data.dialogue import Refusal
 
 ODD_FILE = Path(__file__).with_name("hh_odd.jsonl")
 ODD = [json.loads(line) for line in ODD_FILE.read_bytes().split(b"\n")[:-1]]
-OF_MESSAGES = {Refusal.UNMARKED, Refusal.TOOL_MESSAGE, Refusal.SYSTEM_WITHOUT_TEMPLATE}  # no text has them
+OF_MESSAGES = {
+    Refusal.UNMARKED,
+    Refusal.HAS_IMAGES,
+    Refusal.HAS_TOOLS,
+    Refusal.TOOL_MESSAGE,
+    Refusal.SYSTEM_WITHOUT_TEMPLATE,
+}  # no text has them
 
 CORPUS = [row[side] for row in ODD for side in ("chosen", "rejected")]
 CHATML = (

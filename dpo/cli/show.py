@@ -1,0 +1,89 @@
+"""The verb ``show``: a row of the data as the model sees it, with the options of data and policy that ``fit`` takes."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from dpo.callbacks.stopping import GracefulStop
+from dpo.cli.main import TrainingCLI
+from dpo.cli.main import main as run_command_line
+from dpo.data import store
+from dpo.data.audit import KEPT_VERDICT
+from dpo.data.datamodule import PairData
+from dpo.data.display import show_example
+from dpo.data.sources import SPLITS
+
+DESCRIPTION = (
+    "Show a row of the data as the model sees it: prompt and answers with their control tokens, which tokens are "
+    "scored, and what was cut. All other options are those of `fit`: --data.path, --model.policy, --config and so on."
+)
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser("dpo show", description=DESCRIPTION, allow_abbrev=False)
+    add = parser.add_argument
+    add("--row", type=int, help="number of the row, from 1, through all files of the split (the first that is used)")
+    add("--split", choices=[split for split in SPLITS if split != "val"], default="train", help="default: %(default)s")
+    return parser.parse_known_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print a row of the data.
+
+    Args:
+        arguments: ``--row N``, ``--split``, and options of ``train.py fit``.
+
+    Raises:
+        ValueError: There is no such row.
+        SystemExit: The options of ``fit`` cannot be used; the message is on stderr.
+    """
+    options, fit_options = _parse(arguments)
+
+    class ShowCLI(TrainingCLI):
+        """Reads model and data as ``fit`` does, and shows a row instead of training."""
+
+        def before_instantiate_classes(self) -> None:
+            """Leave the folders of runs alone."""
+            self.graceful_stop = GracefulStop()  # asked for the exit code
+
+        def instantiate_trainer(self, **_: Any) -> Any:
+            """Return nothing, as nothing is trained."""
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            self.datamodule.given_tokenizer = self.datamodule.given_tokenizer or self.model.policy_path
+            self.datamodule.answer_sides = self.model.answer_sides
+            show_row(self.datamodule, options.split, options.row)
+
+    code = run_command_line(["fit", *fit_options], ShowCLI)
+    if code:
+        raise SystemExit(code)
+
+
+def show_row(data: PairData, split: str, number: int | None) -> None:
+    """Print a row of a split, or why it is not used.
+
+    Args:
+        data: The data, with the tokenizer that they need.
+        split: train or test.
+        number: Which row, from 1; None: the first that is used.
+
+    Raises:
+        ValueError: There is no such row.
+    """
+    data.prepare_data()
+    data.setup("fit")
+    if split not in data.audits_by_split:
+        raise ValueError(f"--split {split}: expected a split of {data.path}, got one of no file.")
+    table = store.load_split(data.store_folder, split)
+    if number is None:
+        number = next((row for row, verdict in enumerate(table["verdict"], 1) if verdict == KEPT_VERDICT), 1)
+    if not 1 <= number <= len(table):
+        raise ValueError(f"--row: expected 1 to {len(table):,}, the rows of {split}, got {number}.")
+    row = table[number - 1]
+    name = f"{row['subset']}/{split}:{row['line']}"
+    if row["verdict"] == KEPT_VERDICT:
+        Console().print(show_example(data.encoder, row, name, data.answer_sides))
+    else:
+        print(f"{name} is not used: {row['verdict'].replace('_', ' ')}.")
