@@ -37,7 +37,7 @@ def standard_callbacks(
     Raises:
         ValueError: The verb needs preference pairs and the data are something else.
     """
-    cadence = CheckpointCadence(**vars(config.checkpoint)) if verb == "fit" else CheckpointCadence()
+    cadence = CheckpointCadence(**vars(config.checkpoint))
     callbacks: list[L.Callback] = [stop, FinalValidation(), LastAndBest(run, cadence)]
     if verb == "predict":
         callbacks.append(PredictionWriter(run, config.output, config.scorer))

@@ -118,10 +118,10 @@ class TrainingCLI(LightningCLI):
         )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Add the options that only ``predict`` takes."""
+        """Add the options of checkpoints, and those that only ``predict`` takes."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
-            parser.add_class_arguments(CheckpointCadence, "checkpoint", instantiate=False)
+        # Every verb reads the config.yaml of a fit, which has these.
+        parser.add_class_arguments(CheckpointCadence, "checkpoint", instantiate=False)
         if subcommand == "predict":
             parser.add_class_arguments(PredictionWriter, None, skip={"run"}, instantiate=False)
         return parser
@@ -132,6 +132,8 @@ class TrainingCLI(LightningCLI):
         Raises:
             ValueError: The checkpoint is not a local file, or the run does not allow the verb.
         """
+        if self.subcommand != "fit" and any(word.startswith("--checkpoint.") for word in sys.argv):
+            raise ValueError(f"--checkpoint: expected none, as {self.subcommand} saves no checkpoints.")
         config = self.config[self.subcommand]
         root = Path(config.trainer.default_root_dir)
         checkpoint = config.ckpt_path

@@ -97,6 +97,14 @@ def test_impossible_cadences_are_refused(lab: Lab, capsys: pytest.CaptureFixture
     assert not (lab.folder / "impossible").exists()
 
 
+def test_other_verbs_read_the_cadence_of_a_run_and_take_none(
+    lab: Lab, whole: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lab.only("test", f"--config={whole.config_path}", "--ckpt_path=last") == 0
+    assert lab.only("test", f"--config={whole.config_path}", "--ckpt_path=last", "--checkpoint.keep=3") == 1
+    assert "--checkpoint: expected none, as test saves no checkpoints." in capsys.readouterr().err
+
+
 def test_an_exception_leaves_the_last_good_step(lab: Lab, whole: Run) -> None:
     words = ["--name=broken", *BASE, "--trainer.max_epochs=2"]
     fit_until(lab, 7, BrokenError, *words)
