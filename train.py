@@ -3,9 +3,10 @@
 import sys
 from io import TextIOWrapper
 
-import dpo.__main__  # noqa: F401  # sets what torch reads when it is imported
+from dpo.__main__ import announce_start  # a module that also sets what torch reads when it is imported
 
 if __name__ == "__main__":
+    announce_start()
     from dpo.cli.main import main
 
     if isinstance(sys.stdout, TextIOWrapper):

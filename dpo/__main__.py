@@ -37,6 +37,12 @@ def usage_text() -> str:
     return "\n".join(["usage: dpo <verb> ... (each verb has --help)", "", *lines])
 
 
+def announce_start() -> None:
+    """Say on a terminal that something happens: importing torch and the rest takes seconds."""
+    if sys.stderr.isatty():
+        print("Starting ...", file=sys.stderr, flush=True)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the verb that the arguments begin with.
 
@@ -44,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         Exit code: 0 done, 1 refused with a message, 2 not understood, 130 interrupted.
     """
     if arguments[:1] and arguments[0] in TRAINING_VERBS:
+        announce_start()
         code: int = import_module("dpo.cli.main").main(arguments)
         return code
     if not arguments or arguments[0] not in VERBS:

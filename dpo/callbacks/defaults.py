@@ -10,7 +10,7 @@ from dpo.callbacks.metrics_rewind import MetricsRewind
 from dpo.callbacks.optimizer_overrides import OptimizerOverrides
 from dpo.callbacks.predictions import PredictionWriter
 from dpo.callbacks.progress import ProgressLines, TrainingProgressBar
-from dpo.callbacks.rates import ThroughputLogger
+from dpo.callbacks.rates import ThroughputLogger, TrainingClock
 from dpo.callbacks.record import RunRecorder
 from dpo.callbacks.resume_check import ResumeCheck
 from dpo.callbacks.samples import AnswerSampler
@@ -49,6 +49,7 @@ def standard_callbacks(
             ResumeCheck(config.seed_everything, data),
             OptimizerOverrides(),
             MetricsRewind(metrics_csv),
+            TrainingClock(metrics_csv),
             RunRecorder(run, data, config_text),
             ExampleDisplay(data),
             ThroughputLogger(data),

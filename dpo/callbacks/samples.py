@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
+from rich import get_console
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -12,9 +13,13 @@ from rich.text import Text
 from dpo.data.datamodule import PairData
 from dpo.files import append_jsonl, drop_rows_from_step
 from dpo.runs.folder import Run
+from dpo.runs.results import frame_of
+from dpo.runs.tracking import WandbTracker
 from dpo.training.base import Stage
 
 SAMPLE_COLUMNS = ("prompt", "reference", "policy")
+PRINTED_LINES = 5  # most lines of a cell: with three prompts, the table fits a terminal of 24 lines
+ELLIPSIS = "..."
 
 
 class AnswerSampler(L.Callback):
@@ -53,7 +58,7 @@ class AnswerSampler(L.Callback):
         drop_rows_from_step(self.run.samples_path, trainer.global_step)
         append_jsonl(self.run.samples_path, rows)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, WandbLogger | WandbTracker):
                 logger.log_text("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows])
 
     def _sample(self, step: int, stage: Stage) -> list[dict[str, Any]]:
@@ -76,10 +81,46 @@ class AnswerSampler(L.Callback):
 
 
 def print_samples(rows: list[dict[str, Any]]) -> None:
-    """Print a table with a row per prompt and the answers of all models side by side."""
+    """Print a table with a row per prompt: the end of its last turn, and the first lines of all models' answers."""
+    console = get_console()  # the one that a progress bar is drawn on
     names = [name for name in SAMPLE_COLUMNS if name in rows[0]]
     title = f"Held-out prompts after {rows[0]['step']} steps"
-    table = Table(*(Column(name, ratio=1) for name in names), title=title, show_lines=True)
+    width = (console.width - 1) // len(names) - 3  # characters; a frame and two spaces are beside every column
+    columns = (Column(name, width=width) for name in names)
+    table = Table(*columns, title=title, show_lines=True, box=frame_of(console))
     for row in rows:
-        table.add_row(*(Text(row[name].strip()) for name in names))
-    Console().print(table)
+        answers = (first_lines(row[name], width, console) for name in names if name != "prompt")
+        table.add_row(last_turn_lines(row["prompt"], width, console), *answers)
+    console.print(table)
+
+
+def first_lines(text: str, width: int, console: Console) -> Text:
+    """Return the first lines of a text, `PRINTED_LINES` at most, with "..." where it goes on."""
+    lines = _wrap(text, width, console)
+    shown = lines[:PRINTED_LINES]
+    if len(lines) > PRINTED_LINES:
+        shown[-1].truncate(width - len(ELLIPSIS))
+        shown[-1].append(ELLIPSIS)
+    return Text("\n").join(shown)
+
+
+def last_turn_lines(prompt: str, width: int, console: Console) -> Text:
+    """Return the last lines of a prompt's last turn, `PRINTED_LINES` at most, with "..." where something is before."""
+    before, _, turn = prompt.strip().rpartition("\n\nHuman:")
+    turn = turn.removesuffix("Assistant:").strip().removeprefix("Human:").strip()
+    lines = _wrap(f"{ELLIPSIS} {turn}" if before else turn, width, console)
+    shown = lines[-PRINTED_LINES:]
+    if len(lines) > PRINTED_LINES:
+        shown[0] = Text(ELLIPSIS)
+    return Text("\n").join(shown)
+
+
+def _wrap(text: str, width: int, console: Console) -> list[Text]:
+    # A model may write anything, also what would move the cursor or change the terminal.
+    safe = "".join(each if each.isprintable() or each == "\n" else _stand_in(each) for each in text.strip())
+    lines = Text(safe).wrap(console, width)
+    return [line for line in lines if line.plain.strip()]
+
+
+def _stand_in(character: str) -> str:
+    return " " if character.isspace() else "\ufffd"

@@ -17,9 +17,9 @@ from typing import Any
 import lightning as L
 import torch
 import transformers
-import wandb
 from jsonargparse.typing import extend_base_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -27,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from dpo.callbacks.checkpoints import CheckpointCadence
 from dpo.callbacks.defaults import standard_callbacks
 from dpo.callbacks.predictions import PredictionWriter
+from dpo.callbacks.slow_work import SlowWork
 from dpo.callbacks.stopping import GracefulStop
 from dpo.cli.own_data import choose_data_class
 from dpo.cli.parser import HintingParser, complete_arguments, error_message, set_argv
@@ -40,7 +41,8 @@ from dpo.runs import results
 from dpo.runs.card import TrainingFacts, hardware_in_words
 from dpo.runs.export import export_run
 from dpo.runs.folder import Run, checkpoint_run_name
-from dpo.runs.loggers import MetricsCSV, wandb_logger
+from dpo.runs.loggers import MetricsCSV
+from dpo.runs.tracking import WandbTracker, finish_wandb, track_results
 from dpo.training.base import Stage, check_trainer_support
 from dpo.training.dpo import DPO
 from dpo.training.nonfinite import NonFiniteError
@@ -57,6 +59,7 @@ IGNORED_WARNINGS = (
     "You have overridden `on_before_batch_transfer`",  # losses check their pairs before these move to the device
     ".*treespec, LeafSpec.*",  # deprecated in torch, used by Lightning
     "The number of training batches .* smaller than the logging",  # the last steps are logged at the end of the run
+    "Checkpoint directory .* exists and is not empty",  # a ModelCheckpoint of the user writes beside last.ckpt
 )
 IGNORED_LOG_WORDS = ("litlogger", "GPU available", "TPU available")
 # The command line finds classes by their short name only if they are imported.
@@ -93,6 +96,8 @@ class TrainingCLI(LightningCLI):
         may_restart: Whether a run that was ended before its first checkpoint begins again.
         graceful_stop: The callback that stops the run on a signal, and knows the exit code.
         metrics_csv: The logger that writes metrics.csv.
+        slow_work: The callback that says what the verb is doing.
+        wandb_tracker: The logger for Weights & Biases, if it is used.
     """
 
     model: Stage
@@ -102,6 +107,8 @@ class TrainingCLI(LightningCLI):
     may_restart: bool
     graceful_stop: GracefulStop
     metrics_csv: MetricsCSV
+    slow_work: SlowWork
+    wandb_tracker: WandbTracker | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of run name, optimizer and schedule, and the default classes."""
@@ -180,8 +187,10 @@ class TrainingCLI(LightningCLI):
         """
         self.graceful_stop = GracefulStop()
         self.metrics_csv = MetricsCSV(self.run.metrics_path)
+        self.slow_work = SlowWork()
         verb = str(self.subcommand)
         user_options = self.config_init[verb].trainer
+        check_user_callbacks(as_list(user_options.callbacks))
         config = self.config[verb].clone()
         if self.is_resuming:  # config.yaml stays the same whichever of its own checkpoints a run resumes from
             config.ckpt_path = None
@@ -190,7 +199,7 @@ class TrainingCLI(LightningCLI):
             verb, config, text, self.run, self.datamodule, self.metrics_csv, self.graceful_stop
         )
         trainer = super().instantiate_trainer(
-            callbacks=callbacks + as_list(user_options.callbacks),
+            callbacks=[self.slow_work, *callbacks, *as_list(user_options.callbacks)],
             plugins=[AtomicCheckpointIO(), *as_list(user_options.plugins)],
             logger=self._loggers(user_options.logger),
             use_distributed_sampler=False,
@@ -204,17 +213,23 @@ class TrainingCLI(LightningCLI):
         """Run the verb; a fit locks its folder."""
         trains = subcommand == "fit" and self.trainer.is_global_zero
         with self.run.lock_folder(self.is_resuming, self.may_restart) if trains else nullcontext():
+            if self.trainer.is_global_zero:
+                self.slow_work.begin("Reading the data")
             try:
                 super()._run_subcommand(subcommand)
-            finally:
-                wandb.finish()  # it writes into the folder, which is removed if the run was refused
+            finally:  # before the folder is removed if the run was refused
+                self.slow_work.end()
+                if self.wandb_tracker is not None:
+                    self.wandb_tracker.finish()
+                else:
+                    finish_wandb()  # of a logger of the user
 
     def _loggers(self, chosen: Logger | list[Logger] | bool | None) -> list[Logger]:
         """Return the loggers of a fit: metrics.csv and those of the user, by default Weights & Biases."""
         if self.subcommand != "fit":
             return []
         if chosen is None or chosen is True:
-            chosen = wandb_logger(self.run)
+            chosen = self.wandb_tracker = WandbTracker(self.run)
         return [self.metrics_csv, *as_list(chosen)]
 
     def _store_metrics(self, stage: str) -> dict[str, float]:
@@ -233,6 +248,7 @@ class TrainingCLI(LightningCLI):
         rows = results.write_results(self.run)
         remarks = results.results_remarks(self.run.metrics_path)
         results.print_results(rows, f"Results of {self.run.folder.name}", remarks)
+        self.slow_work.begin("Exporting the policy")
         folder = export_run(
             self.run,
             self.model.adapter.model_to_export(self.model.policy),
@@ -248,11 +264,15 @@ class TrainingCLI(LightningCLI):
         )
         self.run.held_out_path.unlink(missing_ok=True)
         append_jsonl(self.run.held_out_path, self.datamodule.example_texts("val", HELD_OUT_PAIRS))
+        self.slow_work.end()
         print(f"Checkpoints: {self.run.checkpoint_folder}\nHugging Face folder: {folder}")
 
     @rank_zero_only
     def _report(self, stage: str) -> None:
-        results.print_metric_values(self._store_metrics(stage), stage)
+        values = self._store_metrics(stage)
+        results.print_metric_values(values, stage)
+        if self.config_init[self.subcommand].trainer.logger in (None, True):
+            track_results(self.run, values)
 
     def after_validate(self) -> None:
         """Store and print the metrics of the validation pairs."""
@@ -261,6 +281,20 @@ class TrainingCLI(LightningCLI):
     def after_test(self) -> None:
         """Store and print the metrics of the test pairs."""
         self._report("test")
+
+
+def check_user_callbacks(callbacks: Sequence[L.Callback]) -> None:
+    """Refuse callbacks that replace the weights behind the back of checkpoints, validation and export.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for callback in callbacks:
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise ValueError(
+                f"--trainer.callbacks: expected none that averages weights, got {type(callback).__name__}: last.ckpt, "
+                "best.ckpt and the validations would be those of other weights than the export. Leave it out."
+            )
 
 
 def as_list(value: Any) -> list[Any]:

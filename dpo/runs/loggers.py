@@ -1,25 +1,32 @@
-"""Loggers of a run: metrics.csv, and Weights & Biases online or offline.
+"""The logger of every run, metrics.csv.
 
 Lightning's own CSVLogger writes a row per call and deletes the file of a run that resumes; `MetricsCSV` joins the calls
 of a step in one row and continues the file.
 """
 
 import csv
-import os
 from argparse import Namespace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import wandb
-from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from dpo.files import write_atomically
-from dpo.runs.folder import Run
+
+
+PLACE_COLUMNS = ("step", "epoch", "seconds")  # where a row stands, whatever was measured there
 
 
 class MetricsCSV(Logger):
-    """A CSV file with one row per step: `step`, then every metric in the order of its first appearance."""
+    """A CSV file with one row per step: `step`, then every metric in the order of its first appearance.
+
+    Attributes:
+        row_beginning: Returns what every new row holds beside its step.
+    """
+
+    row_beginning: Callable[[], Mapping[str, float]]
 
     def __init__(self, path: Path) -> None:
         """Log to the file at `path`."""
@@ -28,11 +35,12 @@ class MetricsCSV(Logger):
         self.columns = ["step"]
         self.last_row: dict[str, Any] = {}
         self.last_row_offset = 0  # bytes; where the last row begins in the file
+        self.row_beginning = dict
 
     @property
     def name(self) -> str:
-        """Name of the logger."""
-        return "csv"
+        """Empty: Lightning makes it a part of the path of what it writes into the run's folder, such as checkpoints."""
+        return ""
 
     @property
     def version(self) -> str:
@@ -59,9 +67,9 @@ class MetricsCSV(Logger):
         step = max(step, self.last_row.get("step", 0))
         if self.last_row.get("step") != step:
             self.last_row_offset = self.path.stat().st_size if self.path.exists() else 0
-            self.last_row = {"step": step}
+            self.last_row = {"step": step, **self.row_beginning()}
         self.last_row |= metrics
-        new_columns = [name for name in metrics if name not in self.columns]
+        new_columns = [name for name in self.last_row if name not in self.columns]
         if new_columns or not self.last_row_offset:
             self.columns += new_columns
             self._rewrite([row for row in read_metrics(self.path) if int(row["step"]) < step])
@@ -82,7 +90,7 @@ class MetricsCSV(Logger):
         kept_rows = [row for row in rows if int(row["step"]) <= step]
         if drop_prefix and kept_rows and int(kept_rows[-1]["step"]) == step:
             last = {name: "" if name.startswith(drop_prefix) else value for name, value in kept_rows.pop().items()}
-            kept_rows += [last] if any(value for name, value in last.items() if name != "step") else []
+            kept_rows += [last] if any(value for name, value in last.items() if name not in PLACE_COLUMNS) else []
         if rows:
             self.columns = list(rows[0])
             self._rewrite(kept_rows[:-1])
@@ -104,20 +112,3 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def wandb_logger(run: Run) -> WandbLogger:
-    """Return a Weights & Biases logger for a run.
-
-    It is online if WANDB_MODE says so, or, without that variable, if an API key is set or the user is logged in;
-    otherwise it writes offline files into the run's folder.
-    """
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-    if mode == "offline":
-        rank_zero_info(
-            f"Weights & Biases is offline; to upload the curves later: wandb sync {run.folder / 'wandb'}/offline-run-*"
-        )
-    settings = wandb.Settings(silent=mode == "offline", console="off")
-    logger = WandbLogger(name=run.folder.name, project="dpo", save_dir=run.folder, mode=mode, settings=settings)
-    logger._wandb_init.pop("anonymous")  # Lightning passes this option on, and wandb warns that it has no effect
-    return logger

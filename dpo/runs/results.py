@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.box import ASCII, HEAVY_HEAD, Box
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -25,6 +26,7 @@ TABLE_METRICS = (
     "logits/rejected",
     "perplexity",  # only supervised fine-tuning logs it
 )
+CLOCK_COLUMNS = ("epoch", "seconds")  # of metrics.csv; no metrics
 MAX_METRIC_ROWS = 500  # most rows of metrics.csv that `read_artifacts` returns
 TableRows = list[tuple[str, ...]]
 """A table as text; the first row is the header."""
@@ -83,7 +85,7 @@ def results_remarks(metrics_path: Path) -> Iterator[str]:
 
 
 def markdown_table(rows: TableRows) -> str:
-    """Return a table in Markdown, with numbers to four decimal places."""
+    """Return a table in Markdown, with numbers to four decimal places (see `to_four_places`)."""
     header, *values = rows
     lines = [header, ["---:"] * len(header), *map(_rounded, values)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -96,7 +98,8 @@ def print_results(rows: TableRows, title: str, remarks: Iterable[str] = ()) -> N
     printed = [header, *map(_rounded, values[-20:])]
     if console.width < 185:  # characters; less does not fit a column for every metric
         printed = list(zip(header, *printed[1:][-4:], strict=True))
-    table = Table(*(Column(name, justify="right") for name in printed[0]), title=title)
+    columns = (Column(name, justify="right", no_wrap=True) for name in printed[0])
+    table = Table(*columns, title=title, box=frame_of(console))
     for row in printed[1:]:
         table.add_row(*row)
     console.print(table, *remarks, sep="\n")
@@ -110,15 +113,26 @@ def print_metric_values(values: Mapping[str, float], stage: str) -> None:
         stage: ``val`` or ``test``, the prefix of the names.
     """
     title = f"Results of the {'validation' if stage == 'val' else stage} pairs"
-    table = Table("metric", Column("value", justify="right"), title=title)
+    console = Console()
+    table = Table("metric", Column("value", justify="right"), title=title, box=frame_of(console))
     for name, value in values.items():
         if name.startswith(f"{stage}/"):
-            table.add_row(name, f"{value:.4f}")
-    Console().print(table)
+            table.add_row(name, to_four_places(value))
+    console.print(table)
+
+
+def frame_of(console: Console) -> Box:
+    """Return the frame of tables: lines on a terminal, and characters that every editor shows in a file."""
+    return HEAVY_HEAD if console.is_terminal else ASCII
+
+
+def to_four_places(value: float) -> str:
+    """Return a number with four decimal places, or, where these would all be 0, in scientific notation."""
+    return f"{value:.2e}" if 0 < abs(value) < 5e-5 else f"{value:.4f}"
 
 
 def _rounded(row: tuple[str, ...]) -> tuple[str, ...]:
-    return row[0], *(f"{float(value):.4f}" if value else "" for value in row[1:])
+    return row[0], *(to_four_places(float(value)) if value else "" for value in row[1:])
 
 
 def read_artifacts(run: Run) -> dict[str, Any]:
@@ -128,7 +142,10 @@ def read_artifacts(run: Run) -> dict[str, Any]:
     returned.
     """
     header, *rows = csv.reader(_read_text(run.folder / "results.csv").splitlines() or [""])
-    metrics = read_metrics(run.metrics_path)
+    metrics = [
+        {name: value for name, value in row.items() if name not in CLOCK_COLUMNS}
+        for row in read_metrics(run.metrics_path)
+    ]
     stride = math.ceil(len(metrics) / MAX_METRIC_ROWS) or 1
     return {
         "name": run.folder.name,

@@ -53,7 +53,7 @@ def fit_until(lab: Lab, batch: int, error: type[BaseException], *words: str) -> 
 
 def trained(run: Run) -> list[dict[str, float]]:
     """The rows of metrics.csv without what the clock says."""
-    clocks = ("train/tokens_per_second", "train/time/step", "train/time/data")
+    clocks = ("seconds", "train/tokens_per_second", "train/time/step", "train/time/data")
     return [{name: value for name, value in row.items() if name not in clocks} for row in metrics(run)]
 
 

@@ -33,7 +33,7 @@ VARIANTS = {
     "cached": ["--model.reference=Cached", "--trainer.val_check_interval=3"],
     "supervised": ["--model=SFT", "--trainer.val_check_interval=4"],
 }
-CLOCKS = ("train/tokens_per_second", "train/time/step", "train/time/data")
+CLOCKS = ("seconds", "train/tokens_per_second", "train/time/step", "train/time/data")
 
 
 class Killed(BaseException):

@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 # Metrics that measure time.
-CLOCK = ("train/tokens_per_second", "train/time/step", "train/time/data")
+CLOCK = ("seconds", "train/tokens_per_second", "train/time/step", "train/time/data")
 
 
 def fit(root: Path, devices: int, *words: str) -> tuple[list[dict[str, str]], dict[str, torch.Tensor]]:
