@@ -26,6 +26,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from dpo.callbacks.checkpoints import CheckpointCadence
 from dpo.callbacks.defaults import standard_callbacks
+from dpo.callbacks.ending import ending_lines
+from dpo.callbacks.monitors import check_monitored_metrics
 from dpo.callbacks.predictions import PredictionWriter
 from dpo.callbacks.slow_work import SlowWork
 from dpo.callbacks.stopping import GracefulStop
@@ -43,13 +45,14 @@ from dpo.runs.export import export_run
 from dpo.runs.folder import Run, checkpoint_run_name
 from dpo.runs.loggers import MetricsCSV
 from dpo.runs.tracking import WandbTracker, finish_wandb, track_results
-from dpo.training.base import Stage, check_trainer_support
+from dpo.training.base import Stage
 from dpo.training.dpo import DPO
 from dpo.training.nonfinite import NonFiniteError
 from dpo.training.precomputed import Cached
 from dpo.training.preflight import PreflightError
 from dpo.training.schedules import ADAMW_OPTIONS, Warmup
 from dpo.training.sft import SFT
+from dpo.training.trainer_checks import check_strategy_name, check_trainer_support, check_training_options
 
 # Patterns of warnings about what is intended here.
 IGNORED_WARNINGS = (
@@ -61,7 +64,8 @@ IGNORED_WARNINGS = (
     "The number of training batches .* smaller than the logging",  # the last steps are logged at the end of the run
     "Checkpoint directory .* exists and is not empty",  # a ModelCheckpoint of the user writes beside last.ckpt
 )
-IGNORED_LOG_WORDS = ("litlogger", "GPU available", "TPU available")
+# "stopped" names max_epochs whatever stopped the training; `ending_lines` says it right.
+IGNORED_LOG_WORDS = ("litlogger", "GPU available", "TPU available", "`Trainer.fit` stopped")
 # The command line finds classes by their short name only if they are imported.
 SHORT_NAMES = (DPO, SFT, HHRLHF, PreferencePairs, Prompts, Cached, Warmup)
 HELD_OUT_PAIRS = 50  # validation pairs stored as text, which the server shows as examples
@@ -98,6 +102,7 @@ class TrainingCLI(LightningCLI):
         metrics_csv: The logger that writes metrics.csv.
         slow_work: The callback that says what the verb is doing.
         wandb_tracker: The logger for Weights & Biases, if it is used.
+        config_text: The verb's options as YAML, with all defaults.
     """
 
     model: Stage
@@ -109,6 +114,7 @@ class TrainingCLI(LightningCLI):
     metrics_csv: MetricsCSV
     slow_work: SlowWork
     wandb_tracker: WandbTracker | None = None
+    config_text: str
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of run name, optimizer and schedule, and the default classes."""
@@ -137,11 +143,11 @@ class TrainingCLI(LightningCLI):
         """Determine the run's folder and the checkpoint before anything is read or written.
 
         Raises:
-            ValueError: The checkpoint is not a local file, or the run does not allow the verb.
+            ValueError: The checkpoint is not a local file, or the run does not allow the verb, or options of the
+                trainer are not supported.
         """
-        if self.subcommand != "fit" and any(word.startswith("--checkpoint.") for word in sys.argv):
-            raise ValueError(f"--checkpoint: expected none, as {self.subcommand} saves no checkpoints.")
         config = self.config[self.subcommand]
+        self._check_options(config.trainer)
         root = Path(config.trainer.default_root_dir)
         checkpoint = config.ckpt_path
         name = config.name
@@ -151,17 +157,30 @@ class TrainingCLI(LightningCLI):
         set_argv([*sys.argv[1:], "--name", config.name])
         self.run = Run(root / config.name)
         self.may_restart = checkpoint == AUTO
-        if self.may_restart:
-            checkpoint = self._checkpoint_to_go_on_from(named=bool(name))
-        if checkpoint == "last":
-            checkpoint = newest_intact_checkpoint(self.run.checkpoint_folder / "last.ckpt")
-        if checkpoint == "best":
-            checkpoint = self.run.checkpoint_folder / "best.ckpt"
-        config.ckpt_path = str(local_checkpoint(checkpoint)) if checkpoint else None
-        self.is_resuming = bool(checkpoint) and checkpoint_run_name(root, checkpoint) == config.name
+        path = self._checkpoint_path(checkpoint, named=bool(name)) if checkpoint else None
+        config.ckpt_path = path and str(path)
+        self.is_resuming = bool(path) and checkpoint_run_name(root, path) == config.name
         self.run.check_verb_allowed(str(self.subcommand), self.is_resuming)
-        if (config.trainer.max_epochs, config.trainer.max_steps, config.trainer.max_time) == (None, -1, None):
-            config.trainer.max_epochs = 1
+
+    def _check_options(self, trainer: Any) -> None:
+        """Refuse options that the verb does not take; train one epoch where nothing says how long."""
+        if self.subcommand != "fit" and any(word.startswith("--checkpoint.") for word in sys.argv):
+            raise ValueError(f"--checkpoint: expected none, as {self.subcommand} saves no checkpoints.")
+        check_strategy_name(trainer.strategy)
+        if self.subcommand == "fit":
+            check_training_options(trainer)
+        if (trainer.max_epochs, trainer.max_steps, trainer.max_time) == (None, -1, None):
+            trainer.max_epochs = 1
+
+    def _checkpoint_path(self, checkpoint: str, named: bool) -> Path | None:
+        """Return the file behind ``--ckpt_path``; None if ``auto`` finds nothing to go on from."""
+        if checkpoint == AUTO:
+            checkpoint = self._checkpoint_to_go_on_from(named) or ""
+        if checkpoint == "last":
+            return newest_intact_checkpoint(self.run.checkpoint_folder / "last.ckpt")
+        if checkpoint == "best":
+            return local_checkpoint(self.run.checkpoint_folder / "best.ckpt")
+        return local_checkpoint(checkpoint) if checkpoint else None
 
     def _checkpoint_to_go_on_from(self, named: bool) -> str | None:
         """Return ``last`` if the run has a checkpoint, for ``--ckpt_path auto``.
@@ -183,7 +202,8 @@ class TrainingCLI(LightningCLI):
         """Return a trainer with the callbacks, plugins and loggers of every run, followed by those of the user.
 
         Raises:
-            ValueError: The trainer's precision or strategy is not supported, or the verb cannot use the data.
+            ValueError: The trainer's precision or strategy is not supported, a callback watches a metric that
+                there is not, or the verb cannot use the data.
         """
         self.graceful_stop = GracefulStop()
         self.metrics_csv = MetricsCSV(self.run.metrics_path)
@@ -194,10 +214,12 @@ class TrainingCLI(LightningCLI):
         config = self.config[verb].clone()
         if self.is_resuming:  # config.yaml stays the same whichever of its own checkpoints a run resumes from
             config.ckpt_path = None
-        text = self._parser(verb).dump(config, skip_none=False)
+        self.config_text = self._parser(verb).dump(config, skip_none=False)
         callbacks = standard_callbacks(
-            verb, config, text, self.run, self.datamodule, self.metrics_csv, self.graceful_stop
+            verb, config, self.config_text, self.run, self.datamodule, self.metrics_csv, self.graceful_stop
         )
+        if verb == "fit":
+            check_monitored_metrics(as_list(user_options.callbacks), self.model)
         trainer = super().instantiate_trainer(
             callbacks=[self.slow_work, *callbacks, *as_list(user_options.callbacks)],
             plugins=[AtomicCheckpointIO(), *as_list(user_options.plugins)],
@@ -233,17 +255,22 @@ class TrainingCLI(LightningCLI):
         return [self.metrics_csv, *as_list(chosen)]
 
     def _store_metrics(self, stage: str) -> dict[str, float]:
-        """Write the metrics of a stage into results.json, and return them."""
+        """Write the metrics of a stage into results.json, and return them; those of other data under another key."""
         metrics = self.trainer.callback_metrics
         values = {name: value.item() for name, value in metrics.items() if name.startswith(f"{stage}/")}
         if values:
-            self.run.update_results(values)
+            other = self.run.other_data(self.config_text) if self.subcommand != "fit" else ""
+            stored = {name.replace(stage, f"{stage}[{other}]", 1): value for name, value in values.items()}
+            self.run.update_results(stored if other else values)
+            if other:
+                print(f"Other data than the run's own ({other}): stored as {stage}[{other}]/... in results.json.")
         return values
 
     def after_fit(self) -> None:
         """Write results, the Hugging Face folder and the held-out pairs, and print where they are."""
         if not self.trainer.is_global_zero:
             return
+        print(ending_lines(self.trainer, self.run, self.graceful_stop.signal_number))
         self._store_metrics("val")
         rows = results.write_results(self.run)
         remarks = results.results_remarks(self.run.metrics_path)
@@ -334,7 +361,7 @@ def main(arguments: Sequence[str], cli_class: type[TrainingCLI] | None = None) -
             seed_everything_default=0,
         )
     except (ValueError, OSError, PreflightError, NonFiniteError, MisconfigurationException) as error:
-        print(error_message(error), file=sys.stderr)
+        print(f"error: {error_message(error)}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit) as end:  # Lightning exits with 1 after a Ctrl-C
         if isinstance(end.__context__ or end, KeyboardInterrupt):

@@ -4,36 +4,67 @@ jsonargparse does the parsing. What is added here: configurations that come with
 versions, near misses in error messages, and that no option is dropped silently when one class takes another's place.
 """
 
-import inspect
 import re
 import sys
-from abc import ABC
-from collections.abc import Callable, Iterator, Sequence
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
-from difflib import get_close_matches
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from pydoc import locate
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
+from dpo.cli.class_names import class_options, option_takers
+from dpo.cli.refusals import (
+    config_fault,
+    name_option,
+    read_config,
+    refusal_line,
+    unknown_option_line,
+)
+
 PACKAGE = Path(__file__).parents[1]
 # Inside the package when it was installed from a wheel, beside it in a checkout.
 CONFIG_FOLDER = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
-WHAT_TO_TRAIN = ("-c", "--model.policy", "--data.path")
+WHAT_TO_TRAIN = ("--model.policy", "--data.path")
 
 # Where classes of configurations were in earlier versions; they are all named from `dpo` now.
 _OLD_CLASS_PATH = re.compile(r"\bdpo\.(?:adapters|cached|data|module|prompts|reference|schedules|sft)\.([A-Z]\w*)")
 _OLD_PRECISION = "dpo.precision.bfloat16_where_fast"
 
-# What jsonargparse says of an option that a class does not take, of a class that does not exist, and where.
-_REFUSED_OPTION = re.compile(r"class_path '([\w.]+)':\s+(?:Option '|unrecognized arguments: --)(\w+)")
-_UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\w+)$", re.M)
-_EXPECTED_CLASS = re.compile(r"class_path '([\w.]+)':\s+Parser key \"(\w+)\"|Subtypes: \[<class '([\w.]+)'>")
+_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf", re.I)
+# Classes whose options are shown where an option asks for help and names no class.
+_HELP_CLASSES = {
+    "--model.help": "DPO",
+    "--model.loss.help": "DPO",
+    "--model.reference.help": "Copy",
+    "--data.help": "HHRLHF",
+    "--optimizer.help": "AdamW",
+    "--lr_scheduler.help": "Warmup",
+}
+_CLASS_OPTIONS = {  # the classes by whose options an unknown one is looked for
+    "--model": "dpo.DPO",
+    "--model.loss": "dpo.losses.DPO",
+    "--data": "dpo.HHRLHF",
+    "--optimizer": "torch.optim.AdamW",
+    "--lr_scheduler": "dpo.Warmup",
+}
+# Roles with their target, literals, and links.
+_SPHINX = re.compile(r":[a-z]+:`~?(?:[^`]*?\.)?(\w+)`|``([^`]*)``|`([^`<]+?)\s*<[^>`]*>`_+")
+_HELP_EPILOG = """\
+Options of the classes that do the work (with --model.loss IPO and the like, those of another class):
+  --model.help [CLASS]         stages: DPO, SFT
+  --model.loss.help [CLASS]    losses; `python -m dpo losses` lists them with their formulas
+  --model.adapter.help CLASS   AsLoaded, LoRA, QLoRA
+  --model.reference.help CLASS Copy, Model, Cached, Moving, AdapterOff, Nothing
+  --data.help [CLASS]          data: HHRLHF, PreferencePairs, Prompts (predict)
+  --optimizer.help [CLASS]     optimizers of torch.optim
+  --lr_scheduler.help [CLASS]  Warmup, and the schedules of torch
+"""
 
 
 def complete_arguments(arguments: Sequence[str]) -> list[str]:
@@ -41,17 +72,60 @@ def complete_arguments(arguments: Sequence[str]) -> list[str]:
 
     A ``fit`` that names neither configuration nor policy nor data gets the quickstart's configuration.
     """
-    words = [_translate(word) for word in arguments]
-    names_nothing = not any(map(_names_what_to_train, words))
-    if words[:1] == ["fit"] and names_nothing:
-        words[1:1] = ["--config", str(CONFIG_FOLDER / "quickstart.yaml")]
+    words = _join_negative_numbers(_name_help_classes([_translate(word) for word in arguments]))
+    quickstart = str(CONFIG_FOLDER / "quickstart.yaml")
+    if words[:1] == ["fit"] and not any(map(_names_what_to_train, words)):
+        words[1:1] = ["--config", quickstart]
     for place, word in enumerate(words):
         option, _, value = word.partition("=")
         if _is_config(option) and value:
             words[place] = f"{option}={find_config(value)}"
         elif place and _is_config(words[place - 1]):
             words[place] = find_config(word)
+    overlays = config_paths(words)
+    if words[:1] == ["fit"] and overlays and not any(map(_names_policy_or_data, words)) and _are_overlays(overlays):
+        rank_zero_info(f"{', '.join(overlays)}: names neither policy nor data, so {quickstart} lies under it.")
+        words[1:1] = ["--config", quickstart]
     return words
+
+
+def _name_help_classes(words: list[str]) -> list[str]:
+    """Give an option that asks for help, and is followed by no class, the class that is used by default."""
+    following = [*words[1:], "--"]
+    return [
+        f"{word}={_HELP_CLASSES[word]}" if word in _HELP_CLASSES and after.startswith("--") else word
+        for word, after in zip(words, following, strict=True)
+    ]
+
+
+def _join_negative_numbers(words: list[str]) -> list[str]:
+    """Join an option and the negative number after it, which argparse would take for an option."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and _NUMBER.fullmatch(word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def config_paths(words: Sequence[str]) -> list[str]:
+    """Return the configurations that a command line names."""
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    values = ((word.partition("="), after) for word, after in pairs if _is_config(word.partition("=")[0]))
+    return [value if equals else after for (_, equals, value), after in values]
+
+
+def _are_overlays(paths: Sequence[str]) -> bool:
+    """Return whether all configurations can be read and none of them names a policy or data."""
+    contents = [read_config(path) for path in paths]
+    return all(isinstance(content, dict) and not _chooses_policy_or_data(content) for content in contents)
+
+
+def _chooses_policy_or_data(content: dict[str, Any]) -> bool:
+    model = content.get("model")
+    options = model if isinstance(model, dict) else {}
+    return "data" in content or "policy" in {**options, **(options.get("init_args") or {})} or isinstance(model, str)
 
 
 def _is_config(option: str) -> bool:
@@ -59,8 +133,11 @@ def _is_config(option: str) -> bool:
 
 
 def _names_what_to_train(word: str) -> bool:
-    option = word.partition("=")[0].replace(".init_args.", ".")
-    return option in WHAT_TO_TRAIN or _is_config(option)
+    return _names_policy_or_data(word) or _is_config(word.partition("=")[0])
+
+
+def _names_policy_or_data(word: str) -> bool:
+    return word.partition("=")[0].replace(".init_args.", ".") in WHAT_TO_TRAIN
 
 
 def find_config(path: str) -> str:
@@ -80,83 +157,55 @@ def set_argv(arguments: Sequence[str]) -> None:
 
 
 def error_message(error: BaseException) -> str:
-    """Return what is wrong, without jsonargparse's list of all types that a value could have had."""
-    wrapped = error.__cause__ if "Union subtypes" in str(error) else None
-    return error_message(wrapped) if wrapped else f"{type(error).__name__}: {error}"
+    """Return what is wrong in plain words, without jsonargparse's list of all types that a value could have had."""
+    if "Union subtypes" in str(error):
+        return error_message(error.__cause__) if error.__cause__ else refusal_line(str(error))
+    return name_option(str(error).strip(), sys.argv) or type(error).__name__
 
 
 class HintingParser(LightningArgumentParser):
-    """Lightning's parser with errors that name who takes a refused option, and close matches of unknown names."""
+    """Lightning's parser, whose errors are one line that names the option, what was expected and close matches."""
+
+    failed_config = ""  # name of the configuration that could not be applied
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with a message whose last line says what may have been meant."""
-        hints = [_option_takers(*refused.groups()) for refused in _REFUSED_OPTION.finditer(message)]
-        new_hints = [hint for hint in hints if hint not in message]  # nested parsers have added theirs
-        suggestion = _suggestion(message) if self.exit_on_error else []
-        super().error("\n".join([message, *new_hints, *suggestion]), ex)
+        """End with a message of one line; parsers within this one raise jsonargparse's own, which is read here."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        line = unknown_option_line(message, sys.argv, _known_options(parser)) or refusal_line(message)
+        faults = filter(None, map(config_fault, config_paths(sys.argv)))
+        line = next(faults, line)
+        place = f" (In {self.failed_config}.)" if self.failed_config and self.failed_config not in line else ""
+        super().error(line + place, ex)
 
-    def _load_config_parser_mode(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
-        return super()._load_config_parser_mode(_translate(content), *args, **kwargs)
+    def _load_config_parser_mode(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Namespace:
+        try:
+            return super()._load_config_parser_mode(_translate(content), path, *args, **kwargs)
+        except (TypeError, KeyError, ArgumentError):
+            names = [name for name in config_paths(sys.argv) if Path(name).name == str(path)]
+            self.failed_config = (names or [str(path)])[-1]
+            raise
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing: the usage of all options would stand before every message, which names ``--help``."""
 
-
-def _option_takers(class_path: str, option: str) -> str:
-    classes = [cls for cls in sibling_classes(class_path) if option in inspect.signature(cls).parameters]
-    return f"'{option}' is taken by {', '.join(sorted(cls.__name__ for cls in classes))}." if classes else ""
-
-
-def _suggestion(message: str) -> list[str]:
-    """Return one line on the last unknown option or class, with names that are spelled much like it."""
-    for class_path, option in _REFUSED_OPTION.findall(message)[-1:]:
-        name = class_path.rpartition(".")[2]
-        return [_close_matches(f"{name} has no option", option, set(_parameters(class_path)))]
-    for unknown in _UNKNOWN_CLASS.findall(message)[-1:]:
-        expected = [_accepted_classes(*match) for match in _EXPECTED_CLASS.findall(message)]
-        names = {cls.__name__ for classes in expected[-1:] for cls in classes}
-        return [_close_matches("there is no class", unknown, names)]
-    return []
+    def format_help(self, *args: Any) -> str:
+        """Return the help without marks of Sphinx, and with where the options of classes are shown."""
+        for action in self._actions:
+            if isinstance(action.help, str):
+                action.help = _SPHINX.sub(lambda match: next(filter(None, match.groups()), ""), action.help)
+        text = super().format_help(*args)
+        return f"{text}\n{_HELP_EPILOG}" if "--trainer.max_steps" in text else text
 
 
-def _close_matches(problem: str, name: str, known: set[str]) -> str:
-    near = get_close_matches(name, sorted(known), cutoff=0.5)
-    return f"error: {problem} {name!r}." + (f" Did you mean {' or '.join(near)}?" if near else "")
-
-
-def _accepted_classes(class_path: str, option: str, base: str) -> list[type[Any]]:
-    """Return all classes below a base class, or below the types of an option of a class."""
-    accepted = _import_class(base) if base else _parameters(class_path)[option].annotation
-    return [cls for each in get_args(accepted) or [accepted] for cls in _with_subclasses(each)]
-
-
-def _parameters(class_path: str) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(_import_class(class_path)).parameters)
-
-
-def _import_class(class_path: str) -> Any:
-    module, _, name = class_path.rpartition(".")  # not `locate`: torch.optim hides its modules
-    return getattr(import_module(module), name)
-
-
-def _with_subclasses(cls: type[Any]) -> list[type[Any]]:
-    return [cls, *(deeper for below in type.__subclasses__(cls) for deeper in _with_subclasses(below))]
-
-
-def sibling_classes(class_path: str) -> Iterator[type[Any]]:
-    """Return the concrete classes below the abstract class of the same package that a class derives from."""
-    package = class_path.split(".")[0]
-    lineage = [c for c in getattr(locate(class_path), "__mro__", ()) if c.__module__.split(".")[0] == package]
-    roots = [c for c in lineage if ABC in c.__bases__]
-    return _first_concrete(roots[-1]) if roots else iter(())
-
-
-def _first_concrete(cls: type[Any]) -> Iterator[type[Any]]:
-    if not inspect.isabstract(cls):
-        yield cls
-        return
-    for below in cls.__subclasses__():
-        yield from _first_concrete(below)
+def _known_options(parser: Any) -> list[str]:
+    """Return the options of a parser, and those of the classes that are chosen by default."""
+    options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    for prefix, class_path in _CLASS_OPTIONS.items():
+        if prefix.split(".")[0] in options:
+            options += [f"{prefix}.{name}" for name in class_options(class_path)]
+    return [option for option in options if not option.endswith(("+", ".help", ".optimizer", ".lr_scheduler"))]
 
 
 def _discard_old_options(parser: Any, before: Any, value: Any) -> None:
@@ -183,7 +232,7 @@ def _discard_old_options(parser: Any, before: Any, value: Any) -> None:
     for name in sorted(offered - vars(before.init_args).keys()):
         message = f"'{name}' was given for {old}, and {new} in its place does not take it"
         if is_dataclass(old_class):
-            takers = _option_takers(before.class_path, name)
+            takers = option_takers(before.class_path, name)
             raise SystemExit(f"{message}. {takers} Take it out of the configuration.")
         _log_once(f"Left out: {message}.")
 

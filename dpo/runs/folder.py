@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from dpo.files import remove, write_atomically
 from dpo.models.checkpoint_io import rotate_generations
 
 NAMED_CHECKPOINTS = ("last", "best")  # --ckpt_path takes these names instead of a path
+HOW_DATA_ARE_READ = ("batch_size", "max_tokens", "shuffle", "num_workers")  # options that change no mean of a metric
 
 
 @dataclass(frozen=True)
@@ -145,12 +149,34 @@ class Run:
         temporary.symlink_to(self.folder.name)
         temporary.replace(latest)
 
+    def other_data(self, config_text: str) -> str:
+        """Return by which options the data of a configuration differ from the run's own, or nothing.
+
+        A folder without a configuration gets this one: its first data are its own.
+
+        Args:
+            config_text: The configuration as YAML, with all defaults.
+        """
+        if not self.config_path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with write_atomically(self.config_path) as temporary:
+                temporary.write_text(config_text)
+        own, given = _data_options(self.config_path.read_text()), _data_options(config_text)
+        names = [name for name in given if own.get(name) != given[name] and name not in HOW_DATA_ARE_READ]
+        return ", ".join(f"{name}={given[name]}" for name in names)
+
     def update_results(self, values: dict[str, float]) -> None:
         """Set values in results.json and keep its others."""
         self.folder.mkdir(parents=True, exist_ok=True)
         stored = json.loads(self.results_path.read_text()) if self.results_path.exists() else {}
         with write_atomically(self.results_path) as temporary:
             temporary.write_text(json.dumps({**stored, **values}, indent=2) + "\n")
+
+
+def _data_options(config_text: str) -> dict[str, Any]:
+    """Return the class of the data and its options that decide which pairs are measured."""
+    data = (yaml.safe_load(config_text) or {}).get("data") or {}
+    return {"class": data.get("class_path"), **(data.get("init_args") or {})}
 
 
 def checkpoint_run_name(root: Path, checkpoint: str | Path) -> str | None:
@@ -163,7 +189,8 @@ def checkpoint_run_name(root: Path, checkpoint: str | Path) -> str | None:
     Returns:
         The name, or None if the checkpoint is of no run below `root`.
     """
-    folder = (root / "latest" if checkpoint in NAMED_CHECKPOINTS else Path(checkpoint).parents[1]).resolve()
+    path = root / "latest" if checkpoint in NAMED_CHECKPOINTS else Path(checkpoint).absolute().parent.parent
+    folder = path.resolve()
     return folder.name if folder.parent == root.resolve() and folder.is_dir() else None
 
 

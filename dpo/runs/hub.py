@@ -150,6 +150,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--to", required=True, help="repository, user/name; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="make the repository visible only to you")
     options = parser.parse_args(arguments)
+    export_files(options.run)  # a run that is not there is named before a token that is not
     token = get_token()
     if token is None:
         raise ValueError(NO_TOKEN_MESSAGE)

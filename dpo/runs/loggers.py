@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from dpo.files import write_atomically
 
-
 PLACE_COLUMNS = ("step", "epoch", "seconds")  # where a row stands, whatever was measured there
 
 

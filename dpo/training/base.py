@@ -15,8 +15,6 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -29,7 +27,8 @@ from dpo.training.hyperparameters import to_plain
 from dpo.training.inference import PolicyModule
 from dpo.training.metrics import DerivedMetric, MetricMeans
 from dpo.training.nonfinite import FiniteMonitor, require_finite_weights
-from dpo.training.schedules import default_optimizer, validate_optimizer
+from dpo.training.schedules import Warmup, default_optimizer, validate_optimizer, validate_schedule
+from dpo.training.trainer_checks import check_trainer_support, check_training_options
 
 
 class Stage(PolicyModule):
@@ -76,7 +75,7 @@ class Stage(PolicyModule):
 
         Raises:
             TypeError: The policy is an object instead of a path.
-            ValueError: The optimizer does not take its options.
+            ValueError: The optimizer or the schedule does not take its options.
         """
         super().__init__()
         if not isinstance(policy, str | Path):
@@ -92,7 +91,7 @@ class Stage(PolicyModule):
         self.compile_layers = compile
         self.preflight = preflight
         self.optimizer = validate_optimizer(optimizer)
-        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler = validate_schedule(optimizer, lr_scheduler)
         self.train_means, self.val_means, self.test_means = (
             MetricMeans(self.metric_names, self.derived_metrics) for _ in range(3)
         )
@@ -153,8 +152,10 @@ class Stage(PolicyModule):
         self.grad_norm = checkpoint.get("grad_norm", self.grad_norm)
 
     def setup(self, stage: str) -> None:
-        """Refuse precisions and strategies under which a step would not be exact."""
+        """Refuse precisions and strategies under which a step would not be exact, and a fit that trains nothing."""
         check_trainer_support(self.trainer)
+        if stage == "fit":
+            check_training_options(self.trainer)
 
     def configure_model(self) -> None:
         """Read the policy, once."""
@@ -183,10 +184,15 @@ class Stage(PolicyModule):
         optimizer = self.optimizer(trainable)
         if self.lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = self.lr_scheduler(optimizer)
+        if self._trainer is not None and self.trainer.train_dataloader is not None:  # resuming, see OptimizerOverrides
+            self._set_run_steps(scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _set_run_steps(self, scheduler: Any) -> None:
+        """Tell a schedule the length of the run, which is known once the data are set up."""
+        if isinstance(scheduler, Warmup):
+            scheduler.set_run_steps(self.trainer.estimated_stepping_batches)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Make a step of a list of examples, which a user's own loader gives (``collate_fn=list``).
@@ -275,10 +281,10 @@ class Stage(PolicyModule):
             run_preflight(self)
 
     def on_train_start(self) -> None:
-        """Begin without gradients.
+        """Begin without gradients, with a schedule that knows the length of the run.
 
         Raises:
-            ValueError: The last optimizer step of an epoch would be cut short.
+            ValueError: The last optimizer step of an epoch would be cut short, or the schedule does not fit the run.
         """
         self.zero_grad()
         if self._restored_means:
@@ -287,6 +293,8 @@ class Stage(PolicyModule):
             self._restored_means = None
             if self.trainer.global_step % log_interval(self.trainer) == 0:
                 self._complete_logged_step()
+        for config in self.trainer.lr_scheduler_configs:
+            self._set_run_steps(config.scheduler)
         batches, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         if batches != float("inf") and batches % accumulate:
             raise ValueError(
@@ -373,23 +381,3 @@ def is_logged_step(trainer: L.Trainer, batch_idx: int) -> bool:
 def log_interval(trainer: L.Trainer) -> int:
     """Return the number of optimizer steps from one logged step to the next."""
     return trainer.log_every_n_steps  # type: ignore[attr-defined,no-any-return]  # Lightning does not declare it
-
-
-def check_trainer_support(trainer: L.Trainer) -> None:
-    """Refuse number formats that weights are kept in, and strategies that cut the model.
-
-    Raises:
-        ValueError: Weights are not kept in float32, or not whole on every device.
-    """
-    if isinstance(trainer.precision_plugin, HalfPrecision | DoublePrecision):
-        raise ValueError(
-            f"--trainer.precision: expected 32-true, bf16-mixed or 16-mixed, got {trainer.precision}. Weights are "
-            "kept in float32: in 16 bits the small steps of preference training are lost, 64 serve no purpose."
-        )
-    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
-        raise ValueError(
-            f"--trainer.strategy: expected auto or ddp, got {type(trainer.strategy).__name__}. Every device holds the "
-            "whole model: the number of micro-batches of a step may differ from device to device, and where weights "
-            "are spread over devices each forward pass needs all of them. Use LoRA, --model.reference Cached or "
-            "--model.gradient_checkpointing true for models that do not fit."
-        )

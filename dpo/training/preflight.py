@@ -148,7 +148,8 @@ def _check_frozen(module: Stage, optimizer: torch.optim.Optimizer) -> Iterator[s
         bool(trained),
         "the policy: expected parameters that the optimizer trains, got none. Unfreeze the policy.",
     )
-    rate = optimizer.param_groups[0]["lr"]
+    group = optimizer.param_groups[0]
+    rate = group.get("initial_lr", group["lr"])  # a schedule may begin below it
     yield f"{sum(p.numel() for p in trained):,} parameters train at learning rate {rate:g}, all others are frozen"
 
 

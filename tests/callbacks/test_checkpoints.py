@@ -64,6 +64,9 @@ def test_a_resumed_run_without_validation_equals_an_uninterrupted_one(lab: Lab, 
         ([], "--optimizer.lr=2e-4", (2e-4, 2e-4)),
         (["Warmup", "warmup_steps=5"], "--optimizer.lr=2e-3", (2e-3 * 4 / 5, 2e-3)),
         (["Warmup", "warmup_steps=5"], "--lr_scheduler.warmup_steps=8", (1e-3 * 4 / 8, 1e-3 * 5 / 8)),
+        # Half of the resumed run's 4 steps; half of the first run's 2 was over after one.
+        (["Warmup", "warmup_ratio=0.5"], "--optimizer.lr=2e-3", (2e-3, 2e-3)),
+        (["Warmup", "warmup_ratio=1"], "--optimizer.lr=2e-3", (2e-3 * 4 / 4, 2e-3)),
         (["CosineAnnealingLR", "T_max=4"], "--optimizer.lr=2e-3", (2e-3 * (1 + math.cos(math.pi * 3 / 4)) / 2, 0.0)),
     ],
 )
@@ -327,7 +330,7 @@ def test_the_message_for_a_full_disk_names_the_intact_checkpoints(
         assert lab.main("fit", *options, "--trainer.max_steps=2", "--ckpt_path=last") == 1
     last = run.checkpoint_folder / "last.ckpt"
     *_, first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"CheckpointWriteError: the checkpoint {last} could not be written. Is the disk full? ")
+    assert first.startswith(f"error: the checkpoint {last} could not be written. Is the disk full? ")
     assert " MiB free." in first
     older = last.with_name("last-1.ckpt")  # the same, by another name
     assert second == f"Intact checkpoints: {older}, {last}. Free some space and resume from one with --ckpt_path."

@@ -109,6 +109,14 @@ def test_a_schedule_is_chosen_by_class(lab: Lab) -> None:
     assert [after / before for before, after in zip(rates, rates[1:])] == [0.5, 0.5]  # noqa: B905 RUF007
 
 
+def test_a_warm_up_may_be_a_share_of_the_run(lab: Lab) -> None:
+    """The whole run of 4 steps: n / 4 of the rate at step n, logged after the step before."""
+    words = ["--lr_scheduler=Warmup", "--lr_scheduler.warmup_ratio=1", "--optimizer.lr=0.01"]
+    run = lab.fit("share", "--trainer.max_steps=4", "--data.val_fraction=0", *words)
+    rates = [row["train/learning_rate"] for row in metrics(run)]
+    assert rates == pytest.approx([0.01 * 2 / 4, 0.01 * 3 / 4, 0.01, 0.01])
+
+
 def test_another_model_is_the_reference(lab: Lab, capfd: pytest.CaptureFixture[str]) -> None:
     run = lab.fit("other", *QUICK, f"--model.reference={policy(seed=1)}")
     assert metrics(run)[0]["train/rewards/margins"] != 0.0
@@ -154,16 +162,19 @@ def test_unknown_options_and_classes_are_refused_by_name(
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("--model.polcy=x", "error: DPO has no option 'polcy'. Did you mean policy?"),
-        ("--data.bath_size=3", "error: HHRLHF has no option 'bath_size'. Did you mean batch_size?"),
-        ("--model.loss.bta=1", "error: DPO has no option 'bta'. Did you mean beta?"),
-        ("--optimizer.lrr=1", "error: AdamW has no option 'lrr'. Did you mean lr?"),
-        ("--model.loss=RobustDPOO", "error: there is no class 'RobustDPOO'. Did you mean RobustDPO?"),
-        ("--model.loss=Foo", "error: there is no class 'Foo'."),
-        ("--model.adapter=Lora", "error: there is no class 'Lora'. Did you mean LoRA"),
-        ("--model=DPOO", "error: there is no class 'DPOO'. Did you mean DPO?"),
-        ("--optimizer=Adm", "error: there is no class 'Adm'. Did you mean Adam"),
-        ("--nothing=1", "error: unrecognized arguments: --nothing=1"),
+        ("--model.polcy=x", "error: --model.polcy: DPO has no option 'polcy'. Did you mean policy?"),
+        ("--data.bath_size=3", "error: --data.bath_size: HHRLHF has no option 'bath_size'. Did you mean batch_size?"),
+        ("--model.loss.bta=1", "error: --model.loss.bta: DPO has no option 'bta'. Did you mean beta?"),
+        ("--optimizer.lrr=1", "error: --optimizer.lrr: AdamW has no option 'lrr'. Did you mean lr?"),
+        ("--model.loss=RobustDPOO", "error: --model.loss: expected one of AOT, AOTUnpaired, "),
+        ("--model.loss=Foo", "error: --model.loss: expected one of AOT, AOTUnpaired, "),
+        (
+            "--model.adapter=Lora",
+            "error: --model.adapter: expected one of AsLoaded, LoRA, QLoRA, got 'Lora'. Did you mean LoRA",
+        ),
+        ("--model=DPOO", "error: --model: expected one of DPO, SFT, got 'DPOO'. Did you mean DPO?"),
+        ("--optimizer=Adm", "error: --optimizer: expected one of ASGD, Adadelta, "),
+        ("--nothing=1", "error: --nothing: there is no such option."),
     ],
 )
 def test_the_last_line_names_the_error_and_close_matches(
@@ -175,8 +186,11 @@ def test_the_last_line_names_the_error_and_close_matches(
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("--model.loss.label_smoothing=0.9", "ValueError: label_smoothing: expected a number in [0, 0.5], got 0.9.\n"),
-        ("--model.loss.beta=0", "ValueError: beta: expected a number in (0, inf), got 0.0.\n"),
+        (
+            "--model.loss.label_smoothing=0.9",
+            "error: --model.loss.label_smoothing: expected a number in [0, 0.5], got 0.9.\n",
+        ),
+        ("--model.loss.beta=0", "error: --model.loss.beta: expected a number in (0, inf), got 0.0.\n"),
         ("--model.loss.beta=many", "beta"),
         ("--data.batch_size=0", "--data.batch_size: expected at least 1 pair, got 0"),
         ("--data.max_length=4", "--data.max_length: expected at least 8 tokens, got 4"),
@@ -192,12 +206,18 @@ def test_wrong_values_are_refused_with_a_message(
     assert expected in refused(lab, capsys, word)
 
 
-@pytest.mark.parametrize("word", ["--optimizer.lr=-1", "--optimizer.betas=[2, 0.9]", "--optimizer.eps=-1"])
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--optimizer.lr=-1", "--optimizer.lr: expected a finite number above 0, got -1"),
+        ("--optimizer.betas=[2, 0.9]", "--optimizer: the optimizer refuses its options: Invalid beta parameter"),
+        ("--optimizer.eps=-1", "--optimizer: the optimizer refuses its options: Invalid epsilon value"),
+    ],
+)
 def test_options_of_the_optimizer_are_refused_before_anything_is_read(
-    lab: Lab, capsys: pytest.CaptureFixture[str], word: str
+    lab: Lab, capsys: pytest.CaptureFixture[str], word: str, expected: str
 ) -> None:
-    message = refused(lab, capsys, word, "--model.policy=/nowhere")
-    assert message.startswith("ValueError: --optimizer: the optimizer refuses its options: Invalid")
+    assert refused(lab, capsys, word, "--model.policy=/nowhere").startswith(f"error: {expected}")
 
 
 @pytest.mark.parametrize("way", ["short", "long", "configuration"])
@@ -333,3 +353,42 @@ def test_fit_without_options_trains_the_quickstart(monkeypatch: pytest.MonkeyPat
         with pytest.raises(SystemExit):
             cli.main(words)
         assert seen["words"] == ["train.py", *words]
+
+
+def test_results_of_other_data_are_kept_beside_the_own(lab: Lab, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    other = pairs(20, 4)
+    assert lab.main("test", "--name=one", "--ckpt_path=last", "--data.batch_size=2") == 0
+    own = results(run, "test")
+    assert lab.main("test", "--name=one", "--ckpt_path=last", f"--data.path={other}") == 0
+    assert results(run, "test") == own
+    assert f"Other data than the run's own (path={other})" in capsys.readouterr().out
+    kept = json.loads(run.results_path.read_text())
+    assert kept[f"test[path={other}]/loss"] != own["test/loss"]
+
+
+def test_results_without_training_keep_whose_they_are(lab: Lab) -> None:
+    for path in (pairs(), pairs(20, 4)):
+        assert lab.main("test", "--name=measured", f"--data.path={path}") == 0
+    values = json.loads(Run(lab.folder / "measured").results_path.read_text())
+    assert {"test/loss", f"test[path={pairs(20, 4)}]/loss"} <= values.keys()
+
+
+def test_a_run_cut_short_says_so_and_how_to_go_on(lab: Lab, capfd: pytest.CaptureFixture[str]) -> None:
+    run = lab.fit("short-time", "--trainer.max_time=00:00:00:00", "--trainer.max_steps=5", "--data.val_fraction=0")
+    out, log = capfd.readouterr()
+    assert "of 5 steps: the time of --trainer.max_time is up. To go on:" in out
+    assert f"fit --config {run.config_path} --ckpt_path {run.checkpoint_folder / 'last.ckpt'} --trainer.max_time" in out
+    assert "reached" not in out + log.replace("Time limit reached", "")
+    lab.fit("whole", *QUICK)
+    out, _ = capfd.readouterr()
+    assert "Trained 1 of 1 steps: --trainer.max_steps 1 is reached." in out
+
+
+def test_help_has_no_marks_of_sphinx_and_names_the_helps_of_classes(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        lab.only("fit", "--help")
+    text = capsys.readouterr().out
+    assert "``" not in text and ":class:" not in text and ":paramref:" not in text
+    assert all(f"--{name}.help" in text for name in ("model", "model.loss", "data", "optimizer", "lr_scheduler"))

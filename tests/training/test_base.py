@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from dpo.training.base import check_trainer_support
+from dpo.training.trainer_checks import check_trainer_support
 
 
 def test_a_strategy_that_spreads_the_weights_is_refused() -> None:

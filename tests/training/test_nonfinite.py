@@ -58,7 +58,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(
     words = ["--model.loss=tests.training.test_nonfinite.Breaks", "--trainer.val_check_interval=1", *WORDS]
     assert lab.main("fit", "--name=broken", *words) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("NonFiniteError: step 2: the loss is not finite for the pairs pairs/train:")
+    assert message.startswith("error: step 2: the loss is not finite for the pairs pairs/train:")
     assert "The weights are still those from before this step. Try a smaller --optimizer.lr" in message
     run = Run(lab.folder / "broken")
     assert [row["step"] for row in metrics(run)] == [1]
@@ -74,7 +74,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_step(
     words = ["--model.loss=tests.training.test_nonfinite.Steep", "--model.preflight=false", *WORDS]
     assert lab.main("fit", "--name=steep", *words) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("NonFiniteError: step 1: the gradient is not finite for the pairs")
+    assert message.startswith("error: step 1: the gradient is not finite for the pairs")
     assert message.count("pairs/train:") == 4
     assert all(value.isfinite().all() for value in FINAL_WEIGHTS.values())
 
@@ -93,7 +93,7 @@ def test_a_fused_optimizer_skips_the_step_until_the_host_asks(
     good = lab.fit("good", *words, "--trainer.max_steps=1")
     assert lab.main("fit", "--name=fused", *words) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("NonFiniteError: step 2: the loss is not finite for the pairs pairs/train:")
+    assert message.startswith("error: step 2: the loss is not finite for the pairs pairs/train:")
     assert all(torch.equal(FINAL_WEIGHTS[name], value) for name, value in weights(good).items()), "only step 1"
     assert not Run(lab.folder / "fused").checkpoint_folder.exists()
 

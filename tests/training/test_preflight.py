@@ -195,7 +195,7 @@ def test_a_model_that_cannot_be_scored(
     path = f"--model.policy={policy()}"
     monkeypatch.setattr(LlamaForCausalLM, "forward", broken)
     message = refused(lab, capsys, path)
-    assert message == "ValueError: LlamaForCausalLM cannot be scored: IndexError: list index out of range"
+    assert message == "error: LlamaForCausalLM cannot be scored: IndexError: list index out of range"
 
 
 def test_more_tokens_than_the_policy_has_positions(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,7 +255,7 @@ def test_answers_that_are_the_same() -> None:
 
 def test_every_message_says_how_to_skip_the_checks(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(lab, capsys, "--model.loss=tests.training.test_preflight.Shifted")
-    assert message.startswith("PreflightError: preflight: ")
+    assert message.startswith("error: preflight: ")
     assert message.endswith("(--model.preflight false skips all checks.)")
     run = lab.fit("regardless", *ONE, "--model.loss=tests.training.test_preflight.Shifted", "--model.preflight=false")
     assert metrics(run)[0]["train/loss"] == pytest.approx(log(2) + 0.01)
