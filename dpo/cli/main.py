@@ -159,7 +159,7 @@ class TrainingCLI(LightningCLI):
         self.may_restart = checkpoint == AUTO
         path = self._checkpoint_path(checkpoint, named=bool(name)) if checkpoint else None
         config.ckpt_path = path and str(path)
-        self.is_resuming = bool(path) and checkpoint_run_name(root, path) == config.name
+        self.is_resuming = path is not None and checkpoint_run_name(root, path) == config.name
         self.run.check_verb_allowed(str(self.subcommand), self.is_resuming)
 
     def _check_options(self, trainer: Any) -> None:
