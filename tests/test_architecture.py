@@ -1,4 +1,4 @@
-"""The shape of the code base: rooms that import from few others, short files."""
+"""The shape of the code base: packages that import from few others, short files, names and docstrings."""
 
 import ast
 import re

@@ -206,7 +206,8 @@ class Moving(Reference):
     """A reference that follows the policy: TR-DPO (Gorbatovski et al. 2024, arXiv 2404.09656).
 
     Attributes:
-        alpha: Share of the policy in every update, in (0, 1]; 1 is the paper's hard update, less the soft one.
+        alpha: Share of the policy in every update, in (0, 1]; 1 copies the policy (the paper's hard update), a smaller
+            value is its soft update.
         tau: Optimizer steps between updates; 1 with a small alpha gives an exponential moving average.
     """
 

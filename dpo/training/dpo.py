@@ -30,7 +30,7 @@ WHOLE_BATCH_HINT = "Use --data.max_tokens null, one device and --trainer.accumul
 
 
 def resolve_reference(reference: Reference | str | None, loss: PreferenceLoss) -> Reference:
-    """Return the reference that a loss is to have.
+    """Return the reference to train a loss against.
 
     Raises:
         ValueError: The loss needs a reference and there is to be none, or the other way round.

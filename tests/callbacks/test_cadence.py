@@ -163,7 +163,15 @@ def test_logged_means_are_those_of_the_uninterrupted_run(lab: Lab, whole: Run, s
 
 
 def test_weights_that_are_not_finite_are_never_saved(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lab.main("fit", "--name=infinite", *BASE, "--trainer.max_steps=1", "--optimizer.lr=.inf") == 1
+    step = DPO.optimizer_step
+
+    def optimizer_step(module: DPO, *arguments: Any, **options: Any) -> None:
+        step(module, *arguments, **options)
+        with torch.no_grad():
+            next(module.policy.parameters()).view(-1)[0] = float("inf")
+
+    with patch.object(DPO, "optimizer_step", optimizer_step):
+        assert lab.main("fit", "--name=infinite", *BASE, "--trainer.max_steps=1") == 1
     assert "are not finite" in capsys.readouterr().err
     run = Run(lab.folder / "infinite")
     assert not run.export_folder.exists() and not list(run.checkpoint_folder.glob("*.ckpt"))

@@ -59,11 +59,15 @@ def drawn_lines(content: str) -> list[str]:
 def test_a_fit_fits_the_terminal(tmp_path: Path, columns: int) -> None:
     content = printed_on_terminal(Lab(tmp_path), columns, "fit", "--name=one", *OPTIONS)
     lines = drawn_lines(content)
-    shown = [line for line in lines if not line.startswith(("Preflight:", "Checkpoints:", "Hugging Face", "Run:"))]
+    shown = [
+        line
+        for line in lines
+        if not line.startswith(("Preflight:", "Checkpoints:", "Hugging Face", "Run:", "Format:", "Reference:"))
+    ]
     assert max(map(len, shown)) <= columns, "sentences and paths may be longer than a line"
     assert "\x1b[1A" not in content, "the cursor never goes up: nothing but the bar's own line is overwritten"
-    (last,) = (index for index, line in enumerate(lines) if "`max_steps=6` reached" in line)
-    assert len([line for line in lines[last:] if line.startswith("step 6/6")]) >= 1
+    (last,) = (index for index, line in enumerate(lines) if line.startswith("Trained "))
+    assert len([line for line in lines[:last] if line.startswith("step 6/6")]) >= 1
     settled = re.sub(r"[^\n]*\r(?!\n)", "", CONTROL.sub("", content)).replace("\r", "")  # what stays on the screen
     assert [line[:8] for line in settled.splitlines() if line.startswith(("step ", "validation "))] == ["step 6/6"]
     assert settled.count("Held-out prompts after") == 3

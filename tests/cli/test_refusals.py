@@ -83,7 +83,7 @@ REFUSED = {
     "--model Stage": "--model: expected one of DPO, SFT, got Stage, which is abstract",
     "--model ./policy/": "--model: .*The option for a path is --model.policy",
     "--data KTO": "--data: expected one of HHRLHF, PreferencePairs, Prompts, got 'KTO'",
-    "--data pairs.jsonl": "--data: expected one of .*got 'pairs.jsonl' .*The option for a path is --data.path",
+    "--data pairs.jsonl": r"--data: expected a class such as PreferencePairs, got a file: --data\.path pairs\.jsonl\.",
     "--model.loss Foo": LOSSES + "'Foo'",
     "--model.loss simpo": LOSSES + "'simpo'. Did you mean SimPO",
     "--model.loss PreferenceLoss": LOSSES + "PreferenceLoss, which is abstract",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.cli.parser import sibling_classes
+from dpo.cli.class_names import sibling_classes
 from tests.support.runs import ROOT, Lab
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
