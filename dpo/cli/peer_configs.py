@@ -87,7 +87,7 @@ PEER_REMARKS: dict[str, str] = {
     "dataset_prepared_path": "tokens are in $DPO_CACHE",
     "preprocessing_num_workers": "rows are tokenised once",
     "overwrite_output_dir": "a run is never overwritten: choose another --name, or remove its folder",
-    "saves_per_epoch": "last.ckpt is saved after every validation and epoch, best.ckpt at the lowest validation loss",
+    "saves_per_epoch": "see `--checkpoint.every_n_steps`, `every_minutes` and `keep`; every validation saves, too",
     "flash_attention": "prompts are shared by an attention of this project",
     "sample_packing": "a pass holds as many pairs as fit data.max_tokens, nothing is padded",
     "pad_to_sequence_len": "nothing is padded",
@@ -95,7 +95,7 @@ PEER_REMARKS: dict[str, str] = {
     "rpo_alpha": "`Sum` with `NLL`",
     "early_stopping_patience": "Lightning's `EarlyStopping` in trainer.callbacks, on val/loss",
     "quantization_bit": "weights of 4 bits (`QLoRA`) or of 32",
-    "wandb_project": "the project of Weights & Biases is `dpo`",
+    "wandb_project": "`WANDB_PROJECT` names the project of Weights & Biases; by default it is `dpo`",
 }
 """Why options of LLaMA-Factory, Axolotl and earlier versions of TRL have no counterpart."""
 

@@ -91,7 +91,10 @@ OPTION_SECTIONS: dict[str, tuple[OptionRow, ...]] = {
     ),
     "Done in another way": (
         OptionRow("data_seed", remark="`data.seed`, which the converter takes from `seed`"),
-        OptionRow("resume_from_checkpoint", remark="`--config runs/<name>/config.yaml --ckpt_path last`"),
+        OptionRow(
+            "resume_from_checkpoint",
+            remark="`--ckpt_path last` with the run's config.yaml, or `auto`",
+        ),
         OptionRow("do_train do_eval do_predict", remark="the verbs fit, validate, test and predict"),
         OptionRow(
             "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
@@ -99,14 +102,14 @@ OPTION_SECTIONS: dict[str, tuple[OptionRow, ...]] = {
         ),
         OptionRow(
             "save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint",
-            remark="last.ckpt is saved after every validation and epoch, best.ckpt at the lowest validation loss",
+            remark="see `--checkpoint.every_n_steps`, `every_minutes` and `keep`; every validation saves, too",
         ),
         OptionRow(
             "load_best_model_at_end metric_for_best_model greater_is_better",
             remark="the export holds the last weights; best.ckpt has the lowest validation loss",
         ),
         OptionRow("eval_on_start", remark="`train.py validate --name before`: before training every reward is 0"),
-        OptionRow("project", remark="the project of Weights & Biases is `dpo`"),
+        OptionRow("project", remark="`WANDB_PROJECT` names the project of Weights & Biases; by default it is `dpo`"),
         OptionRow(
             "dataset_config dataset_train_split dataset_test_split",
             remark="a pattern in data.path (`owner/name/data/train-*`); files named test are the test split",
