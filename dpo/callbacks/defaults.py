@@ -7,12 +7,10 @@ import lightning as L
 from dpo.callbacks.checkpoints import CheckpointCadence, LastAndBest
 from dpo.callbacks.example import ExampleDisplay
 from dpo.callbacks.metrics_rewind import MetricsRewind
-from dpo.callbacks.optimizer_overrides import OptimizerOverrides
 from dpo.callbacks.predictions import PredictionWriter
 from dpo.callbacks.progress import ProgressLines, TrainingProgressBar
 from dpo.callbacks.rates import ThroughputLogger, TrainingClock
 from dpo.callbacks.record import RunRecorder
-from dpo.callbacks.resume_check import ResumeCheck
 from dpo.callbacks.samples import AnswerSampler
 from dpo.callbacks.stopping import FinalValidation, GracefulStop
 from dpo.data.datamodule import PairData, TextData
@@ -45,9 +43,6 @@ def standard_callbacks(
         raise ValueError(f"{verb}: expected preference pairs, got --data {type(data).__name__}; only predict uses it.")
     elif verb == "fit":
         callbacks = [
-            # These two may refuse to resume, so they come before those that change files.
-            ResumeCheck(config.seed_everything, data),
-            OptimizerOverrides(),
             MetricsRewind(metrics_csv),
             TrainingClock(metrics_csv),
             RunRecorder(run, data, config_text),

@@ -3,7 +3,8 @@
 import lightning as L
 
 from dpo.runs.loggers import MetricsCSV
-from dpo.training.base import Stage, log_interval
+from dpo.training.base import Stage
+from dpo.training.position import log_interval
 
 
 class MetricsRewind(L.Callback):

@@ -9,7 +9,7 @@ import lightning as L
 from dpo.data.datamodule import PairData
 from dpo.data.sampler import Step
 from dpo.runs.loggers import MetricsCSV
-from dpo.training.base import is_logged_step
+from dpo.training.position import is_logged_step
 
 
 class ThroughputLogger(L.Callback):

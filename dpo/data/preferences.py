@@ -3,7 +3,7 @@
 They say where the rows are; `dpo.data.datamodule.PairData` does everything else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,7 @@ class HHRLHF(PairData):
         super().__init__(
             tokenizer, max_length, batch_size, max_tokens, shuffle, val_fraction, limit, format, on_bad_row, seed
         )
+        check_option("path", path, isinstance(path, str | Path), "a folder or hub id")
         if reason := "" if path == QUICKSTART_NAME else why_no_hh_layout(path):
             raise ValueError(
                 f"HHRLHF reads a folder or hub id of the layout <subset>/train.jsonl.gz, and {path!r} is {reason}: use "
@@ -162,7 +163,8 @@ class PreferencePairs(PairData):
         super().__init__(
             tokenizer, max_length, batch_size, max_tokens, shuffle, val_fraction, limit, format, on_bad_row, seed
         )
-        check_option("path", path, bool(path), "a file, folder, pattern, address or hub id")
+        known = isinstance(path, str | Path | Mapping) and bool(path)
+        check_option("path", path, known, "a file, folder, pattern, address or hub id (rows in memory: write a file)")
         self.parts = {"pairs": Part(str(path))} if isinstance(path, str | Path) else path
         shares = [part.share for part in self.parts.values()]
         valid = all(share is not None and 0 < share < float("inf") for share in shares)

@@ -75,7 +75,7 @@ def encode_prompt(encoder: PairEncoder, prompt: Prompt) -> list[int]:
     Raises:
         ValueError: The prompt cannot be used; the message says why.
     """
-    return _encode(encoder, prompt, *PROBE_ANSWERS).prompt
+    return _require_usable(_encode_pair(encoder, prompt, *PROBE_ANSWERS), prompt).prompt
 
 
 def encode_answers(encoder: PairEncoder, prompt: Prompt, answers: Sequence[str]) -> list[tuple[list[int], list[int]]]:
@@ -84,18 +84,33 @@ def encode_answers(encoder: PairEncoder, prompt: Prompt, answers: Sequence[str])
     Raises:
         ValueError: The prompt or an answer cannot be used; the message says why.
     """
-    texts = list(map(encoder.answer_text, answers))
-    encoded = [_encode(encoder, prompt, text, f"{text}.") for text in texts]
-    return [(pair.prompt, pair.chosen) for pair in encoded]
+    return [_encode_answer(encoder, prompt, encoder.answer_text(answer)) for answer in answers]
 
 
-def _encode(encoder: PairEncoder, prompt: Prompt, chosen: str, rejected: str) -> EncodedPair:
+def _encode_answer(encoder: PairEncoder, prompt: Prompt, text: str) -> tuple[list[int], list[int]]:
+    pair = _encode_pair(encoder, prompt, text, f"{text}.")
+    if pair == "identical_after_truncation" or (isinstance(pair, EncodedPair) and pair.chosen_cut):
+        raise ValueError(
+            f"expected an answer that fits into {encoder.max_length} tokens, got one of {len(text):,} characters."
+        )
+    usable = _require_usable(pair, prompt)
+    return usable.prompt, usable.chosen
+
+
+def _encode_pair(encoder: PairEncoder, prompt: Prompt, chosen: str, rejected: str) -> EncodedPair | Refusal:
+    if isinstance(prompt, Mapping):
+        raise ValueError(
+            f"expected a prompt as text or as a list of messages, got one message without a list: {prompt}"
+        )
     value = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
     try:
         history = history_parser(Columns(), encoder.format)({"prompt": value})
     except BadLineError as error:
         raise ValueError(f"the prompt cannot be used ({error.detail}): {prompt!r}") from error
-    pair = history if isinstance(history, Refusal) else encoder.encode(DialoguePair(history, chosen, rejected))
+    return history if isinstance(history, Refusal) else encoder.encode(DialoguePair(history, chosen, rejected))
+
+
+def _require_usable(pair: EncodedPair | Refusal, prompt: Prompt) -> EncodedPair:
     if isinstance(pair, Refusal):
         raise ValueError(f"the prompt cannot be used ({pair.replace('_', ' ')}): {prompt!r}")
     return pair

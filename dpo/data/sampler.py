@@ -54,17 +54,6 @@ class Step:
     num_examples: int
     num_scored_tokens: int
 
-    @classmethod
-    def from_examples(cls, examples: Sequence[Example], parts: int) -> "Step":
-        """Return a step with a single micro-batch.
-
-        Args:
-            examples: Examples of one device and one accumulated batch.
-            parts: Number of devices times accumulated batches, all with examples of the same number and lengths.
-        """
-        scored = sum(len(answer) for example in examples for answer in example.answers)
-        return cls((collate(examples),), len(examples) * parts, scored * parts)
-
     def to(self, device: torch.device | str, **_: object) -> "Step":
         """Return the step with its micro-batches on another device."""
         return replace(self, micro_batches=tuple(batch.to(device) for batch in self.micro_batches))

@@ -177,8 +177,8 @@ class BoundedFields:
         for option in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             value = self.__dict__[option.name]
             interval = option.metadata.get("interval")
-            if interval and not is_in_interval(value, interval):
-                raise ValueError(f"{option.name}: expected a number in {interval}, got {value}.")
+            if interval and not (isinstance(value, int | float) and is_in_interval(value, interval)):
+                raise ValueError(f"{option.name}: expected a number in {interval}, got {value!r}.")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map  # where torch's documentation has it
 
 _T = TypeVar("_T")
 
@@ -43,6 +44,10 @@ class Example:
     answers: tuple[Sequence[int], ...]
     weight: float = 1.0
     margin: float | None = None
+
+
+# A DataLoader over examples gives lists of them; torch would refuse them, as it knows no way to stack them.
+default_collate_fn_map[Example] = lambda examples, **_: examples
 
 
 @dataclass(frozen=True)

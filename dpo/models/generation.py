@@ -112,6 +112,8 @@ def generate_answers(
     Returns:
         For every prompt, `sampling.answers` answers.
     """
+    if not prompts:
+        return []
     generator: Any = model  # its `generate` is annotated with a private type
     width = max(map(len, prompts))
     pad = encoder.end_ids[0]

@@ -100,6 +100,14 @@ class LoRA(Adapter):
     merge: bool = False
     export_dtype: ExportDtype = field(default="auto", repr=False)  # a checkpoint resumes with any
 
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: The rank or alpha is below 1.
+        """
+        _check_rank(self.r, self.alpha)
+
     def load_policy(self, loader: ModelLoader, path: str) -> PreTrainedModel:
         """Load the policy and add a new adapter, which has no effect until it is trained."""
         return _add_adapter(loader.load_model(path), path, self.r, self.alpha, self.targets)
@@ -121,9 +129,23 @@ class QLoRA(Adapter):
     merge = False  # the sum would have to be quantized again and differ from the model that was trained
     export_dtype: ExportDtype = field(default="float32", init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: The rank or alpha is below 1.
+        """
+        _check_rank(self.r, self.alpha)
+
     def load_policy(self, loader: ModelLoader, path: str) -> PreTrainedModel:
         """Load the policy in 4 bits and add a new adapter, which has no effect until it is trained."""
         return _add_adapter(loader.load_model(path, **_four_bits()), path, self.r, self.alpha, self.targets)
+
+
+def _check_rank(r: int, alpha: int) -> None:
+    for name, value in (("r", r), ("alpha", alpha)):
+        if value < 1:
+            raise ValueError(f"--model.adapter.{name}: expected at least 1, got {value}.")
 
 
 def _four_bits() -> dict[str, Any]:

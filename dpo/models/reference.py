@@ -20,6 +20,7 @@ from dpo.models.loading import ModelLoader, adapter_base_model, weights_sha256
 from dpo.models.prompt_sharing import vocabulary_size
 from dpo.models.scoring import score
 
+REFERENCE_NAMES = ("AdapterOff", "Cached", "Copy", "Model", "Moving", "Nothing")
 DISTANCE_NONE, DISTANCE_ROUNDING, DISTANCE_ANY = 0.0, 1.0, float("inf")
 """How far a reference may be from the policy before the first step, in multiples of `logp_tolerance`."""
 # What rounding can change in a token's log-probability from one batch to another, in nats.

@@ -6,20 +6,20 @@ is divided by. It runs in any Lightning Trainer.
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import lightning as L
 import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dpo.data.sampler import Step
-from dpo.models.batch import Batch, Example
+from dpo.models.batch import Batch
 from dpo.models.loading import ModelLoader, prepare_layers
 from dpo.models.lora import Adapter, AsLoaded
 from dpo.models.prompt_sharing import share_if_exact
@@ -27,6 +27,15 @@ from dpo.training.hyperparameters import to_plain
 from dpo.training.inference import PolicyModule
 from dpo.training.metrics import DerivedMetric, MetricMeans
 from dpo.training.nonfinite import FiniteMonitor, require_finite_weights
+from dpo.training.own_loaders import check_same_denominator, step_from_loader
+from dpo.training.position import is_logged_step, log_interval
+from dpo.training.resuming import (
+    FixedOptions,
+    apply_optimizer_options,
+    check_fixed_options,
+    check_optimizer_class,
+    trainer_fixed_options,
+)
 from dpo.training.schedules import Warmup, default_optimizer, validate_optimizer, validate_schedule
 from dpo.training.trainer_checks import check_trainer_support, check_training_options
 
@@ -74,10 +83,12 @@ class Stage(PolicyModule):
             lr_scheduler: Makes the learning rate schedule from the optimizer; it advances every optimizer step.
 
         Raises:
-            TypeError: The policy is an object instead of a path.
+            TypeError: The policy is no path, or the adapter no adapter.
             ValueError: The optimizer or the schedule does not take its options.
         """
         super().__init__()
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"adapter: expected an object such as LoRA(r=16), got {adapter!r}.")
         if not isinstance(policy, str | Path):
             raise TypeError(
                 f"policy: expected a folder or hub id, got a {type(policy).__name__}. Save the model with "
@@ -98,7 +109,9 @@ class Stage(PolicyModule):
         self.finite_monitor = FiniteMonitor()
         self.grad_norm = torch.zeros(())
         self._window_means: dict[str, Tensor] = {}  # as they were when the accumulation window began
+        self._window_denominator = 0
         self._in_window = False
+        self._checkpoint: dict[str, Any] | None = None  # that training resumes from
         self._restored_means: dict[str, Tensor] | None = None
         self.restored_step_is_logged = False
         self.has_trained = False  # or was loaded: the policy need not equal its reference any more
@@ -144,10 +157,24 @@ class Stage(PolicyModule):
             name: self.trainer.strategy.reduce(value.clone(), reduce_op="sum").cpu() for name, value in means.items()
         }
         checkpoint["grad_norm"] = self.grad_norm.cpu()
+        checkpoint["optimizer"] = type(self.trainer.optimizers[0]).__name__
+        checkpoint["fixed_options"] = self.fixed_options()
+
+    def fixed_options(self) -> FixedOptions:
+        """Return the options that a resumed run must have in common with its checkpoint."""
+        own: FixedOptions = {"--model": type(self).__name__, "--model.adapter": str(self.adapter)}
+        return own | trainer_fixed_options(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the means since the last logged step."""
+        """Take over the means since the last logged step, if training goes on.
+
+        Raises:
+            ValueError: The checkpoint was trained with other options.
+        """
         super().on_load_checkpoint(checkpoint)
+        if self.trainer.state.fn == "fit":
+            check_fixed_options(checkpoint, self.fixed_options())
+            self._checkpoint = checkpoint
         self._restored_means = checkpoint.get("train_means")
         self.grad_norm = checkpoint.get("grad_norm", self.grad_norm)
 
@@ -161,16 +188,22 @@ class Stage(PolicyModule):
         """Read the policy, once."""
         if "policy" not in self._modules:
             self.policy = self.adapter.load_policy(self.loader, self.policy_path)
-            self.prepare_models()
-            for role, model in self.models_by_role().items():  # all of them, or their kernels would differ
-                prepare_layers(model, self.compile_layers, self.gradient_checkpointing and role == "policy")
+            self.build_other_models()
+            for role, model in self.models_by_role().items():
+                self.prepare_scoring(role, model)
 
-    def prepare_models(self) -> None:
-        """Let every model share prompts between answers where that is exact."""
-        for role, model in self.models_by_role().items():
-            reason = share_if_exact(model) if self.sharing else "--model.sharing is false"
-            if reason:
-                rank_zero_info(f"Prompts are not shared between the answers of the {role}: {reason}.")
+    def build_other_models(self) -> None:
+        """Make what else the stage needs of the policy before training; by default nothing."""
+
+    def prepare_scoring(self, role: str, model: PreTrainedModel) -> None:
+        """Let a model share prompts between answers where that is exact; compile or checkpoint its layers.
+
+        Every model of the stage is prepared alike, or their kernels would differ.
+        """
+        reason = share_if_exact(model) if self.sharing else "--model.sharing is false"
+        if reason:
+            rank_zero_info(f"Prompts are not shared between the answers of the {role}: {reason}.")
+        prepare_layers(model, self.compile_layers, self.gradient_checkpointing and role == "policy")
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the trainable parameters, and its schedule.
@@ -185,7 +218,7 @@ class Stage(PolicyModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        if self._trainer is not None and self.trainer.train_dataloader is not None:  # resuming, see OptimizerOverrides
+        if self._trainer is not None and self.trainer.train_dataloader is not None:  # resuming
             self._set_run_steps(scheduler)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -195,28 +228,13 @@ class Stage(PolicyModule):
             scheduler.set_run_steps(self.trainer.estimated_stepping_batches)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Make a step of a list of examples, which a user's own loader gives (``collate_fn=list``).
+        """Make a step of the examples of a user's own loader.
 
         Raises:
             TypeError: The batch is of another kind.
+            ValueError: An example has another number of answers.
         """
-        if isinstance(batch, list | tuple) and batch and all(isinstance(each, Example) for each in batch):
-            self._require_answers(batch)
-            parts = self.trainer.world_size * (self.trainer.accumulate_grad_batches if self.trainer.training else 1)
-            return Step.from_examples(batch, parts)
-        if not hasattr(batch, "to"):
-            raise TypeError(
-                f"expected batches of dpo.Example (collate_fn=list) or the data modules of dpo, got {type(batch)}."
-            )
-        return batch
-
-    def _require_answers(self, examples: Sequence[Example]) -> None:
-        for example in examples:
-            if len(example.answers) != len(self.answer_sides):
-                raise ValueError(
-                    f"{example.id}: expected one answer for each of {', '.join(self.answer_sides)}, got "
-                    f"{len(example.answers)} answers."
-                )
+        return step_from_loader(batch, self.trainer, self.answer_sides)
 
     def training_step(self, step: Step, batch_idx: int) -> Tensor:
         """Return the sum of the losses divided by the denominator of the whole optimizer step.
@@ -225,10 +243,13 @@ class Stage(PolicyModule):
         by the accumulated batches, so both are multiplied away. The backward pass of every micro-batch but the last
         runs here, so that one graph is alive at a time.
         """
+        denominator = self.loss_denominator(step)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._window_means = self.train_means.copy_state()
+            self._window_denominator = denominator
+        check_same_denominator(denominator, self._window_denominator)
         self._in_window = True
-        scale = self.trainer.world_size / self.loss_denominator(step)
+        scale = self.trainer.world_size / denominator
         *others, last = step.micro_batches
         for batch in others:
             self.trainer.strategy.backward(self._monitored_losses(batch).sum() * scale, None)
@@ -274,7 +295,10 @@ class Stage(PolicyModule):
 
         Raises:
             PreflightError: Something does not hold.
+            ValueError: The optimizer is not that of the checkpoint.
         """
+        if self._checkpoint:
+            check_optimizer_class(self._checkpoint, self.trainer.optimizers[0])
         if self.preflight:
             from dpo.training.preflight import run_preflight  # which knows the stages
 
@@ -287,6 +311,9 @@ class Stage(PolicyModule):
             ValueError: The last optimizer step of an epoch would be cut short, or the schedule does not fit the run.
         """
         self.zero_grad()
+        if self._checkpoint:
+            apply_optimizer_options(self.trainer, self.configure_optimizers())
+            self._checkpoint = None
         if self._restored_means:
             if self.trainer.is_global_zero:  # the means of all processes are added up
                 self.train_means.update(**self._restored_means)
@@ -371,13 +398,3 @@ class Stage(PolicyModule):
     def on_test_epoch_end(self) -> None:
         """Log the means over the whole test split."""
         self.log_means("test", self.test_means)
-
-
-def is_logged_step(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Return whether an optimizer step that is to be logged has just ended with this batch."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step % log_interval(trainer) == 0
-
-
-def log_interval(trainer: L.Trainer) -> int:
-    """Return the number of optimizer steps from one logged step to the next."""
-    return trainer.log_every_n_steps  # type: ignore[attr-defined,no-any-return]  # Lightning does not declare it

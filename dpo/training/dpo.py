@@ -17,13 +17,14 @@ from dpo.losses import PairLogps, PreferenceLoss
 from dpo.models.batch import Batch, Example, collate
 from dpo.models.lora import Adapter, AsLoaded
 from dpo.models.origin import PolicyOrigin
-from dpo.models.reference import Copy, Model, Nothing, Reference, ReferenceModel
+from dpo.models.reference import REFERENCE_NAMES, Copy, Model, Nothing, Reference, ReferenceModel
 from dpo.models.scoring import TokenScores, score
 from dpo.training import metrics
 from dpo.training.base import Stage
 from dpo.training.hyperparameters import to_plain
 from dpo.training.metrics import MetricMeans, sums_and_counts
 from dpo.training.predict import predict_rows
+from dpo.training.resuming import FixedOptions
 from dpo.training.schedules import default_optimizer
 
 WHOLE_BATCH_HINT = "Use --data.max_tokens null, one device and --trainer.accumulate_grad_batches 1."
@@ -33,10 +34,15 @@ def resolve_reference(reference: Reference | str | None, loss: PreferenceLoss) -
     """Return the reference to train a loss against.
 
     Raises:
+        TypeError: It is of another kind.
         ValueError: The loss needs a reference and there is to be none, or the other way round.
     """
     if isinstance(reference, str):
+        if reference in REFERENCE_NAMES:
+            raise ValueError(f"reference: expected {reference}() as an object, or a folder or hub id, got the name.")
         reference = Model(reference)
+    if not isinstance(reference, Reference | None):
+        raise TypeError(f"reference: expected an object such as Copy(), or a folder or hub id, got {reference!r}.")
     default = Copy() if loss.uses_reference else Nothing()
     chosen = reference or default
     if isinstance(chosen, Nothing) == loss.uses_reference:
@@ -120,6 +126,12 @@ class DPO(Stage):
         given = {"loss": to_plain(self.loss), "reference": to_plain(self.reference_choice)}
         return super().plain_options() | given
 
+    def fixed_options(self) -> FixedOptions:
+        """Return the options that a resumed run must have in common with its checkpoint."""
+        # How a fixed reference is given may change: `check_checkpoint` compares the hash of its weights.
+        reference = str(self.reference_choice) if self.reference.checkpointed_names() else "fixed"
+        return super().fixed_options() | {"--model.loss": str(self.loss), "--model.reference": reference}
+
     @property
     def card_summary(self) -> str:
         """How the policy is trained, as a predicate for the model card."""
@@ -142,12 +154,11 @@ class DPO(Stage):
         if self._trainer is not None:
             self.reference.prepare_for_stage(self)
 
-    def prepare_models(self) -> None:
+    def build_other_models(self) -> None:
         """Make the reference of the policy as it is before training."""
         self.reference = self.reference_choice.build_reference(self.policy, self.loader)
         weights = f", SHA-256 of its weights {self.reference.sha256[:16]}" if self.reference.sha256 else ""
         rank_zero_info(f"Reference: {self.reference.description}{weights}.")
-        super().prepare_models()
 
     def models_by_role(self) -> dict[str, PreTrainedModel]:
         """Return the policy and its reference."""
@@ -191,6 +202,8 @@ class DPO(Stage):
         if isinstance(answers, str):
             raise TypeError(f"rewards: expected a list of answers, got the text {answers!r}: put it in a list.")
         self.configure_model()
+        if not answers:
+            return []
         encoded = encode_answers(self.encoder, prompt, answers)
         examples = [Example(str(i), ids, (answer,)) for i, (ids, answer) in enumerate(encoded)]
         _, _, rewards = self.score_answers(collate(examples).to(self.policy.device))

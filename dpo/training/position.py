@@ -7,6 +7,8 @@ done. Checkpoints of ours hold the counters as they are right after the last opt
 
 from typing import Any
 
+import lightning as L
+
 EPOCH_LOOP_PREFIX = "epoch_loop."
 OPTIMIZER_PROGRESS_KEY = f"{EPOCH_LOOP_PREFIX}automatic_optimization.optim_progress"
 
@@ -74,3 +76,13 @@ def _counters(ready: int, processed: int | None = None, completed: int | None = 
         "processed": ready if processed is None else processed,
         "completed": ready if completed is None else completed,
     }
+
+
+def is_logged_step(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Return whether an optimizer step that is to be logged has just ended with this batch."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step % log_interval(trainer) == 0
+
+
+def log_interval(trainer: L.Trainer) -> int:
+    """Return the number of optimizer steps from one logged step to the next."""
+    return trainer.log_every_n_steps  # type: ignore[attr-defined,no-any-return]  # Lightning does not declare it

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -140,18 +140,19 @@ class CachedReference(ReferenceModel):
         columns: The values, once they are known.
     """
 
-    columns: ColumnArrays
+    columns: ColumnArrays | None = None
 
-    def __init__(self, source: FrozenReference, folder: str | None) -> None:
+    def __init__(self, source: FrozenReference, choice: "Cached") -> None:
         """Take a reference, whose model stays in memory until `prepare_for_stage`.
 
         Args:
             source: The reference.
-            folder: Folder of the files; by default the cache folder, with names that depend on their content.
+            choice: What it was built by.
         """
         super().__init__()
         self.source: FrozenReference | None = source
-        self.folder = Path(folder).expanduser() if folder else None
+        self.choice = choice
+        self.folder = Path(choice.folder).expanduser() if choice.folder else None
         self.description = f"{source.description}, cached"
         self.sha256 = source.sha256
         # Values of a file come from other batches than those they are compared in.
@@ -172,12 +173,23 @@ class CachedReference(ReferenceModel):
         trainer = module.trainer
         data = trainer.datamodule  # type: ignore[attr-defined]
         stage = trainer.state.fn.value  # type: ignore[union-attr]  # a stage is running
-        if self.source is None or stage not in SPLITS_BY_STAGE:
+        if stage not in SPLITS_BY_STAGE:
+            self._restore_source(module).to(trainer.strategy.root_device)
             return
-        assert isinstance(data, PairData)
-        source: Any = trainer.precision_plugin.convert_module(self.source.to(trainer.strategy.root_device))
-        splits = [data.pairs_by_split[split] for split in SPLITS_BY_STAGE[stage] if split in data.pairs_by_split]
-        rows = index_stage_rows(splits)
+        if not isinstance(data, PairData):
+            raise ValueError(
+                "reference Cached: expected a data module of dpo (HHRLHF, PreferencePairs), whose rows are known in "
+                "advance, got data loaders. Leave the reference out for a frozen copy."
+            )
+        rows = index_stage_rows(
+            [data.pairs_by_split[split] for split in SPLITS_BY_STAGE[stage] if split in data.pairs_by_split]
+        )
+        if self.columns is not None and covers_rows(self.columns, rows):
+            self.source = None
+            return
+        source: Any = trainer.precision_plugin.convert_module(
+            self._restore_source(module).to(trainer.strategy.root_device)
+        )
         key = CacheKey(source.sha256, rows.tokens_sha256, f"{trainer.precision} {source.model.dtype}")
         name = f"{stage}.safetensors" if self.folder else f"reference-{key.short_hash}.safetensors"
         file = (self.folder or cache_folder()) / name
@@ -187,9 +199,39 @@ class CachedReference(ReferenceModel):
             verify_cached_logps(self.columns, source.model, rows, file)
         self.source = None
 
+    def _restore_source(self, module: Any) -> FrozenReference:
+        """Return the reference with its model, made again if an earlier stage of the process has dropped it.
+
+        Raises:
+            ValueError: The files that it is made from have become another model.
+        """
+        if self.source is None:
+            rank_zero_info("Reference: reading its model again, for rows without cached log-probabilities.")
+            source = self.choice.build_source(module.loader.load_model(module.policy_path), module.loader)
+            if source.sha256 == self.sha256:
+                module.prepare_scoring("reference", source.model)
+                self.source = source
+            else:
+                raise ValueError(
+                    "reference Cached: its model has left memory, and cannot be made again from the files that it came "
+                    "from. Run this stage with a new module (load_from_checkpoint)."
+                )
+        return self.source
+
     def forward(self, batch: Batch) -> Float[Tensor, " scored"]:
         """Return log p of every scored token in nats: from the file, or by the model if no rows are known yet."""
-        return self.source(batch) if self.source else lookup_logps(self.columns, batch)
+        if self.source:
+            return cast(Tensor, self.source(batch))
+        assert self.columns is not None
+        return lookup_logps(self.columns, batch)
+
+
+def covers_rows(columns: ColumnArrays, rows: StageRows) -> bool:
+    """Return whether a file has values of every row, by ids and lengths of answers."""
+    found = np.minimum(np.searchsorted(columns["ids"], rows.id_hashes), len(columns["ids"]) - 1)
+    return bool(
+        (columns["ids"][found] == rows.id_hashes).all() and (columns["lengths"][found] == rows.answer_lengths).all()
+    )
 
 
 def lookup_logps(columns: ColumnArrays, batch: Batch) -> Float[Tensor, " scored"]:
@@ -275,10 +317,18 @@ class Cached(Reference):
         Raises:
             ValueError: That reference changes during training, or is none.
         """
+        return CachedReference(self.build_source(policy, loader), self)
+
+    def build_source(self, policy: PreTrainedModel, loader: ModelLoader) -> FrozenReference:
+        """Build the reference with its model.
+
+        Raises:
+            ValueError: That reference changes during training, or is none.
+        """
         source = self.of.build_reference(policy, loader)
         if not isinstance(source, FrozenReference):
             raise ValueError(f"--model.reference Cached: expected a reference that does not change, got {self.of}.")
-        return CachedReference(source, self.folder)
+        return source
 
     def compared_path(self, policy: str) -> str:
         """Return the path of the reference whose log-probabilities are cached."""

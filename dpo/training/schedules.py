@@ -114,8 +114,14 @@ def validate_optimizer(optimizer: OptimizerCallable) -> OptimizerCallable:
     """Return the optimizer's constructor after trying it on one parameter, before any model or data are read.
 
     Raises:
+        TypeError: It is no constructor.
         ValueError: The optimizer refuses its options, or would not train with them.
     """
+    if not callable(optimizer):
+        raise TypeError(
+            "optimizer: expected what makes one from parameters, such as functools.partial(torch.optim.AdamW, "
+            f"lr=1e-5), got {optimizer!r}."
+        )
     try:
         groups = optimizer([torch.nn.Parameter(torch.zeros(1, 1))]).param_groups
     except ValueError as error:
