@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from dpo.cli.class_names import class_options, import_class, near_matches, offered_classes, option_takers
-from dpo.cli.trl_names import TRL_OPTIONS
+from dpo.cli.trl_names import counterpart_sentence
 
 # What a line of jsonargparse's list may say; what none of these matches says nothing.
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
@@ -148,8 +148,8 @@ def _describe_option(refusal: RefusedValue) -> str:
     option, class_path = match[1].partition(".")[0], fault.class_paths[-1]
     problem = f"{refusal.option}.{option}: {class_path.rpartition('.')[2]} has no option '{option}'."
     options = class_options(class_path)
-    if option in TRL_OPTIONS and option not in options:
-        return f"{problem} {option_takers(class_path, option) or f'Here it is {TRL_OPTIONS[option]}.'}"
+    if option not in options and (counterpart := counterpart_sentence(option)):
+        return f"{problem} {option_takers(class_path, option) or counterpart}"
     own = ", ".join(name for name in options if name not in _NO_OPTIONS)
     return f"{problem} {option_takers(class_path, option) or near_matches(option, options) or f'It takes {own}.'}"
 
@@ -310,8 +310,8 @@ def unknown_option_line(message: str, words: Sequence[str], known: Sequence[str]
         return f"expected options (--name value), got {option!r}. {near_matches(option, known)}".rstrip()
     name = option.lstrip("-").replace("-", "_")
     known_as = f"--{name}" if match.re is _UNRECOGNIZED else name
-    if name in TRL_OPTIONS:
-        return f"{known_as}: there is no such option. Here it is {TRL_OPTIONS[name]}."
+    if counterpart := counterpart_sentence(name):
+        return f"{known_as}: there is no such option. {counterpart}"
     return f"{option}: there is no such option. {_similar_options(name, known)}".rstrip()
 
 

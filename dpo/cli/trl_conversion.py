@@ -245,11 +245,11 @@ class Conversion:
         kind = str(self.take("lr_scheduler_type"))
         if kind == "constant":
             return
-        warmup = self._warmup_steps(total)
-        if kind == "cosine" and total and not warmup:
+        warmup = self._warmup_options(total)
+        if kind == "cosine" and total and not warmup["warmup_steps"]:
             self.set_class("lr_scheduler", "torch.optim.lr_scheduler.CosineAnnealingLR", T_max=total)
             return
-        self.set_class("lr_scheduler", "Warmup", warmup_steps=warmup)
+        self.set_class("lr_scheduler", "Warmup", **warmup)
         if kind == "constant_with_warmup":
             return
         if total is None:
@@ -261,15 +261,12 @@ class Conversion:
         if kind != "linear":
             self.remarks.append(f"lr_scheduler_type {kind}: linear decay to 0 at the same step stands for it.")
 
-    def _warmup_steps(self, total: int | None) -> int:
-        """Return the steps of the warm-up, which may be given as a share of all steps."""
+    def _warmup_options(self, total: int | None) -> dict[str, int | float]:
+        """Return the warm-up in steps, or as a share of all steps if that is given and their number is unknown."""
         warmup = float(self.take("warmup_steps", 0))
-        if warmup >= 1 or total is not None or not warmup:
-            return math.ceil(warmup if warmup >= 1 else warmup * (total or 0))
-        self.remarks.append(
-            f"Warm-up over {warmup:g} of all steps: their number is unknown without --pairs, so there is no warm-up."
-        )
-        return 0
+        if 0 < warmup < 1 and total is None:
+            return {"warmup_ratio": warmup}
+        return {"warmup_steps": math.ceil(warmup if warmup >= 1 else warmup * (total or 0))}
 
     def _convert_validation(self, epochs: float, steps: int) -> None:
         strategy = str(self.given.pop("eval_strategy", "no"))

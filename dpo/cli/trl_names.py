@@ -1,58 +1,26 @@
-"""What options of TRL's DPO trainer are called here, for whoever types them."""
+"""What an option of TRL's DPO trainer is called here, for whoever types it."""
 
-TRL_OPTIONS = {
-    "adam_beta1": "--optimizer.betas '[B1, B2]'",
-    "adam_beta2": "--optimizer.betas '[B1, B2]'",
-    "adam_epsilon": "--optimizer.eps",
-    "attn_implementation": "none: attention over shared prompts is chosen by a measurement, see --model.sharing",
-    "beta": "--model.loss.beta",
-    "bf16": "--trainer.precision bf16-mixed",
-    "dataset_name": "--data.path",
-    "deepspeed": "--trainer.strategy ddp; every device holds the whole model",
-    "ddp_find_unused_parameters": "--trainer.strategy ddp_find_unused_parameters_true",
-    "eval_steps": "--trainer.val_check_interval",
-    "eval_strategy": "--trainer.val_check_interval",
-    "f_divergence_type": "--model.loss.divergence",
-    "fp16": "--trainer.precision 16-mixed",
-    "fsdp": "--trainer.strategy ddp; every device holds the whole model",
-    "gradient_accumulation_steps": "--trainer.accumulate_grad_batches (--data.batch_size counts pairs of a whole step)",
-    "gradient_checkpointing": "--model.gradient_checkpointing",
-    "label_smoothing": "--model.loss.label_smoothing",
-    "ld_alpha": "--model.loss LD --model.loss.alpha",
-    "learning_rate": "--optimizer.lr",
-    "load_in_4bit": "--model.adapter QLoRA",
-    "logging_steps": "--trainer.log_every_n_steps",
-    "lora_alpha": "--model.adapter LoRA --model.adapter.alpha",
-    "lora_dropout": "none: adapters train without dropout",
-    "lora_r": "--model.adapter LoRA --model.adapter.r",
-    "lora_target_modules": "--model.adapter LoRA --model.adapter.targets",
-    "loss_type": "--model.loss",
-    "lr_scheduler_type": "--lr_scheduler",
-    "max_grad_norm": "--trainer.gradient_clip_val",
-    "max_length": "--data.max_length",
-    "max_prompt_length": "--data.max_length, of prompt and answer together",
-    "max_completion_length": "--data.max_length, of prompt and answer together",
-    "max_steps": "--trainer.max_steps",
-    "model_name_or_path": "--model.policy",
-    "model_ref_name_or_path": "--model.reference",
-    "num_train_epochs": "--trainer.max_epochs",
-    "optim": "--optimizer",
-    "output_dir": "--name, of a folder in --trainer.default_root_dir (default: runs)",
-    "per_device_eval_batch_size": "--data.batch_size (pairs of a step over all devices)",
-    "per_device_train_batch_size": "--data.batch_size (pairs of an optimizer step over all devices)",
-    "precompute_ref_log_probs": "--model.reference Cached",
-    "ref_model": "--model.reference",
-    "reference_free": "--model.reference Nothing, with a loss that takes none, such as --model.loss SimPO",
-    "report_to": "--trainer.logger",
-    "resume_from_checkpoint": "--ckpt_path last (or auto, with --name)",
-    "run_name": "--name",
-    "save_steps": "--checkpoint.every_n_steps",
-    "seed": "--seed_everything",
-    "sync_ref_model": "--model.reference Moving",
-    "torch_dtype": "--trainer.precision",
-    "trust_remote_code": "--model.trust_remote_code",
-    "use_peft": "--model.adapter LoRA",
-    "warmup_ratio": "--lr_scheduler Warmup --lr_scheduler.warmup_ratio",
-    "warmup_steps": "--lr_scheduler Warmup --lr_scheduler.warmup_steps",
-    "weight_decay": "--optimizer.weight_decay",
+from dpo.cli.trl_options import ROWS_BY_NAME, OptionRow
+
+# Options of earlier versions of TRL, of its Python API, and names that its users also type.
+_OTHER_NAMES = {
+    "max_prompt_length": OptionRow("", "data.max_length", "of prompt and answer together"),
+    "max_completion_length": OptionRow("", "data.max_length", "of prompt and answer together"),
+    "model_ref_name_or_path": OptionRow("", "model.reference"),
+    "ref_model": OptionRow("", "model.reference"),
+    "reference_free": OptionRow("", "model.reference", "`Nothing`, with a loss that takes none, such as `SimPO`"),
+    "torch_dtype": OptionRow("", "trainer.precision"),
+    "warmup_ratio": OptionRow("", "lr_scheduler.warmup_ratio", "with `--lr_scheduler Warmup`"),
 }
+
+
+def counterpart_sentence(name: str) -> str:
+    """Return a sentence about what stands for an option of TRL here; empty if TRL has no such option."""
+    row = _OTHER_NAMES.get(name) or ROWS_BY_NAME.get(name)
+    if row is None:
+        return ""
+    options = " and ".join(f"--{option}" for option in row.options.split())
+    remark = row.remark.replace("`", "")
+    if not options:
+        return f"It is an option of TRL; here: {remark}."
+    return f"Here it is {options} ({remark})." if remark else f"Here it is {options}."

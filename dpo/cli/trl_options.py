@@ -157,7 +157,10 @@ OPTION_SECTIONS: dict[str, tuple[OptionRow, ...]] = {
         ),
     ),
     "Not here": (
-        OptionRow("fsdp fsdp_config deepspeed parallelism_config", remark="every device holds the whole model"),
+        OptionRow(
+            "fsdp fsdp_config deepspeed parallelism_config",
+            remark="every device holds the whole model; see `trainer.strategy`",
+        ),
         OptionRow("accelerator_config local_rank", remark="Lightning starts and places the processes"),
         OptionRow(
             "activation_checkpointing activation_checkpointing_kwargs", remark="use `model.gradient_checkpointing`"

@@ -250,9 +250,9 @@ def test_what_is_unknown_is_asked_for() -> None:
     known, unknown = options_of(given, devices=8, pairs=6401), options_of(given)
     assert known["data.batch_size"] == 64 and unknown["data.batch_size"] == 8
     assert known["lr_scheduler.total_steps"] == 303 and known["lr_scheduler.warmup_steps"] == 31  # 3 epochs of 101
-    assert "lr_scheduler.total_steps" not in unknown and unknown["lr_scheduler.warmup_steps"] == 0
+    assert "lr_scheduler.total_steps" not in unknown and unknown["lr_scheduler.warmup_ratio"] == 0.1
     remarks = " ".join(convert_config(given)[1])
-    assert "1 device(s) (--devices)" in remarks and remarks.count("--pairs") == 2
+    assert "1 device(s) (--devices)" in remarks and remarks.count("--pairs") == 1
 
 
 @pytest.fixture(scope="module")
