@@ -21,6 +21,7 @@ TRAINING_VERBS = {  # of `dpo.cli.main`, which returns exit codes of its own
 VERBS = {  # verb: its function, imported only when it is asked for, and what it does
     "compare": ("dpo.cli.compare:main", "Print a table of runs: the options that differ between them, and results."),
     "demo": ("dpo.cli.shipped:make_run", "Make the shipped run again, which serve.py --demo serves."),
+    "evaluate": ("dpo.cli.evaluate:main", "Measure a policy on reward benchmarks, beside its reference and length."),
     "from-trl": ("dpo.cli.from_trl:main", "Convert a DPO configuration of TRL, LLaMA-Factory or Axolotl."),
     "losses": ("dpo.losses.table:main", "Print every loss: formula, parameters, source, values on three known pairs."),
     "push": ("dpo.runs.hub:main", "Upload a run's export to the Hugging Face hub."),

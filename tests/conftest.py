@@ -46,6 +46,12 @@ def pretrained() -> Path:
     return _folder("DPO_PRETRAINED")
 
 
+@pytest.fixture(scope="session")
+def rewardbench() -> Path:
+    """File of real rows in RewardBench's layout: LLMBar."""
+    return _folder("DPO_REWARDBENCH")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _scratch() -> Iterator[None]:
     SCRATCH.mkdir(parents=True, exist_ok=True)

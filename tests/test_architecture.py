@@ -19,9 +19,10 @@ ALLOWED = {
     "data": {"models", "quickstart"},
     "training": {"data", "models", "losses"},
     "runs": {"models"},
+    "evaluation": {"models", "data", "runs"},
     "callbacks": {"training", "data", "runs"},
     "serving": {"models", "data", "runs"},
-    "cli": {"callbacks", "training", "data", "runs", "models", "quickstart", "serving"},
+    "cli": {"callbacks", "training", "data", "runs", "models", "quickstart", "serving", "evaluation"},
 }
 # These import from all.
 ENTRANCES = {"__init__", "__main__"}

@@ -286,6 +286,8 @@ class TrainingCLI(LightningCLI):
             facts=TrainingFacts(
                 method="sft" if isinstance(self.model, SFT) else "dpo",
                 pair_count=len(self.datamodule.pairs_by_split["train"]),
+                validation_pairs=self._validation_pairs(),
+                data_sha256=self.datamodule.store_folder.name.rpartition("-")[2],
                 hardware=hardware_in_words(self.trainer.strategy.root_device, self.trainer.world_size),
             ),
         )
@@ -293,6 +295,11 @@ class TrainingCLI(LightningCLI):
         append_jsonl(self.run.held_out_path, self.datamodule.example_texts("val", HELD_OUT_PAIRS))
         self.slow_work.end()
         print(f"Checkpoints: {self.run.checkpoint_folder}\nHugging Face folder: {folder}")
+
+    def _validation_pairs(self) -> int | None:
+        """Return the number of validation pairs; None if there are none, or only some are measured."""
+        pairs = self.datamodule.pairs_by_split.get("val")
+        return len(pairs) if pairs is not None and self.trainer.limit_val_batches == 1.0 else None
 
     @rank_zero_only
     def _report(self, stage: str) -> None:

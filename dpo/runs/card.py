@@ -14,7 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 from dpo import __version__
 from dpo.models.loading import adapter_base_model, resolve_model_path
 from dpo.models.origin import ORIGIN_FILE
-from dpo.runs import results
+from dpo.runs import card_sections, results
+from dpo.runs.evaluations import SECTION_END, SECTION_START
 from dpo.runs.folder import Run, run_of_export
 from dpo.runs.loggers import read_metrics
 
@@ -30,6 +31,8 @@ class TrainingFacts:
     Attributes:
         method: Kind of training, ``dpo`` or ``sft``; a tag of the card.
         pair_count: Number of preference pairs in the training split; None if unknown.
+        validation_pairs: Number of pairs in the validation split, if all of them are measured; None if unknown.
+        data_sha256: Hash of the data files and of how they were tokenized; "" if unknown.
         hardware: Devices that it was trained on, in words; "" if unknown.
         is_adapter: Whether the export is an adapter alone.
         dtype: Number format of the exported weights.
@@ -40,6 +43,8 @@ class TrainingFacts:
 
     method: str = "dpo"
     pair_count: int | None = None
+    validation_pairs: int | None = None
+    data_sha256: str = ""
     hardware: str = ""
     is_adapter: bool = False
     dtype: str = "float32"
@@ -70,7 +75,12 @@ def model_card(run: Run, base: str, data: str, card_summary: str, facts: Trainin
     parts = data.split(", ")
     datasets = [part for part in parts if _is_hub_id(part) and "/" in part]
     license_fields: dict[str, Any] = _find_license(bases, facts.license)
+    values = json.loads(run.results_path.read_text()) if run.results_path.exists() else {}
+    data_names = [part if part in datasets else Path(part).name for part in parts]
+    eval_results = card_sections.own_results(values, data_names) or None
     metadata = ModelCardData(
+        model_name=run.folder.name if eval_results else None,
+        eval_results=eval_results,
         library_name="peft" if facts.is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[facts.method],
@@ -79,8 +89,7 @@ def model_card(run: Run, base: str, data: str, card_summary: str, facts: Trainin
         **license_fields,
     )
     start = f"`{_short_name(base)}`" + (f" (which began as `{hub_base}`)" if hub_base not in (None, base) else "")
-    names = ", ".join(part if part in datasets else Path(part).name for part in parts)
-    values = json.loads(run.results_path.read_text()) if run.results_path.exists() else {}
+    licences = {name: _data_licence(part) for name, part in zip(data_names, parts, strict=True)}
     value_rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(values.items()))
     text = f"""---
 {metadata.to_yaml()}
@@ -88,7 +97,7 @@ def model_card(run: Run, base: str, data: str, card_summary: str, facts: Trainin
 
 # {run.folder.name}
 
-{start} {card_summary}, on {names}, by dpo-lightning {__version__}.
+{start} {card_summary}, on {", ".join(data_names)}, by dpo-lightning {__version__}.
 {_training_sentence(run, facts)}
 `train_config.yaml` is the whole configuration.
 
@@ -98,6 +107,7 @@ def model_card(run: Run, base: str, data: str, card_summary: str, facts: Trainin
 
 ## Results
 
+{card_sections.own_results_table(run, values, facts.validation_pairs, facts.data_sha256)}
 Last measured on the validation and test pairs of this run (nats; rewards: beta times the log-ratio to the reference):
 
 | metric | value |
@@ -106,7 +116,30 @@ Last measured on the validation and test pairs of this run (nats; rewards: beta 
 
 During training:
 
-{results.results_markdown(run.metrics_path)}"""
+{results.results_markdown(run.metrics_path)}
+## Evaluations
+
+`python -m dpo evaluate --run runs/{run.folder.name} --suite FILE` measures the policy on reward benchmarks and adds the
+results here.
+
+{SECTION_START}
+{SECTION_END}
+
+## Data
+
+{card_sections.data_section(run)}
+## Limits
+
+{card_sections.limits_section(run)}
+## Licences
+
+{card_sections.licence_section(license_fields.get("license"), licences)}
+## Make it again
+
+```bash
+python train.py fit --config train_config.yaml --name {run.folder.name}-again
+```
+"""
     return ModelCard(text)
 
 
@@ -139,11 +172,12 @@ def _is_hub_id(name: str) -> bool:
     return name != "quickstart" and not Path(name).expanduser().exists()
 
 
-def _card_metadata(model: str | Path) -> dict[str, Any]:
+def _card_metadata(name: str | Path, repo_type: str = "model") -> dict[str, Any]:
     """Return the metadata of the card of a folder or hub id; nothing if there is none that can be read."""
     try:
-        folder = Path(resolve_model_path(str(model)))
-        file = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(str(model), "README.md"))
+        folder = Path(resolve_model_path(str(name)))
+        local = folder.is_dir()
+        file = folder / "README.md" if local else Path(hf_hub_download(str(name), "README.md", repo_type=repo_type))
         return dict(vars(ModelCard(file.read_text(encoding="utf-8")).data)) if file.is_file() else {}
     except (HTTPError, OSError, ValueError):
         return {}
@@ -155,6 +189,12 @@ def _find_license(models: list[str], otherwise: str | None) -> dict[str, str]:
         if metadata.get("license"):
             return {name: metadata[name] for name in LICENSE_FIELDS if name in metadata}
     return {"license": otherwise} if otherwise else {}
+
+
+def _data_licence(data: str) -> str | None:
+    """Return the licence that the card of a data set gives, of a file that of its folder; None if there is none."""
+    licence = _card_metadata(Path(data).parent if Path(data).is_file() else data, "dataset").get("license")
+    return ", ".join(licence) if isinstance(licence, list) else licence
 
 
 def _short_name(base: str) -> str:

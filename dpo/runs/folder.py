@@ -65,6 +65,11 @@ class Run:
         return self.folder / "held_out.jsonl"
 
     @property
+    def evaluations_folder(self) -> Path:
+        """Records of what the policy scored on benchmarks, evaluations."""
+        return self.folder / "evaluations"
+
+    @property
     def checkpoint_folder(self) -> Path:
         """Folder of the Lightning checkpoints last.ckpt and best.ckpt."""
         return self.folder / "checkpoints"

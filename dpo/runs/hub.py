@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.errors import HTTPError
 
 # The files that transformers saves, and those that a run's export adds.
@@ -66,7 +67,9 @@ def export_files(run_folder: Path) -> list[Path]:
         if entry.is_symlink() and not entry.resolve().is_relative_to(export):
             raise ValueError(f"{entry} links to a place outside of the export: replace the link by the file itself.")
     all_files = [entry for entry in entries if entry.is_file()]
-    files = [file for file in all_files if file.parent == export and any(map(file.match, UPLOAD_PATTERNS))]
+    folders = {".": UPLOAD_PATTERNS, EVAL_RESULTS_FOLDER: ("*.yaml",)}
+    patterns = {file: folders.get(str(file.parent.relative_to(export)), ()) for file in all_files}
+    files = [file for file in all_files if any(map(file.match, patterns[file]))]
     names = {file.name for file in files}
     if not {"README.md", "config.json"} <= names or not any(name.endswith(".safetensors") for name in names):
         raise ValueError(
@@ -131,7 +134,9 @@ def push(run_folder: Path, repo_id: str, *, private: bool, api: HfApi) -> str:
         if private and not api.model_info(repository).private:
             raise ValueError(f"{repository} exists and is public. Nothing was uploaded: choose another name.")
         # Not HfApi.upload_folder, which with hf_xet may upload in several commits.
-        operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files]
+        export = run_folder.resolve() / "export"
+        paths = {str(file.relative_to(export)): file for file in files}
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in paths.items()]
         return api.create_commit(repository, operations, commit_message="Upload policy").commit_url
     except (HTTPError, OSError, RuntimeError) as error:
         # huggingface_hub raises RuntimeError when the upload of a single file fails; its cause says why.

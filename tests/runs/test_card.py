@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from dpo.models.loading import ModelLoader
 from dpo.models.origin import PolicyOrigin
 from dpo.runs.card import TrainingFacts, hardware_in_words, model_card
 from dpo.runs.export import export_run
 from dpo.runs.folder import Run
+from dpo.runs.intervals import mean_interval
 from dpo.runs.loggers import MetricsCSV
 from tests.support.runs import Lab, policy
 
@@ -138,3 +140,49 @@ def test_the_time_covers_steps_whose_speed_was_not_logged(tmp_path: Path) -> Non
 
 def test_hardware_is_named_without_the_machine() -> None:
     assert hardware_in_words(torch.device("cpu"), 2) == "2 x CPU process"
+
+
+def counts(**changes: Any) -> dict[str, Any]:
+    """The counts of a split, as audit.json has them."""
+    total = {"read": 12, "kept": 12, "refused": {}, "bad": {}, "cut": {}, "longer_wins": 0.5}
+    return {"total": total | changes}
+
+
+def test_accuracies_have_intervals_and_are_in_the_metadata(tmp_path: Path) -> None:
+    run = minimal_run(tmp_path / "run")
+    run.update_results({"val/rewards/accuracies": 0.75, "test/rewards/accuracies": 0.625, "val/loss": 0.6})
+    run.audit_path.write_text(json.dumps({"test": counts(kept=8, longer_wins=0.25)}))
+    facts = TrainingFacts(validation_pairs=4, data_sha256="ab" * 32)
+    card = model_card(run, "org/base", "org/pairs", "trained", facts)
+    low, high = (100 * end for end in mean_interval([1, 1, 1, 0]))
+    assert f"| reward accuracy, validation | 75.0 | {low:.1f}-{high:.1f} | - | - | 4 | {'ab' * 8} |" in card.text
+    low, high = (100 * end for end in mean_interval([1, 1, 1, 1, 1, 0, 0, 0]))
+    assert f"| reward accuracy, test | 62.5 | {low:.1f}-{high:.1f} | - | 25.0 | 8 | {'ab' * 8} |" in card.text
+    name, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert name == "run"
+    assert [(each.dataset_type, each.dataset_split, each.metric_type, each.metric_value) for each in results] == [
+        ("org/pairs", "validation", "accuracy", 0.75),
+        ("org/pairs", "test", "accuracy", 0.625),
+    ]
+    assert results == ModelCard(str(card)).data.eval_results
+
+
+def test_lost_and_cut_rows_are_in_the_card(tmp_path: Path) -> None:
+    run = minimal_run(tmp_path / "run")
+    refused = {"empty_answer": 2, "identical_answers": 0}
+    train = counts(read=12, kept=9, refused=refused, bad={"cut_line": 1}, cut={"prompt_cut": 0.25, "chosen_cut": 0.0})
+    run.audit_path.write_text(json.dumps({"train": train}))
+    text = model_card(run, "org/base", "x", "trained").text
+    assert "| train | 12 | 9 | 2 | 1 | 50.0 |" in text
+    assert "Not used: 2 of train empty answer; 1 of train cut line." in text
+    assert "- Pairs of train were cut to the maximum length: prompt cut in 25.0 %.\n" in text
+    assert "reward accuracy" not in text, "nothing was measured"
+
+
+def test_the_licences_of_base_and_data_are_named(tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "data", license=["mit", "odc-by"])
+    (tmp_path / "data" / "pairs.jsonl").touch()
+    facts = TrainingFacts(license="apache-2.0")
+    text = model_card(minimal_run(tmp_path / "run"), "org/base", f"{data}/pairs.jsonl, x", "trained", facts).text
+    expected = "- Base model: apache-2.0\n- Data pairs.jsonl: mit, odc-by\n- Data x: unknown, ask its source\n"
+    assert expected in text

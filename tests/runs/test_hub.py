@@ -250,6 +250,15 @@ def test_only_files_of_an_export_are_sent(hub: Hub, run: Path, capsys: pytest.Ca
     )
 
 
+def test_results_of_benchmarks_are_sent_to_where_the_hub_reads_them(hub: Hub, run: Path) -> None:
+    for name in (".eval_results/bench.yaml", ".eval_results/notes.txt", "deeper/.eval_results/bench.yaml"):
+        (run / "export" / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / "export" / name).write_text("[]")
+    push(run, "user/name", private=False, api=api(hub))
+    sent = hub.repositories["user/name"].files
+    assert [name for name in sent if "eval_results" in name] == [".eval_results/bench.yaml"]
+
+
 def test_all_files_that_transformers_saves_are_sent(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     export = tmp_path / "export"
     tiny_model("llama").save_pretrained(export, max_shard_size="50KB")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dpo.runs.intervals import MOST_RESAMPLED, mean_interval
+from dpo.runs.intervals import MOST_RESAMPLED, mean_interval, weighted_mean_interval
 
 
 def test_the_interval_of_a_share_is_that_of_the_binomial_distribution() -> None:
@@ -30,3 +30,15 @@ def test_many_values_use_the_normal_approximation() -> None:
 
 def test_no_values_have_no_interval() -> None:
     assert all(map(math.isnan, mean_interval([])))
+
+
+def test_groups_are_resampled_by_themselves_and_weighted() -> None:
+    """Means of 100 and 400 zeros and ones: the standard error of w1 m1 + w2 m2 by the normal approximation."""
+    groups = [[1] * 60 + [0] * 40, [1] * 80 + [0] * 320]
+    low, high = weighted_mean_interval(groups, [0.7, 0.3])
+    middle = 0.7 * 0.6 + 0.3 * 0.2
+    error = (0.7**2 * 0.6 * 0.4 / 100 + 0.3**2 * 0.2 * 0.8 / 400) ** 0.5
+    assert low == pytest.approx(middle - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(middle + 1.96 * error, abs=0.15 * error)
+    assert weighted_mean_interval(groups[:1], [1.0]) == mean_interval(groups[0])
+    assert all(map(math.isnan, weighted_mean_interval([[1.0], []], [0.5, 0.5])))

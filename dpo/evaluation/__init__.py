@@ -1,0 +1,1 @@
+"""Reward benchmarks: a policy's implicit reward as judge of given answers, beside simpler judges."""
