@@ -29,9 +29,21 @@ def parse_options(arguments: Sequence[str]) -> Namespace:
     add("--port", default=8000, type=int, help="port to listen on, 0 for any free one (%(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (%(default)s)")
     dtypes = ["float32", "bfloat16", "float16"]
-    add("--dtype", default="float32", choices=dtypes, help="data type of weights and cache (%(default)s)")
-    add("--max-concurrency", default=64, type=int, help="requests at a time, more get status 429 (%(default)s)")
-    add("--max-context", type=int, help="most tokens of prompt and answer (what the models allow, at most 4096)")
+    add("--dtype", choices=dtypes, help="type of weights and cache (bfloat16 on CUDA, else float32)")
+    add("--cache-gib", type=float, metavar="GIB", help="cache of each model (by its size and free memory)")
+    add(
+        "--max-concurrency",
+        metavar="N",
+        default=64,
+        type=int,
+        help="requests at a time, more get status 429 (%(default)s)",
+    )
+    add(
+        "--max-context",
+        metavar="N",
+        type=int,
+        help="most tokens of prompt and answer (what the models allow, at most 4096)",
+    )
     options = parser.parse_args(arguments)
     if options.demo:
         from dpo.quickstart import TRAINED_RUN

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -157,6 +157,10 @@ def _score_rows(logits: Tensor, targets: Tensor, probabilities: Tensor) -> tuple
     return tuple(score.squeeze(-1) for score in scores)
 
 
+def _rows_per_chunk(model: PreTrainedModel) -> int:
+    return int(max(1, MAX_CHUNK_LOGITS // model.get_output_embeddings().weight.shape[0]))
+
+
 def score(model: PreTrainedModel, batch: Batch) -> TokenScores:
     """Return log-probability, entropy and other values of every answer token of a batch."""
     output, hidden = hidden_states(model, batch)
@@ -166,9 +170,37 @@ def score(model: PreTrainedModel, batch: Batch) -> TokenScores:
         scores: tuple[Tensor, ...] = _TokenLogps.apply(to_logits(hidden), targets)  # type: ignore[no-untyped-call]
         return scores
 
-    rows = max(1, MAX_CHUNK_LOGITS // model.get_output_embeddings().weight.shape[0])
+    rows = _rows_per_chunk(model)
     chunks = list(zip(hidden.split(rows), batch.targets.split(rows), strict=True))
     if len(chunks) == 1:
         return TokenScores(*chunk(*chunks[0]))
     parts = [checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=False) for inputs in chunks]
     return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def score_alternatives(
+    model: PreTrainedModel, batch: Batch, count: int
+) -> tuple[Float[Tensor, "scored candidates"], Int[Tensor, "scored candidates"]]:
+    """Return the log-probability of every answer token, and of the most probable tokens in its place.
+
+    Args:
+        model: The model.
+        batch: The answers.
+        count: Number of most probable tokens.
+
+    Returns:
+        Log-probabilities in nats and token ids, ``(scored, 1 + count)``. The first column is that of the answer; it is
+        equal to the bit to the column of the same token among the most probable ones, which come in descending order.
+    """
+    output, hidden = hidden_states(model, batch)
+    to_logits = make_logits_function(model, output)
+    rows = _rows_per_chunk(model)
+    parts = []
+    for some_hidden, targets in zip(hidden.split(rows), batch.targets.split(rows), strict=True):
+        logits = to_logits(some_hidden).float()
+        tokens = torch.cat([targets[:, None], logits.topk(count).indices], -1)
+        logps = _score_rows(logits, tokens, torch.empty_like(logits))[0]
+        parts.append((logps.view(tokens.shape), tokens))
+    logps, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logps, tokens

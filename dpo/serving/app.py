@@ -6,7 +6,8 @@ Every error is answered with a JSON body in OpenAI's format. `security.RequestGu
 import asyncio
 import math
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +19,17 @@ from starlette.exceptions import HTTPException
 
 from dpo.runs import results
 from dpo.runs.folder import run_of_export
-from dpo.serving.reply import CompletionReply
-from dpo.serving.schema import APIError, ChatRequest, CompareRequest, CompletionRequest, ScoreRequest
+from dpo.serving.reply import CompletionReply, full_response
+from dpo.serving.schema import (
+    APIError,
+    ChatRequest,
+    CompareRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    ScoreRequest,
+    TokenizeRequest,
+)
 from dpo.serving.service import ACTIVE_REQUESTS, CACHE_USED_RATIO, ENGINE_ALIVE, InferenceService, JsonObject
 
 PAGE_FILES = {file.name: file.read_bytes() for file in (Path(__file__).parent / "page").glob("*.*")}
@@ -62,28 +72,54 @@ async def post_chat_completion(service: AdmittedService, body: ChatRequest) -> R
     prompt = await service.run_in_tokenizer(service.codec.encode_prompt, None, body.messages)
     max_tokens = body.max_completion_tokens or body.max_tokens
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return await _respond(CompletionReply(service, body, prompt, max_tokens, top_logprobs))
+    return await _respond(service, body, [prompt], max_tokens, top_logprobs)
 
 
 @router.post("/v1/completions")
 async def post_completion(service: AdmittedService, body: CompletionRequest) -> Response:
-    """Continue a text, by 16 tokens unless `max_tokens` is given (OpenAI's default)."""
-    prompt = await service.run_in_tokenizer(service.codec.encode_raw, body.prompt)
-    return await _respond(CompletionReply(service, body, prompt, body.max_tokens or 16, body.logprobs))
+    """Continue texts, by 16 tokens unless `max_tokens` is given (OpenAI's default)."""
+    max_tokens = 16 if body.max_tokens is None else body.max_tokens
+    encode = partial(service.codec.encode_raw, answer_length=min(max_tokens, 1))
+    prompts = await service.run_in_tokenizer(lambda: [encode(prompt) for prompt in body.prompt])
+    return await _respond(service, body, prompts, max_tokens, body.logprobs)
 
 
-async def _respond(reply: CompletionReply) -> Response:
-    if reply.body.stream:
-        return StreamingResponse(reply.stream_events(), media_type="text/event-stream")
-    return JSONResponse(await reply.full_response())
+async def _respond(
+    service: InferenceService,
+    body: GenerationRequest,
+    prompts: Sequence[list[int]],
+    max_tokens: int | None,
+    top_logprobs: int | None,
+) -> Response:
+    """Answer every prompt `n` times."""
+    replies = [
+        CompletionReply(service, body, prompt, max_tokens, top_logprobs, sample)
+        for prompt in prompts
+        for sample in range(body.n or 1)
+    ]
+    if body.stream:
+        return StreamingResponse(replies[0].stream_events(), media_type="text/event-stream")
+    return JSONResponse(await full_response(replies))
+
+
+@router.post("/tokenize")
+async def post_tokenize(service: AdmittedService, body: TokenizeRequest) -> JsonObject:
+    """Return the token ids of a text or of messages, as vLLM does."""
+    tokens = await service.run_in_tokenizer(service.codec.tokenize, body)
+    return {"count": len(tokens), "max_model_len": service.codec.context, "tokens": tokens}
+
+
+@router.post("/detokenize")
+async def post_detokenize(service: AdmittedService, body: DetokenizeRequest) -> JsonObject:
+    """Return the text of token ids, control tokens included, as vLLM does."""
+    ids = service.codec.known_ids(body.tokens, "tokens")
+    return {"prompt": await service.run_in_tokenizer(service.codec.tokenizer.decode, ids)}
 
 
 @router.post("/v1/score")
 async def post_score(service: AdmittedService, body: ScoreRequest) -> JsonObject:
     """Return the log-probabilities of answers under both models, in nats, and their implicit rewards."""
-    examples = await service.run_in_tokenizer(
-        lambda: [service.codec.encode_example(body, answer) for answer in body.answers]
-    )
+    examples = await service.run_in_tokenizer(service.codec.encode_score, body)
     answers = await service.score_examples(examples, body.tokens)
     return {"object": "score", "beta": service.served.beta, "answers": answers}
 
@@ -91,9 +127,7 @@ async def post_score(service: AdmittedService, body: ScoreRequest) -> JsonObject
 @router.post("/v1/compare")
 async def post_compare(service: AdmittedService, body: CompareRequest) -> JsonObject:
     """Return which of two answers the policy prefers, and with what probability."""
-    examples = await service.run_in_tokenizer(
-        lambda: [service.codec.encode_example(pair, pair.chosen, pair.rejected) for pair in body.pairs]
-    )
+    examples = await service.run_in_tokenizer(lambda: [service.codec.encode_pair(pair) for pair in body.pairs])
     answers = await service.score_examples(examples, body.tokens)
     pairs = [_compare(chosen, rejected) for chosen, rejected in zip(answers[::2], answers[1::2], strict=True)]
     return {"object": "compare", "beta": service.served.beta, "pairs": pairs}
@@ -110,8 +144,9 @@ def _compare(chosen: JsonObject, rejected: JsonObject) -> JsonObject:
 
 @router.get("/v1/models")
 async def get_models(service: ServiceDependency) -> JsonObject:
-    """List the two models, `policy` and `reference`."""
-    models = [{"id": name, "object": "model", "created": 0, "owned_by": "local"} for name in service.engines]
+    """List the two models, `policy` and `reference`, with the tokens that their context holds."""
+    same = {"object": "model", "created": 0, "owned_by": "local", "max_model_len": service.codec.context}
+    models = [{"id": name, **same} for name in service.engines]
     return {"object": "list", "data": models}
 
 

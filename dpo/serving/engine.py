@@ -6,9 +6,11 @@ The engine works on token ids only. The thread that builds and runs the batches 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 from uuid import uuid4
 
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,13 +23,16 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from dpo.models.batch import Batch
 from dpo.models.generation import derive_seed
 from dpo.models.prompt_sharing import share_if_exact, weight_sharing_copy
-from dpo.models.scoring import score
+from dpo.models.scoring import score, score_alternatives
 from dpo.serving.schema import APIError
 
 CACHE_PAGE_TOKENS = 32  # tokens per page of the key-value cache
-MAX_CACHE_BYTES = 4 * 2**30
+MIN_CPU_CACHE_BYTES = 2**28
 MAX_BATCH_TOKENS = 512  # per forward pass; longer prompts are read in chunks, so other requests keep going in between
 GREEDY_TEMPERATURE = 1e-3  # below this, dividing logits could overflow, and sampling equals greedy decoding anyway
+
+TokenLogprob = tuple[float, list[tuple[int, float]]]
+"""Log-probability of a token in nats, and ids and log-probabilities of the most probable tokens in its place."""
 
 
 @dataclass
@@ -50,7 +55,7 @@ class TokenSampler:
     top_p: float
     seed: int
     top_logprobs: int | None
-    logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TokenSampler":
         return self  # transformers copies a request that it evicts from the cache; it must keep recording here
@@ -69,9 +74,9 @@ class TokenSampler:
         scores = logits / self.temperature
         if self.top_p < 1:
             scores = TopPLogitsWarper(self.top_p)(None, scores[None])[0]
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, position))
-        noise = torch.empty(scores.shape).exponential_(generator=generator)
-        return scores - noise.log_().to(scores.device)
+        # On the device: no copy to it and no wait for it. A generator of its own keeps the row independent of others.
+        generator = torch.Generator(scores.device).manual_seed(derive_seed(self.seed, position))
+        return scores - torch.empty_like(scores).exponential_(generator=generator).log_()
 
 
 class BatchLogitsProcessor(ContinuousBatchingLogitsProcessorList):
@@ -95,6 +100,18 @@ class BatchLogitsProcessor(ContinuousBatchingLogitsProcessorList):
         return scores
 
 
+def default_cache_bytes(model: PreTrainedModel) -> int:
+    """Return how much memory the cache of one of two served models may take.
+
+    On CUDA it is a third of what is free, and the last third is left to activations. Main memory is shared with all
+    else: there it is as much as the weights take (at least 256 MiB), but at most an eighth of what is available.
+    """
+    if model.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(model.device)[0] // 3)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return int(min(max(weights, MIN_CPU_CACHE_BYTES), psutil.virtual_memory().available // 8))
+
+
 class GenerationEngine:
     """A model with its batching thread, and a copy of it for scoring.
 
@@ -103,24 +120,28 @@ class GenerationEngine:
 
     Args:
         model: The model to serve.
-        slots: Maximum number of concurrent requests. The cache holds half of the context of each, up to
-            `MAX_CACHE_BYTES`; when it is full, requests are evicted and later resume with the tokens they have.
+        slots: Maximum number of concurrent requests. The cache holds half of the context of each, as far as
+            `cache_bytes` allow; when it is full, requests are evicted and later resume with the tokens they have.
         context: Maximum tokens of prompt and answer together.
+        cache_bytes: Memory for the cache. It always holds two contexts, so that every request can be answered.
 
     Attributes:
+        cache_tokens: Tokens that the cache holds.
+        cache_bytes: Memory that it takes.
         result_queues: Per running request, the outputs that it has not read yet; None means that no more will come.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int, context: int) -> None:
+    def __init__(self, model: PreTrainedModel, slots: int, context: int, cache_bytes: int) -> None:
         config = model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token_bytes = 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize
         # Half the context per slot, as few requests use all of theirs.
-        cache_tokens = max(2 * context, min(slots * context // 2, MAX_CACHE_BYTES // token_bytes))
+        self.cache_tokens = max(2 * context, min(slots * context // 2, cache_bytes // token_bytes))
+        self.cache_bytes = self.cache_tokens * token_bytes
         self.batching_config = ContinuousBatchingConfig(
             page_size=CACHE_PAGE_TOKENS,
-            num_blocks=-(-cache_tokens // CACHE_PAGE_TOKENS),
+            num_blocks=-(-self.cache_tokens // CACHE_PAGE_TOKENS),
             max_batch_tokens=max(MAX_BATCH_TOKENS, slots),
             auto_switch_to_flash=False,
             use_cuda_graph=False,
@@ -160,6 +181,13 @@ class GenerationEngine:
         """Return the log-probability of each token of every answer, in nats. Call it from one thread at a time."""
         logps = score(self.scoring_model, batch.to(self.scoring_model.device)).logps.cpu()
         return [answer.tolist() for answer in logps.split(batch.lengths)]
+
+    def score_alternatives(self, batch: Batch, count: int) -> list[list[TokenLogprob]]:
+        """Return the log-probabilities of each token of every answer, with `count` alternatives; as `score_batch`."""
+        logps, tokens = score_alternatives(self.scoring_model, batch.to(self.scoring_model.device), count)
+        rows = zip(logps.tolist(), tokens[:, 1:].tolist(), strict=True)
+        scored = iter([(first, list(zip(top, others, strict=True))) for (first, *others), top in rows])
+        return [list(islice(scored, length)) for length in batch.lengths]
 
     async def generate(
         self, prompt: Sequence[int], token_sampler: TokenSampler, max_tokens: int, end_ids: Sequence[int]

@@ -13,6 +13,9 @@ PromptText = Annotated[str, Field(min_length=1, max_length=400_000)]
 AnswerText = Annotated[str, Field(max_length=400_000, pattern=r"\S")]
 StopString = Annotated[str, Field(min_length=1, max_length=100)]
 PositiveCount = Annotated[int, Field(ge=1)]
+FinishReason = Literal["stop", "length"]
+MAX_CHOICES = 128  # answers to one request: prompts times `n`
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=400_000)]
 ZeroOnly = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -20,13 +23,19 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _single_item(value: Any) -> Any:
-    """Unwrap a list of one prompt, which LangChain sends."""
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+def _as_prompts(value: Any) -> Any:
+    """Return a list of prompts, each a text or token ids; one prompt may come without the list around it."""
+    is_one = isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int))
+    return [value] if is_one else value
 
 
-UpToFourStops = Annotated[list[StopString], Field(max_length=4)]
-StopStrings = Annotated[UpToFourStops, BeforeValidator(_as_list, json_schema_input_type=StopString | UpToFourStops)]
+# OpenAI allows four; the tasks of evaluation harnesses have more.
+UpToSixteenStops = Annotated[list[StopString], Field(max_length=16)]
+StopStrings = Annotated[
+    UpToSixteenStops, BeforeValidator(_as_list, json_schema_input_type=StopString | UpToSixteenStops)
+]
+RawPrompt = PromptText | TokenIds
+RawPrompts = Annotated[list[RawPrompt], Field(min_length=1, max_length=MAX_CHOICES)]
 
 
 class APIError(HTTPException):
@@ -65,6 +74,10 @@ class ChatMessage(StrictModel):
     role: Literal["system", "user", "assistant"]
     content: PromptText
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None  # old clients add an empty list to every reply
+    # AutoGen names every speaker. Names are accepted and left out of the prompt: the training data have none, so a
+    # model that was shown one would be asked what it was never trained on.
+    name: Annotated[str, Field(max_length=256)] | None = None
+    type: Literal["text", "message"] | None = None  # lm-eval and OpenAI's newer clients say what kind of item this is
 
     @field_validator("content", mode="before")
     @classmethod
@@ -102,7 +115,7 @@ class GenerationRequest(StrictModel):
     reward: bool = Field(
         default=False, description="Also return the answer's implicit reward, at the cost of a forward pass per model."
     )
-    n: Literal[1] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     presence_penalty: ZeroOnly | None = None
     frequency_penalty: ZeroOnly | None = None
     user: str | None = None
@@ -111,6 +124,8 @@ class GenerationRequest(StrictModel):
     def _check_stream_options(self) -> "GenerationRequest":
         if self.stream_options and not self.stream:
             raise ValueError("stream_options: expected stream to be true")
+        if self.stream and self.n not in (None, 1):
+            raise ValueError("n: a stream has one answer: expected n to be 1, or stream to be false")
         return self
 
 
@@ -132,10 +147,26 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    """The body of `POST /v1/completions`; the prompt goes to the model unchanged."""
+    """The body of `POST /v1/completions`; prompts, as text or token ids, go to the model unchanged.
 
-    prompt: Annotated[PromptText, BeforeValidator(_single_item)]
+    With `echo`, a choice repeats its prompt, also in its log-probabilities; `max_tokens` 0 then generates nothing.
+    """
+
+    prompt: Annotated[RawPrompts, BeforeValidator(_as_prompts, json_schema_input_type=RawPrompt | RawPrompts)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> "CompletionRequest":
+        choices = len(self.prompt) * (self.n or 1)
+        if choices > MAX_CHOICES:
+            raise ValueError(f"n: expected at most {MAX_CHOICES} answers (prompts x n) a request, got {choices}")
+        if self.stream and (choices > 1 or self.echo):
+            raise ValueError("stream: expected one prompt and no echo in a stream")
+        if self.max_tokens == 0 and not (self.echo and not self.reward):
+            raise ValueError("max_tokens: expected at least 1 without echo or with reward, got 0")
+        return self
 
 
 class PromptRequest(StrictModel):
@@ -151,18 +182,71 @@ class PromptRequest(StrictModel):
         return self
 
 
-class ScoreRequest(PromptRequest):
+class TokenizeRequest(PromptRequest):
+    """The body of `POST /tokenize`, as in vLLM: a text as it is, or messages in the format of the training."""
+
+    model: str | None = None
+    add_special_tokens: bool | None = Field(default=None, description="Of a text; true unless given.")
+
+    @model_validator(mode="after")
+    def _check_special_tokens(self) -> "TokenizeRequest":
+        if self.messages is not None and self.add_special_tokens is not None:
+            raise ValueError("add_special_tokens: expected a prompt; messages get those of the training")
+        return self
+
+
+class DetokenizeRequest(StrictModel):
+    """The body of `POST /detokenize`, as in vLLM."""
+
+    model: str | None = None
+    tokens: TokenIds
+
+
+class AnswersRequest(PromptRequest):
+    """A prompt with answers that are given as text.
+
+    An answer that ended for the reason `length` was cut, and is scored without the end token that it never had.
+    """
+
+    finish_reasons: list[FinishReason] | None = Field(
+        default=None, description="Why each answer ended, as its reply said; stop unless given."
+    )
+
+    @property
+    def texts(self) -> list[str]:
+        """The answers as given, in order."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _check_finish_reasons(self) -> "AnswersRequest":
+        if self.finish_reasons is not None and len(self.finish_reasons) != len(self.texts):
+            got = f"{len(self.finish_reasons)} for {len(self.texts)}"
+            raise ValueError(f"finish_reasons: expected one for every answer, got {got}")
+        return self
+
+
+class ScoreRequest(AnswersRequest):
     """The body of `POST /v1/score`."""
 
     answers: Annotated[list[AnswerText], Field(min_length=1, max_length=64)]
     tokens: bool = False
 
+    @property
+    def texts(self) -> list[str]:
+        """The answers as given, in order."""
+        return self.answers
 
-class AnswerPair(PromptRequest):
-    """Two answers to one prompt."""
+
+class AnswerPair(AnswersRequest):
+    """Two answers to one prompt; `finish_reasons` first has that of the chosen one."""
 
     chosen: AnswerText
     rejected: AnswerText
+
+    @property
+    def texts(self) -> list[str]:
+        """The chosen and the rejected answer."""
+        return [self.chosen, self.rejected]
 
 
 class CompareRequest(StrictModel):

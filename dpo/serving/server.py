@@ -21,7 +21,7 @@ from dpo.models.loading import ModelLoader, context_length, read_end_ids
 from dpo.models.origin import ServedPolicy, find_policy, load_policy_and_reference
 from dpo.models.prompt_sharing import vocabulary_size
 from dpo.serving.app import build_app
-from dpo.serving.engine import GenerationEngine
+from dpo.serving.engine import GenerationEngine, default_cache_bytes
 from dpo.serving.security import HEAD_TIMEOUT_SECONDS, LOOPBACK_HOSTS, RequestGuard, TimedProtocol
 from dpo.serving.service import InferenceService
 from dpo.serving.tokenization import NO_LENGTH_LIMIT, TextCodec
@@ -62,7 +62,10 @@ def load_service(options: Namespace) -> InferenceService:
         )
     served = find_served_policy(options)
     models = load_policy_and_reference(served)
-    _place(models, options.device, options.dtype)
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _place(models, device, options.dtype or default_dtype(device))
     sizes = {name: vocabulary_size(model) for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"Policy and reference must share a vocabulary; their sizes are {sizes}.")
@@ -72,19 +75,38 @@ def load_service(options: Namespace) -> InferenceService:
     context = min(max_context, limit)
     tokenizer = ModelLoader().load_tokenizer(served.policy_path)
     encoder = PairEncoder(tokenizer, NO_LENGTH_LIMIT, served.format, read_end_ids(served.policy_path))
-    engines = {name: GenerationEngine(model, slots, context) for name, model in models.items()}
+    engines = _make_engines(models, slots, context, options.cache_gib)
     return InferenceService(served, engines, TextCodec(encoder, context), slots)
+
+
+def default_dtype(device: str) -> str:
+    """Return the data type for a device: CUDA computes bfloat16 several times as fast as float32, a CPU does not."""
+    return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 def _place(models: dict[str, PreTrainedModel], device: str, dtype: str) -> None:
     """Move frozen models to a device and a data type."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         for model in models.values():
             torch.nn.Module.to(model.requires_grad_(False), device=device, dtype=getattr(torch, dtype))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {error}") from error
+
+
+def _make_engines(
+    models: dict[str, PreTrainedModel], slots: int, context: int, cache_gib: float | None
+) -> dict[str, GenerationEngine]:
+    sizes = {name: default_cache_bytes(model) for name, model in models.items()}
+    if cache_gib is not None:
+        sizes = dict.fromkeys(models, int(max(cache_gib, 0) * 2**30))
+    engines = {name: GenerationEngine(model, slots, context, sizes[name]) for name, model in models.items()}
+    need = max(engine.cache_bytes for engine in engines.values())
+    if cache_gib is not None and need > cache_gib * 2**30:
+        raise ValueError(
+            f"--cache-gib: expected at least {need / 2**30:.2f}, room for two contexts of {context:,} tokens, got "
+            f"{cache_gib:g}: give more, or a smaller --max-context."
+        )
+    return engines
 
 
 class InferenceServer(uvicorn.Server):
@@ -126,9 +148,15 @@ class InferenceServer(uvicorn.Server):
                 "policy": served.policy_path,
                 "reference": served.reference_path,
                 "note": served.reference_note,
+                "cache": self._describe_cache(),
                 "at": self.base_url,
             }
             print("\n".join(f"{name:10} {value}" for name, value in lines.items() if value), flush=True)
+
+    def _describe_cache(self) -> str:
+        engine = min(self.service.engines.values(), key=lambda engine: engine.cache_tokens)
+        gib = engine.cache_bytes / 2**30
+        return f"{engine.cache_tokens:,} tokens, {gib:.2f} GiB for each model (--cache-gib changes it)"
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for running streams, and end those that take longer than `STREAM_GRACE_SECONDS` with an error."""

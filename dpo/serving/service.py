@@ -5,6 +5,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from dpo.data.sampler import pack_rows_by_tokens
 from dpo.models.batch import Batch, Example, collate
 from dpo.models.origin import ServedPolicy
-from dpo.serving.engine import GenerationEngine
+from dpo.serving.engine import GenerationEngine, TokenLogprob
 from dpo.serving.schema import APIError
 from dpo.serving.tokenization import TextCodec
 
@@ -45,6 +46,7 @@ class InferenceService:
 
     Attributes:
         active_requests: Number of requests that hold a slot.
+        generation_slots: Held by every answer that is being generated; a request for several answers waits here.
         tokenizer_executor: The one thread that tokenizes.
         scorer_executor: The one thread that scores.
     """
@@ -57,6 +59,7 @@ class InferenceService:
         self.codec = codec
         self.slots = slots
         self.active_requests = 0
+        self.generation_slots = asyncio.Semaphore(slots)
         self.tokenizer_executor = ThreadPoolExecutor(1, "tokenizer")
         self.scorer_executor = ThreadPoolExecutor(1, "scorer")
 
@@ -90,11 +93,23 @@ class InferenceService:
 
     async def answer_logprobs(self, examples: Sequence[Example]) -> list[LogprobsByModel]:
         """Score every answer of every example, and return the results in that order."""
-        results: dict[int, list[LogprobsByModel]] = {}
+        return await self._score_in_batches(examples, self._score)
+
+    async def prompt_logprobs(
+        self, model: str, prompts: Sequence[Sequence[int]], count: int
+    ) -> list[list[TokenLogprob | None]]:
+        """Return the log-probabilities of all prompts' tokens with `count` alternatives; None for the first token."""
+        score = partial(self.engines[model].score_alternatives, count=count)
+        examples = [Example("prompt", prompt[:1], (prompt[1:],)) for prompt in prompts if len(prompt) > 1]
+        scored = iter(await self._score_in_batches(examples, score))
+        return [[None, *(next(scored) if len(prompt) > 1 else ())] for prompt in prompts]
+
+    async def _score_in_batches(self, examples: Sequence[Example], score: Callable[[Batch], list[_T]]) -> list[_T]:
+        results: dict[int, list[_T]] = {}
         costs = np.array([len(example.prompt) + sum(map(len, example.answers)) for example in examples])
         for rows in pack_rows_by_tokens(costs, MAX_SCORING_TOKENS):
             batch = collate([examples[row] for row in rows])
-            scores = iter(await asyncio.get_running_loop().run_in_executor(self.scorer_executor, self._score, batch))
+            scores = iter(await asyncio.get_running_loop().run_in_executor(self.scorer_executor, score, batch))
             results |= {row: list(islice(scores, len(examples[row].answers))) for row in rows}
         return [answer for row in range(len(examples)) for answer in results[row]]
 

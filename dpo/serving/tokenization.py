@@ -5,6 +5,7 @@ model sees here what it saw in training.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TypeVar
 
 from tokenizers.decoders import DecodeStream
@@ -14,7 +15,7 @@ from dpo.data.dialogue import TURN_MARKERS, DialoguePair, Refusal, Role, Turn, T
 from dpo.data.prompts import PROBE_ANSWERS
 from dpo.data.tokenization import PairEncoder, control_token_pattern
 from dpo.models.batch import Example
-from dpo.serving.schema import APIError, ChatMessage, PromptRequest
+from dpo.serving.schema import AnswersRequest, APIError, ChatMessage, RawPrompt, TokenizeRequest
 
 _T = TypeVar("_T")
 REFUSAL_MESSAGES = {"system_without_template": "this model was not trained with system messages: leave them out"}
@@ -27,35 +28,75 @@ class TextCodec:
     Args:
         encoder: The encoder of the training data, but without a length limit.
         context: Maximum tokens of prompt and answer together.
+
+    Attributes:
+        vocabulary_size: Token ids below it are known.
+        end_length: Tokens that follow the text of a complete answer: its end, and what a chat template puts before it.
     """
 
     def __init__(self, encoder: PairEncoder, context: int) -> None:
         self.encoder = encoder
         self.context = context
         self.tokenizer = encoder.tokenizer
+        self.vocabulary_size = max(encoder.tokenizer.get_vocab().values()) + 1
         self.control_pattern = control_token_pattern(encoder.tokenizer, encoder.end_ids, ())
+        probe = _accepted(encoder.encode(DialoguePair((Turn(Role.HUMAN, " Hello"),), " Yes", " No")))
+        ends = zip(reversed(probe.chosen), reversed(probe.rejected), strict=False)
+        self.end_length = len(list(takewhile(lambda pair: pair[0] == pair[1], ends)))
 
-    def encode_prompt(self, prompt: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
+    def encode_prompt(
+        self, prompt: str | None, messages: Sequence[ChatMessage] | None, answer_length: int = 1
+    ) -> list[int]:
         """Return the token ids of a prompt, up to where the answer begins."""
         encoded = _accepted(self.encoder.encode(DialoguePair(self._history(prompt, messages), *PROBE_ANSWERS)))
-        return self._fitting(encoded.prompt, answer_length=1)
+        return self._fitting(encoded.prompt, answer_length)
 
-    def encode_raw(self, prompt: str) -> list[int]:
-        """Return the token ids of a text as it is, without a dialogue format."""
+    def encode_raw(self, prompt: RawPrompt, answer_length: int = 1) -> list[int]:
+        """Return the token ids of a text as it is, without a dialogue format; ids stay as they are.
+
+        Args:
+            prompt: A text or token ids.
+            answer_length: Tokens that must still fit into the context.
+        """
+        if isinstance(prompt, list):
+            return self._fitting(self.known_ids(prompt, "prompt"), answer_length)
         if self.encoder.format == "plain":
-            return self.encode_prompt(prompt, None)
+            return self.encode_prompt(prompt, None, answer_length)
         if self.control_pattern.search(prompt):
             raise APIError(400, "the prompt contains a control token of the model", "control_token_in_text", "prompt")
-        return self._fitting(self.tokenizer(prompt, verbose=False)["input_ids"], answer_length=1)
+        return self._fitting(self.tokenizer(prompt, verbose=False)["input_ids"], answer_length)
 
-    def encode_example(self, request: PromptRequest, *answers: str) -> Example:
-        """Return the tokens of one answer, or of two that are tokenized together as in training."""
-        chosen, *others = map(self.encoder.answer_text, answers)
+    def known_ids(self, ids: list[int], field: str) -> list[int]:
+        """Return token ids from a client, which must be in the vocabulary: others would stop the batching thread."""
+        if max(ids) >= self.vocabulary_size:
+            message = f"{field}: expected token ids below {self.vocabulary_size}, got {max(ids)}"
+            raise APIError(400, message, "token_id_out_of_range", field)
+        return ids
+
+    def tokenize(self, body: TokenizeRequest) -> list[int]:
+        """Return the token ids of a text or of messages."""
+        if body.prompt is None:
+            return self.encode_prompt(None, body.messages)
+        special = body.add_special_tokens is not False
+        return list(self.tokenizer(body.prompt, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def encode_score(self, request: AnswersRequest) -> list[Example]:
+        """Return every answer as an example of its own."""
+        reasons = request.finish_reasons or ["stop"] * len(request.texts)
+        return [self._encode(request, [text], [reason]) for text, reason in zip(request.texts, reasons, strict=True)]
+
+    def encode_pair(self, request: AnswersRequest) -> Example:
+        """Return two answers tokenized together, as in training."""
+        return self._encode(request, request.texts, request.finish_reasons)
+
+    def _encode(self, request: AnswersRequest, texts: Sequence[str], reasons: Sequence[str] | None) -> Example:
+        chosen, *others = map(self.encoder.answer_text, texts)
         # The encoder takes pairs of different answers; what stands in for a missing one is dropped again below.
         rejected = others[0] if others else f"{chosen}."
         pair = DialoguePair(self._history(request.prompt, request.messages), chosen, rejected)
         encoded = _accepted(self.encoder.encode(pair))
-        ids = (encoded.chosen, encoded.rejected)[: len(answers)]
+        answers = zip((encoded.chosen, encoded.rejected), reasons or ["stop"] * len(texts), strict=False)
+        ids = tuple(ids[: -self.end_length] or ids if reason == "length" else ids for ids, reason in answers)
         return Example("request", self._fitting(encoded.prompt, max(map(len, ids))), ids)
 
     def _history(self, prompt: str | None, messages: Sequence[ChatMessage] | None) -> Turns:
@@ -83,7 +124,8 @@ def _dialogue(prompt: str | None, messages: Sequence[ChatMessage] | None) -> Tur
     if prompt and any(marker in prompt for marker in TURN_MARKERS) and not is_dialogue:
         message = f"expected a dialogue that begins with {HUMAN_MARKER!r} and ends with {ASSISTANT_MARKER!r}"
         raise APIError(400, message, "bad_prompt", "prompt")
-    row = {"prompt": prompt or [message.model_dump() for message in messages or ()]}
+    said = [message.model_dump(include={"role", "content"}) for message in messages or ()]
+    row = {"prompt": prompt or said}
     return _accepted(Columns().parse_history(row))
 
 

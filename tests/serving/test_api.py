@@ -168,11 +168,12 @@ def test_a_reward_is_returned_on_request(running: Running) -> None:
     body = {"model": "policy", "messages": [{"role": "user", "content": LEARNED[9:-13]}], "temperature": 0}
     plain = running.post("chat/completions", body)
     rewarded = running.post("chat/completions", body | {"reward": True})
-    assert "reward" not in plain and plain["choices"] == rewarded["choices"]
-    assert plain["choices"][0]["finish_reason"] == "stop"
-    answer = plain["choices"][0]["message"]["content"]
+    [choice], [expected] = rewarded["choices"], plain["choices"]
+    reward = choice.pop("reward")
+    assert choice == expected and choice["finish_reason"] == "stop"
+    answer = choice["message"]["content"]
     scored = running.post("score", {"messages": body["messages"], "answers": [answer]})["answers"][0]
-    assert rewarded["reward"]["reward"] == pytest.approx(scored["reward"], abs=1e-5)
+    assert reward["reward"] == pytest.approx(scored["reward"], abs=1e-5)
     with httpx.stream(
         "POST", f"{running.url}/v1/chat/completions", json=body | {"reward": True, "stream": True}
     ) as got:
@@ -183,8 +184,8 @@ def test_the_reward_is_that_of_the_text_before_a_stop_string(running: Running) -
     body = {"model": "policy", "messages": [{"role": "user", "content": LEARNED[9:-13]}], "temperature": 0}
     whole = running.post("chat/completions", body)["choices"][0]["message"]["content"]
     stop = " " + whole.split()[3]  # a word starts with a token of its own
-    got = running.post("chat/completions", body | {"reward": True, "stop": stop})
-    answer = got["choices"][0]["message"]["content"]
+    [got] = running.post("chat/completions", body | {"reward": True, "stop": stop})["choices"]
+    answer = got["message"]["content"]
     assert answer == whole[: whole.index(stop)]
     scored = running.post("score", {"messages": body["messages"], "answers": [answer], "tokens": True})["answers"][0]
     *tokens, _ = scored["tokens"]  # the last is the end of sequence, which was not generated

@@ -48,7 +48,7 @@ INVALID_CHAT = {
     "top_p": [-0.1, 1.1, float("nan"), "all"],
     "max_tokens": [0, -1, 10**9, 1.5, "many"],
     "seed": [2**64, 1.5, "x"],
-    "stop": ["", ["a"] * 5, [""], 7, "x" * 101],
+    "stop": ["", ["a"] * 17, [""], 7, "x" * 101],
     "stream": ["perhaps", 1],
     "model": ["", "../policy", "policy\x00", "gpt-4", 7, None],
     "messages": [
@@ -71,7 +71,7 @@ INVALID_CHAT = {
     "max_completion_tokens": [0, 5],  # beside max_tokens
     "stream_options": [{"include_usage": True}],  # without a stream
     "response_format": [{"type": "json_object"}],
-    "n": [0, 2],
+    "n": [0, 129],
     "tools": [[]],
     "chat_template": ["{{ x }}"],
     "chat_template_kwargs": [{}],
@@ -82,9 +82,10 @@ INVALID_CHAT = {
 
 
 INVALID_COMPLETION = {
-    "prompt": ["", "word " * 2000, "</s>", ["a", "b"], [5], [""], [["a"]], [], 7, None],
+    "prompt": ["", "word " * 2000, "</s>", [""], [["a"]], [], [[]], 7, None, [10**6], [-1], [True], ["a"] * 129],
     "logprobs": [6, -1, True, "1"],
-    "echo": [True],
+    "echo": [1],
+    "max_tokens": [0],  # without echo
     "suffix": ["x"],
 }
 
@@ -126,9 +127,19 @@ def test_invalid_requests_are_refused_and_do_not_disturb_streams(running: Runnin
 
 def test_errors_name_the_field(running: Running) -> None:
     assert refused(send(running, CHAT | {"tools": []}), 400)["param"] == "tools"
-    assert refused(send(running, CHAT | {"n": 2}), 400)["param"] == "n"
+    for body, path in ((CHAT, "chat/completions"), ({"model": "policy", "prompt": "Hi"}, "completions")):
+        error = refused(send(running, body | {"n": 129}, path), 400)
+        assert error["param"] == "n" and "128" in error["message"]
+        assert "stream" in refused(send(running, body | {"n": 2, "stream": True}, path), 400)["message"]
+    crowd = {"model": "policy", "prompt": ["Hi", "Ho", "Ha"], "n": 43}
+    assert "at most 128 answers" in refused(send(running, crowd, "completions"), 400)["message"]
+    echoed = {"model": "policy", "prompt": "Hi", "echo": True, "stream": True}
+    assert "no echo" in refused(send(running, echoed, "completions"), 400)["message"]
+    assert (
+        "token ids below" in refused(send(running, crowd | {"prompt": [10**6], "n": 1}, "completions"), 400)["message"]
+    )
     assert refused(send(running, CHAT | {"temperature": -1}), 400)["param"] == "temperature"
-    for stop, why in ((["a"] * 5, "at most 4"), ("x" * 101, "at most 100"), (["a", ""], "at least 1")):
+    for stop, why in ((["a"] * 17, "at most 16"), ("x" * 101, "at most 100"), (["a", ""], "at least 1")):
         error = refused(send(running, CHAT | {"stop": stop}), 400)
         assert error["param"] in ("stop", "stop.0", "stop.1") and why in error["message"]
     cut = refused(httpx.post(f"{running.url}/v1/chat/completions", content=b'{"model"', headers=JSON), 400)
@@ -154,6 +165,8 @@ def test_score_and_compare_refuse_what_cannot_be_scored(running: Running) -> Non
         {"prompt": "a", "answers": ["word " * 2000]},
         {"prompt": "\n\nHuman: a", "answers": ["b"]},
         {"prompt": "a </s>", "answers": ["b"]},
+        {"prompt": "a", "answers": ["b"], "finish_reasons": ["stop", "length"]},
+        {"prompt": "a", "answers": ["b"], "finish_reasons": ["end"]},
     ):
         refused(send(running, body, "score"), 400)
     refused(send(running, {"pairs": [{"prompt": "a", "chosen": "b", "rejected": "b"}]}, "compare"), 400)
@@ -422,7 +435,7 @@ def test_ten_thousand_damaged_bodies_leave_nothing_behind(running: Running) -> N
 def test_the_openapi_schema_describes_the_errors(running: Running) -> None:
     """FastAPI by itself would document a 422 in its own format, which is never sent."""
     posts = [methods["post"] for methods in running.get("/openapi.json").json()["paths"].values() if "post" in methods]
-    assert len(posts) == 4
+    assert len(posts) == 6
     assert all(set(post["responses"]) == {"200", "4XX", "5XX"} for post in posts)
 
 

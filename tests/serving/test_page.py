@@ -334,6 +334,18 @@ def test_the_colours_follow_the_scores(watched: Watched, address: str) -> None:
         assert all(shown(scored["tokens"][largest][name], 3) in tip for name in SIDES)
 
 
+def test_a_cut_answer_shows_no_end_that_was_never_said(watched: Watched) -> None:
+    watched.set(temperature=0, max_tokens=4)
+    watched.ask(QUESTION)
+    for side in SIDES:
+        expect(watched.answer(side)).to_contain_text("cut at 4 tokens")
+    watched.answer("policy").locator("button.reward").click()
+    for side in SIDES:
+        tokens = watched.page.locator(f"#why .answer.{side} .tokens .token")
+        expect(tokens).to_have_count(4)
+        assert "end" not in "".join(tokens.evaluate_all("all => all.map((one) => one.firstChild.textContent)"))
+
+
 def test_a_held_out_pair_and_a_typed_one_are_judged(watched: Watched, address: str) -> None:
     page = watched.page
     watched.show("judge")

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dpo import quickstart
+from dpo.cli.serve import parse_options
 from dpo.data.tokenization import PairEncoder
 from dpo.models.batch import Example, collate
 from dpo.models.origin import find_policy
 from dpo.models.prompt_sharing import weight_sharing_copy
-from dpo.serving import app, engine, service
+from dpo.serving import app, engine, server, service
 from dpo.serving.engine import TokenSampler
-from dpo.serving.schema import APIError, ChatMessage, PromptRequest
+from dpo.serving.schema import AnswerPair, APIError, ChatMessage, ScoreRequest
 from dpo.serving.service import InferenceService
 from dpo.serving.tokenization import NO_LENGTH_LIMIT, StreamDecoder, TextCodec
 
@@ -92,13 +94,13 @@ def test_token_texts_add_up_to_the_text() -> None:
 
 
 def test_a_single_answer_has_the_same_tokens_as_in_a_pair() -> None:
-    question = PromptRequest(prompt="Which city is the capital of Japan?")
-    single = TEXT.encode_example(question, "It is Tokyo.")
-    pair = TEXT.encode_example(question, "It is Tokyo.", "No.")
+    question = "Which city is the capital of Japan?"
+    [single] = TEXT.encode_score(ScoreRequest(prompt=question, answers=["It is Tokyo."]))
+    pair = TEXT.encode_pair(AnswerPair(prompt=question, chosen="It is Tokyo.", rejected="No."))
     assert len(single.answers) == 1 and len(pair.answers) == 2
     assert (single.prompt, single.answers[0]) == (pair.prompt, pair.answers[0])
     assert single.answers[0][-1] == TOKENIZER.eos_token_id
-    assert TEXT.encode_prompt(question.prompt, None) == single.prompt
+    assert TEXT.encode_prompt(question, None) == single.prompt
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_malformed_prompts_are_refused(prompt: str) -> None:
 
 def serving(model: PreTrainedModel) -> InferenceService:
     """Return a service in which one model is both policy and reference."""
-    engines = {name: engine.GenerationEngine(model, 8, 96) for name in ("policy", "reference")}
+    engines = {name: engine.GenerationEngine(model, 8, 96, 2**20) for name in ("policy", "reference")}
     return InferenceService(find_policy("quickstart", "quickstart"), engines, TEXT, 8)
 
 
@@ -169,8 +171,7 @@ def test_a_chat_template_is_used_and_its_control_tokens_are_refused() -> None:
             text.encode_prompt(None, [ChatMessage(role="user", content=content)])
 
 
-def test_evicted_requests_resume_with_the_same_answer(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "MAX_CACHE_BYTES", 0)  # leaves the minimum, room for two contexts
+def test_evicted_requests_resume_with_the_same_answer(tiny_model) -> None:
     prompts = [[5 + i, 6, 7] for i in range(8)]
 
     async def answer(small: engine.GenerationEngine, prompt: list[int], seed: int) -> tuple[list[int], list[float]]:
@@ -180,7 +181,7 @@ def test_evicted_requests_resume_with_the_same_answer(tiny_model, monkeypatch: p
         return latest, [logprob for logprob, _ in sampler.logprobs]
 
     async def run(together: bool) -> list[tuple[list[int], list[float]]]:
-        small = engine.GenerationEngine(tiny_model("llama"), 8, 96)
+        small = engine.GenerationEngine(tiny_model("llama"), 8, 96, 0)  # the minimum, room for two contexts
         small.start_batching()
         try:
             answers = [answer(small, prompt, seed) for seed, prompt in enumerate(prompts)]
@@ -192,3 +193,35 @@ def test_evicted_requests_resume_with_the_same_answer(tiny_model, monkeypatch: p
     for (tokens, logprobs), (expected, expected_logprobs) in zip(crowded, alone, strict=True):
         assert tokens == expected and len(logprobs) == len(tokens)
         assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
+
+
+def test_the_cache_is_as_large_as_the_model_and_free_memory_allow(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    available = [2**40]
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available[0]))
+    assert engine.default_cache_bytes(model) == engine.MIN_CPU_CACHE_BYTES > weights
+    monkeypatch.setattr(engine, "MIN_CPU_CACHE_BYTES", 1)
+    assert engine.default_cache_bytes(model) == weights
+    available[0] = 80
+    assert engine.default_cache_bytes(model) == 10
+    config = model.config
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4  # keys and values
+    sizes = {0: 2 * 96, 250 * token_bytes: 250, 2**40: 8 * 96 // 2}  # two contexts, as given, half of every slot's
+    for cache_bytes, tokens in sizes.items():
+        made = engine.GenerationEngine(model, 8, 96, cache_bytes)
+        assert (made.cache_tokens, made.cache_bytes) == (tokens, tokens * token_bytes)
+
+
+def test_a_cache_that_cannot_hold_two_contexts_is_refused(tiny_model) -> None:
+    models = {name: tiny_model("llama") for name in ("policy", "reference")}
+    assert server._make_engines(models, 8, 96, 0.5)["policy"].cache_tokens == 8 * 96 // 2
+    with pytest.raises(ValueError, match=r"--cache-gib: expected at least .* two contexts of 96 tokens, got 0"):
+        server._make_engines(models, 8, 96, 0.0)
+
+
+def test_the_data_type_is_bfloat16_on_cuda_only() -> None:
+    assert [server.default_dtype(device) for device in ("cuda", "cuda:1", "cpu", "mps")] == [
+        "bfloat16", "bfloat16", "float32", "float32"
+    ]  # fmt: skip
+    assert parse_options([]).dtype is None and parse_options(["--dtype", "float16"]).dtype == "float16"

@@ -14,9 +14,13 @@ export function score(turns, index) {
   const history = messages(turns, index);
   const sides = SIDES.filter((side) => turn.answers[side].text.trim());
   const answers = sides.map((side) => turn.answers[side].text);
-  const key = JSON.stringify([history, sides, answers]);
+  // An answer that was cut or stopped never said its end, so no end is scored.
+  const ended = ({ state, reason }) => state === "done" && reason !== "length";
+  const finish_reasons = sides.map((side) => (ended(turn.answers[side]) ? "stop" : "length"));
+  const body = { messages: history, answers, finish_reasons, tokens: true };
+  const key = JSON.stringify(body);
   if (scores.get(turn)?.key !== key) {
-    const response = sides.length ? post("/v1/score", { messages: history, answers, tokens: true }) : { answers: [] };
+    const response = sides.length ? post("/v1/score", body) : { answers: [] };
     const promise = Promise.resolve(response).then((got) => ({
       beta: got.beta,
       ...Object.fromEntries(sides.map((side, at) => [side, got.answers[at]])),
