@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
@@ -22,11 +22,15 @@ class CheckpointCadence:
         every_n_steps: Optimizer steps from one save to the next. None: saves do not depend on steps.
         every_minutes: Minutes from one save to the next at most. None: saves do not depend on time.
         keep: Generations of last.ckpt: a run goes on from the one before if the newest is damaged.
+        monitor: Metric of the validations (val/...) that decides which of them best.ckpt holds.
+        mode: Whether its lowest (min) or its highest (max) value is the best. Needed for another one than val/loss.
     """
 
     every_n_steps: int | None = None
     every_minutes: float | None = 15.0
     keep: int = 2
+    monitor: str = "val/loss"
+    mode: Literal["min", "max"] | None = None
 
     def __post_init__(self) -> None:
         """Check all values.
@@ -39,19 +43,28 @@ class CheckpointCadence:
                 raise ValueError(f"--checkpoint.{name}: expected a number above 0, or null, got {value}.")
         if self.keep < 1:
             raise ValueError(f"--checkpoint.keep: expected at least 1 generation, got {self.keep}.")
+        if not self.monitor.startswith("val/"):
+            raise ValueError(
+                f"--checkpoint.monitor: expected a metric of the validations (val/...), got {self.monitor!r}."
+            )
+        if self.mode is None and self.monitor != "val/loss":
+            raise ValueError(f"--checkpoint.mode: expected min or max beside --checkpoint.monitor {self.monitor}.")
 
 
 class LastAndBest(Checkpoint):
     """Saves last.ckpt before and after every validation, at ends of epochs and by the cadence; best.ckpt at the best.
 
-    The best is the lowest validation loss. If an exception ends the run, the state after the last good step is saved.
+    The best is the lowest validation loss, unless the cadence names another metric. If an exception ends the run, the
+    state after the last good step is saved.
     """
 
     def __init__(self, run: Run, cadence: CheckpointCadence = CheckpointCadence()) -> None:  # frozen
         """Save into the checkpoint folder of `run`."""
         self.run = run
         self.cadence = cadence
-        self.best_loss = math.inf
+        self.monitor = cadence.monitor
+        self.sign = -1 if cadence.mode == "max" else 1
+        self.best_value = self.sign * math.inf
         self.saved_step = 0  # optimizer steps of the newest last.ckpt
         self.saved_at = time.monotonic()
 
@@ -66,12 +79,12 @@ class LastAndBest(Checkpoint):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save last.ckpt, and best.ckpt if the validation loss is the lowest so far."""
+        """Save last.ckpt, and best.ckpt if the validation is the best so far."""
         if not self._is_fitting(trainer):
             return
-        loss = trainer.callback_metrics["val/loss"].item()
-        if loss < self.best_loss:
-            self.best_loss = loss
+        value = trainer.callback_metrics[self.monitor].item()
+        if self.sign * value < self.sign * self.best_value:
+            self.best_value = value
             self._save(trainer, "best")
         self._save_last(trainer)
 
@@ -118,9 +131,14 @@ class LastAndBest(Checkpoint):
         trainer.save_checkpoint(self.run.checkpoint_folder / f"{name}.ckpt", weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the lowest validation loss so far, for the checkpoint."""
-        return {"best": self.best_loss}
+        """Return the best value so far and what it is of, for the checkpoint."""
+        return {"best": self.best_value, "monitor": self._monitored}
+
+    @property
+    def _monitored(self) -> str:
+        return f"{self.monitor} {'max' if self.sign < 0 else 'min'}"
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the lowest validation loss from a checkpoint."""
-        self.best_loss = state_dict["best"]
+        """Restore the best value so far from a checkpoint, unless another metric was watched."""
+        if state_dict.get("monitor", "val/loss min") == self._monitored:
+            self.best_value = state_dict["best"]

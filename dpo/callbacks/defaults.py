@@ -6,7 +6,10 @@ import lightning as L
 
 from dpo.callbacks.checkpoints import CheckpointCadence, LastAndBest
 from dpo.callbacks.example import ExampleDisplay
+from dpo.callbacks.ledger import LedgerOptions, LedgerWriter
 from dpo.callbacks.metrics_rewind import MetricsRewind
+from dpo.callbacks.monitors import MonitorCheck
+from dpo.callbacks.pair_groups import PairGroups
 from dpo.callbacks.predictions import PredictionWriter
 from dpo.callbacks.progress import ProgressLines, TrainingProgressBar
 from dpo.callbacks.rates import ThroughputLogger, TrainingClock
@@ -36,19 +39,21 @@ def standard_callbacks(
         ValueError: The verb needs preference pairs and the data are something else.
     """
     cadence = CheckpointCadence(**vars(config.checkpoint))
-    callbacks: list[L.Callback] = [stop, FinalValidation(), LastAndBest(run, cadence)]
+    callbacks: list[L.Callback] = [PairGroups(), stop, FinalValidation(), LastAndBest(run, cadence)]
     if verb == "predict":
         callbacks.append(PredictionWriter(run, config.output, config.scorer))
     elif not isinstance(data, PairData):
         raise ValueError(f"{verb}: expected preference pairs, got --data {type(data).__name__}; only predict uses it.")
     elif verb == "fit":
         callbacks = [
+            MonitorCheck(data, cadence.monitor),
             MetricsRewind(metrics_csv),
             TrainingClock(metrics_csv),
             RunRecorder(run, data, config_text),
             ExampleDisplay(data),
             ThroughputLogger(data),
             AnswerSampler(run, data),
+            LedgerWriter(run, data, LedgerOptions(**vars(config.ledger))),
             *callbacks,
         ]
     if config.trainer.enable_progress_bar is not False:

@@ -27,7 +27,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from dpo.callbacks.checkpoints import CheckpointCadence
 from dpo.callbacks.defaults import standard_callbacks
 from dpo.callbacks.ending import ending_lines
+from dpo.callbacks.ledger import LedgerOptions, check_ledger_stage
 from dpo.callbacks.monitors import check_monitored_metrics
+from dpo.callbacks.pair_groups import PairGroups
 from dpo.callbacks.predictions import PredictionWriter
 from dpo.callbacks.slow_work import SlowWork
 from dpo.callbacks.stopping import GracefulStop
@@ -43,6 +45,7 @@ from dpo.runs import results
 from dpo.runs.card import TrainingFacts, hardware_in_words
 from dpo.runs.export import export_run
 from dpo.runs.folder import Run, checkpoint_run_name
+from dpo.runs.groups import groups_as_json, print_groups
 from dpo.runs.loggers import MetricsCSV
 from dpo.runs.tracking import WandbTracker, finish_wandb, track_results
 from dpo.training.base import Stage
@@ -100,6 +103,7 @@ class TrainingCLI(LightningCLI):
         may_restart: Whether a run that was ended before its first checkpoint begins again.
         graceful_stop: The callback that stops the run on a signal, and knows the exit code.
         metrics_csv: The logger that writes metrics.csv.
+        pair_groups: The callback that keeps the pairs of a validation or test.
         slow_work: The callback that says what the verb is doing.
         wandb_tracker: The logger for Weights & Biases, if it is used.
         config_text: The verb's options as YAML, with all defaults.
@@ -112,6 +116,7 @@ class TrainingCLI(LightningCLI):
     may_restart: bool
     graceful_stop: GracefulStop
     metrics_csv: MetricsCSV
+    pair_groups: PairGroups
     slow_work: SlowWork
     wandb_tracker: WandbTracker | None = None
     config_text: str
@@ -135,6 +140,7 @@ class TrainingCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         # Every verb reads the config.yaml of a fit, which has these.
         parser.add_class_arguments(CheckpointCadence, "checkpoint", instantiate=False)
+        parser.add_class_arguments(LedgerOptions, "ledger", instantiate=False)
         if subcommand == "predict":
             parser.add_class_arguments(PredictionWriter, None, skip={"run"}, instantiate=False)
         return parser
@@ -166,6 +172,8 @@ class TrainingCLI(LightningCLI):
         """Refuse options that the verb does not take; train one epoch where nothing says how long."""
         if self.subcommand != "fit" and any(word.startswith("--checkpoint.") for word in sys.argv):
             raise ValueError(f"--checkpoint: expected none, as {self.subcommand} saves no checkpoints.")
+        if self.subcommand != "fit" and names_ledger_option():
+            raise ValueError(f"--ledger: expected none, as only fit writes a ledger, not {self.subcommand}.")
         check_strategy_name(trainer.strategy)
         if self.subcommand == "fit":
             check_training_options(trainer)
@@ -218,8 +226,10 @@ class TrainingCLI(LightningCLI):
         callbacks = standard_callbacks(
             verb, config, self.config_text, self.run, self.datamodule, self.metrics_csv, self.graceful_stop
         )
+        self.pair_groups = next(each for each in callbacks if isinstance(each, PairGroups))
         if verb == "fit":
-            check_monitored_metrics(as_list(user_options.callbacks), self.model)
+            check_ledger_stage(self.model, LedgerOptions(**vars(config.ledger)), names_ledger_option())
+            check_monitored_metrics([*callbacks, *as_list(user_options.callbacks)], self.model)
         trainer = super().instantiate_trainer(
             callbacks=[self.slow_work, *callbacks, *as_list(user_options.callbacks)],
             plugins=[AtomicCheckpointIO(), *as_list(user_options.plugins)],
@@ -261,7 +271,8 @@ class TrainingCLI(LightningCLI):
         if values:
             other = self.run.other_data(self.config_text) if self.subcommand != "fit" else ""
             stored = {name.replace(stage, f"{stage}[{other}]", 1): value for name, value in values.items()}
-            self.run.update_results(stored if other else values)
+            groups = {f"{stage}_groups{f'[{other}]' if other else ''}": groups_as_json(self.pair_groups.measure())}
+            self.run.update_results((stored if other else values) | groups)
             if other:
                 print(f"Other data than the run's own ({other}): stored as {stage}[{other}]/... in results.json.")
         return values
@@ -305,6 +316,7 @@ class TrainingCLI(LightningCLI):
     def _report(self, stage: str) -> None:
         values = self._store_metrics(stage)
         results.print_metric_values(values, stage)
+        print_groups(self.pair_groups.measure())
         if self.config_init[self.subcommand].trainer.logger in (None, True):
             track_results(self.run, values)
 
@@ -315,6 +327,11 @@ class TrainingCLI(LightningCLI):
     def after_test(self) -> None:
         """Store and print the metrics of the test pairs."""
         self._report("test")
+
+
+def names_ledger_option() -> bool:
+    """Return whether the command line names an option of the ledger."""
+    return any(word.startswith("--ledger.") for word in sys.argv)
 
 
 def check_user_callbacks(callbacks: Sequence[L.Callback]) -> None:

@@ -106,7 +106,7 @@ OPTION_SECTIONS: dict[str, tuple[OptionRow, ...]] = {
         ),
         OptionRow(
             "load_best_model_at_end metric_for_best_model greater_is_better",
-            remark="the export holds the last weights; best.ckpt has the lowest validation loss",
+            remark="the export holds the last weights; see `--checkpoint.monitor` and `mode` for best.ckpt",
         ),
         OptionRow("eval_on_start", remark="`train.py validate --name before`: before training every reward is 0"),
         OptionRow("project", remark="`WANDB_PROJECT` names the project of Weights & Biases; by default it is `dpo`"),

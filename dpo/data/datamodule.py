@@ -192,7 +192,8 @@ class PairDataset:
         row = self.table[int(self.row_numbers[index])]
         name = f"{row['subset']}/{self.split}:{row['line']}"
         margin = None if isnan(row["margin"]) else row["margin"]
-        return Example(name, row["prompt"], tuple(row[side] for side in self.answer_sides), row["weight"], margin)
+        answers = tuple(row[side] for side in self.answer_sides)
+        return Example(name, row["prompt"], answers, row["weight"], margin, row["turns"])
 
 
 class PairData(TextData, ABC):
@@ -366,7 +367,20 @@ class PairData(TextData, ABC):
             for pair in map(pairs.__getitem__, range(min(max_examples, len(pairs))))
         ]
 
-    def _loader(self, name: str, shuffle: bool = False, accumulate: int = 1) -> StepLoader:
+    def sample_pairs(self, split: str, count: int | None) -> PairDataset:
+        """Return at most so many pairs of a split, each once, spread evenly and always the same. None: all pairs."""
+        pairs = self.require_pairs(split)
+        if count is None:
+            return pairs
+        rows = np.unique(pairs.row_numbers)
+        places = np.arange(min(count, len(rows))) * len(rows) // min(count, len(rows))
+        return PairDataset(pairs.table, rows[places], pairs.split, pairs.answer_sides)
+
+    def sample_loader(self, split: str, count: int) -> StepLoader:
+        """Return steps over `sample_pairs` in order."""
+        return self._loader(split, count=count)
+
+    def _loader(self, name: str, shuffle: bool = False, accumulate: int = 1, count: int | None = None) -> StepLoader:
         plan = EpochPlan(
             self.batch_size,
             self.max_tokens,
@@ -375,9 +389,9 @@ class PairData(TextData, ABC):
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
             accumulate_batches=accumulate,
-            keep_partial_step=name != "train",
+            keep_partial_step=name != "train" or count is not None,
         )
-        return StepLoader(self.require_pairs(name), plan)
+        return StepLoader(self.sample_pairs(name, count), plan)
 
     def _folder(self, sources: Sequence[SourceFile]) -> Path:
         return cache_folder() / f"tokens-{store.store_sha256(sources, self.encoder, self.limit, self.skip_bad_rows)}"

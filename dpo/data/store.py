@@ -29,7 +29,7 @@ from dpo.data.plain import row_parser
 from dpo.data.sources import SourceFile, splits_of
 from dpo.data.tokenization import EncodedPair, PairEncoder, TextFormat
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 """Version of the columns and their meaning; increased whenever they change."""
 _BATCH = 256  # rows tokenized together: enough to keep all cores busy, few enough for any memory
 
@@ -39,6 +39,7 @@ _FEATURES = Features(
         "subset": Value("string"),
         "line": Value("int64"),  # counted through all files of the subset in this split
         "verdict": Value("string"),
+        "turns": Value("int32"),  # human turns of the whole prompt, before truncation
         "opening": Value("float64"),  # hash of the first human turn, uniform in [0, 1)
         "chosen_chars": Value("int32"),
         "rejected_chars": Value("int32"),
@@ -157,6 +158,7 @@ def _values(row: PairRow | Fault, encoded: Iterator[EncodedPair | Refusal]) -> d
         return _unused(result)
     return {
         "verdict": KEPT_VERDICT,
+        "turns": row.pair.exchange_count + 1,
         "opening": _uniform_hash(row.pair.opening_text),
         "chosen_chars": len(row.pair.chosen),
         "rejected_chars": len(row.pair.rejected),
@@ -167,7 +169,7 @@ def _values(row: PairRow | Fault, encoded: Iterator[EncodedPair | Refusal]) -> d
 
 
 def _unused(reason: Refusal | Fault) -> dict[str, Any]:
-    nothing = {"opening": 0.0, "chosen_chars": 0, "rejected_chars": 0, "weight": 0.0, "margin": math.nan}
+    nothing = {"turns": 0, "opening": 0.0, "chosen_chars": 0, "rejected_chars": 0, "weight": 0.0, "margin": math.nan}
     return {"verdict": reason.value, **nothing, **vars(EncodedPair([], [], []))}
 
 

@@ -37,6 +37,7 @@ class Example:
         answers: Token ids of each answer (the chosen one first), at least one per answer; all are scored.
         weight: Factor of the example's loss.
         margin: How much better the chosen answer is; None if the data do not say.
+        turns: Human turns of the prompt; None if the data do not say.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Example:
     answers: tuple[Sequence[int], ...]
     weight: float = 1.0
     margin: float | None = None
+    turns: int | None = None
 
 
 # A DataLoader over examples gives lists of them; torch would refuse them, as it knows no way to stack them.
@@ -124,6 +126,7 @@ class Batch:
         lengths: Scored tokens of every answer; kept on the host.
         weights: Factor of the loss of every example.
         margins: How much better the chosen answer of every example is; NaN if the data do not say.
+        turns: Human turns of the prompt of every example; None if the data do not say.
     """
 
     ids: tuple[str, ...]
@@ -134,6 +137,7 @@ class Batch:
     lengths: tuple[int, ...]
     weights: Float[Tensor, " examples"]
     margins: Float[Tensor, " examples"]
+    turns: tuple[int | None, ...]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on another device."""
@@ -190,4 +194,5 @@ def collate(examples: Sequence[Example]) -> Batch:
         lengths=tuple(map(len, answers)),
         weights=torch.tensor([example.weight for example in examples]),
         margins=torch.tensor([nan if example.margin is None else example.margin for example in examples]),
+        turns=tuple(example.turns for example in examples),
     )

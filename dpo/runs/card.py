@@ -75,7 +75,7 @@ def model_card(run: Run, base: str, data: str, card_summary: str, facts: Trainin
     parts = data.split(", ")
     datasets = [part for part in parts if _is_hub_id(part) and "/" in part]
     license_fields: dict[str, Any] = _find_license(bases, facts.license)
-    values = json.loads(run.results_path.read_text()) if run.results_path.exists() else {}
+    values = results.result_values(run)
     data_names = [part if part in datasets else Path(part).name for part in parts]
     eval_results = card_sections.own_results(values, data_names) or None
     metadata = ModelCardData(

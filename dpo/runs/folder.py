@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
@@ -53,6 +53,11 @@ class Run:
     def samples_path(self) -> Path:
         """Answers of policy and reference at every validation, samples.jsonl."""
         return self.folder / "samples.jsonl"
+
+    @property
+    def ledger_path(self) -> Path:
+        """Folder of Parquet files with the values of single pairs, ledger.parquet; see `dpo.runs.ledger`."""
+        return self.folder / "ledger.parquet"
 
     @property
     def predictions_path(self) -> Path:
@@ -128,7 +133,7 @@ class Run:
     def _require_restart(self, may_restart: bool) -> None:
         has_checkpoint = any(self.checkpoint_folder.glob("*.ckpt"))
         if may_restart and not has_checkpoint:
-            for path in (self.metrics_path, self.samples_path, self.checkpoint_folder):
+            for path in (self.metrics_path, self.samples_path, self.ledger_path, self.checkpoint_folder):
                 remove(path)
             return
         way_on = (
@@ -170,7 +175,7 @@ class Run:
         names = [name for name in given if own.get(name) != given[name] and name not in HOW_DATA_ARE_READ]
         return ", ".join(f"{name}={given[name]}" for name in names)
 
-    def update_results(self, values: dict[str, float]) -> None:
+    def update_results(self, values: Mapping[str, Any]) -> None:
         """Set values in results.json and keep its others."""
         self.folder.mkdir(parents=True, exist_ok=True)
         stored = json.loads(self.results_path.read_text()) if self.results_path.exists() else {}

@@ -151,11 +151,17 @@ def read_artifacts(run: Run) -> dict[str, Any]:
         "name": run.folder.name,
         "results": {"header": header, "rows": rows},
         "metrics": [_finite_numbers(row) for row in metrics[::stride]],
-        "values": _finite_numbers(json.loads(_read_text(run.results_path) or "{}")),
+        "values": _finite_numbers(result_values(run)),
         # split("\n"), not splitlines(): dialogues may contain other line separators, such as U+2028.
         "held_out": [json.loads(line) for line in _read_text(run.held_out_path).split("\n") if line],
         "config": _read_text(run.config_path),
     }
+
+
+def result_values(run: Run) -> dict[str, float]:
+    """Return the single numbers of results.json, by name of the metric; nothing if there is no such file."""
+    stored = json.loads(_read_text(run.results_path) or "{}")
+    return {name: value for name, value in stored.items() if isinstance(value, int | float)}
 
 
 def _read_text(file: Path) -> str:
@@ -163,5 +169,5 @@ def _read_text(file: Path) -> str:
 
 
 def _finite_numbers(row: Mapping[str, Any]) -> dict[str, float | None]:
-    numbers = {name: float(value or "nan") for name, value in row.items()}
+    numbers = {name: float("nan" if value in ("", None) else value) for name, value in row.items()}
     return {name: number if math.isfinite(number) else None for name, number in numbers.items()}

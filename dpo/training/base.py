@@ -37,6 +37,7 @@ from dpo.training.resuming import (
     trainer_fixed_options,
 )
 from dpo.training.schedules import Warmup, default_optimizer, validate_optimizer, validate_schedule
+from dpo.training.scored_pairs import PairListener
 from dpo.training.trainer_checks import check_trainer_support, check_training_options
 
 
@@ -47,6 +48,7 @@ class Stage(PolicyModule):
         answer_sides: Sides of a preference pair that an example of this stage holds, in this order.
         metric_names: Metrics that `losses` adds to the means.
         derived_metrics: Metrics computed from a mean.
+        pair_listeners: Called with the values of every micro-batch of pairs, in training and in evaluation.
         restored_step_is_logged: The loggers have the metrics of the step that training resumes from, or are new.
     """
 
@@ -106,6 +108,7 @@ class Stage(PolicyModule):
         self.train_means, self.val_means, self.test_means = (
             MetricMeans(self.metric_names, self.derived_metrics) for _ in range(3)
         )
+        self.pair_listeners: list[PairListener] = []
         self.finite_monitor = FiniteMonitor()
         self.grad_norm = torch.zeros(())
         self._window_means: dict[str, Tensor] = {}  # as they were when the accumulation window began
@@ -371,8 +374,11 @@ class Stage(PolicyModule):
     def log_means(self, stage: str, means: MetricMeans, extra: Mapping[str, float] = MappingProxyType({})) -> None:
         """Log means under the name of a stage, at the number of optimizer steps taken, and reset them."""
         measured = {name: value.item() for name, value in means.compute().items()}
-        values = {f"{stage}/{name}": value for name, value in {**measured, **extra}.items()}
         means.reset()
+        self.log_values({f"{stage}/{name}": value for name, value in {**measured, **extra}.items()})
+
+    def log_values(self, values: dict[str, float]) -> None:
+        """Log values, which are the same in all processes, at the number of optimizer steps taken."""
         fits = self.trainer.state.fn == "fit"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*you have no logger configured|You called `self.log", UserWarning)

@@ -26,6 +26,7 @@ from dpo.training.metrics import MetricMeans, sums_and_counts
 from dpo.training.predict import predict_rows
 from dpo.training.resuming import FixedOptions
 from dpo.training.schedules import default_optimizer
+from dpo.training.scored_pairs import ScoredPairs
 
 WHOLE_BATCH_HINT = "Use --data.max_tokens null, one device and --trainer.accumulate_grad_batches 1."
 
@@ -219,7 +220,11 @@ class DPO(Stage):
                 f"{tuple(losses.shape)}. A loss does not reduce over the batch."
             )
         losses = batch.weights * losses
-        means.update(*sums_and_counts(batch, policy, logps, losses, self.loss.rewards(logps), self.metric_names))
+        rewards = self.loss.rewards(logps)
+        means.update(*sums_and_counts(batch, policy, logps, losses, rewards, self.metric_names))
+        scored = ScoredPairs(batch, logps.policy.detach(), logps.reference, rewards.detach(), losses.detach())
+        for listener in self.pair_listeners:
+            listener(self, scored)
         return losses
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

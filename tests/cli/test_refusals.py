@@ -61,12 +61,8 @@ REFUSED = {
     "--learning-rate=1e-6": no_option("learning_rate", "--optimizer.lr."),
     "--max_length 512": no_option("max_length", "--data.max_length."),
     "--max_prompt_length 512": no_option("max_prompt_length", "--data.max_length (of prompt and answer together)."),
-    "--per_device_train_batch_size 8": no_option(
-        "per_device_train_batch_size", "--data.batch_size (their product"
-    ),
-    "--gradient_accumulation_steps 8": no_option(
-        "gradient_accumulation_steps", "--data.batch_size (their product"
-    ),
+    "--per_device_train_batch_size 8": no_option("per_device_train_batch_size", "--data.batch_size (their product"),
+    "--gradient_accumulation_steps 8": no_option("gradient_accumulation_steps", "--data.batch_size (their product"),
     "--num_train_epochs 3": no_option("num_train_epochs", "--trainer.max_epochs (1 here, 3 there"),
     "--output_dir out": no_option("output_dir", "--name (the run is runs/<name>)"),
     "--loss_type ipo": no_option("loss_type", "--model.loss (see the table of losses)"),

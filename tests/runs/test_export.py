@@ -20,6 +20,7 @@ from dpo.runs.card import model_card
 from dpo.runs.export import export_run
 from dpo.runs.folder import Run, run_of_export
 from dpo.runs.loggers import MetricsCSV
+from dpo.runs.results import result_values
 from dpo.training.precomputed import Cached
 from tests.support.runs import Lab, policy, weights
 
@@ -61,7 +62,7 @@ def test_the_model_configuration_names_no_class_of_this_package(run: Run) -> Non
 
 def test_the_model_card_reports_the_results(run: Run) -> None:
     text = (run.export_folder / "README.md").read_text()
-    for name, value in json.loads(run.results_path.read_text()).items():
+    for name, value in result_values(run).items():
         assert f"| {name} | {value:.4f} |" in text
     assert (run.folder / "results.md").read_text() in text
     data = ModelCard(text).data

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo.files import append_jsonl, drop_rows_from_step, write_atomically
 from dpo.runs.folder import Run
+from dpo.runs.results import result_values
 from tests.support.runs import Lab, checkpoint, metrics, policy, weights
 
 SIDES = [f"{what}/{side}" for what in ("rewards", "logps", "logits", "length") for side in ("chosen", "rejected")]
@@ -37,6 +38,7 @@ def test_all_files_of_a_run_are_in_its_folder(run: Run, lab: Lab) -> None:
         "results.json",
         "results.md",
         "results.csv",
+        "ledger.parquet",
         "samples.jsonl",
         "held_out.jsonl",
         "audit.json",
@@ -74,9 +76,7 @@ def test_training_lowers_the_loss(run: Run) -> None:
 
 def test_results_are_the_last_validation(run: Run) -> None:
     last = [row for row in metrics(run) if "val/loss" in row][-1]
-    assert json.loads(run.results_path.read_text()) == pytest.approx(
-        {f"val/{n}": last[f"val/{n}"] for n in PAIR_METRICS}
-    )
+    assert result_values(run) == pytest.approx({f"val/{n}": last[f"val/{n}"] for n in PAIR_METRICS})
 
 
 def test_samples_show_both_models_at_every_validation(run: Run) -> None:

@@ -1,6 +1,7 @@
 """The same run on one process and on two (gloo, CPU): equal pairs, losses, metrics and weights."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import torch
 
+from dpo.runs.folder import Run
+from dpo.runs.ledger import VALUE_COLUMNS, read_ledger
+
+KEYS = ("step", "split", "id", "trained")
 ROOT = Path(__file__).resolve().parents[2]
 # Metrics that measure time.
 CLOCK = ("seconds", "train/tokens_per_second", "train/time/step", "train/time/data")
@@ -44,3 +49,18 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     assert weights.keys() == others.keys()
     for name, value in weights.items():
         torch.testing.assert_close(others[name], value, rtol=0, atol=1e-5, msg=name)
+    assert_same_ledger(*(Run(tmp_path / f"devices-{devices}") for devices in (1, 2)))
+
+
+def assert_same_ledger(one: Run, two: Run) -> None:
+    """Each process has written its own pairs, and together every pair once; the groups are of all pairs."""
+    ranks = {file.name.split("-")[2] for file in two.ledger_path.iterdir()}
+    assert ranks == {"rank0", "rank1"}
+    tables = [read_ledger(run).sort_by([(key, "ascending") for key in KEYS]) for run in (one, two)]
+    values, others = (table.select(VALUE_COLUMNS).to_pandas().to_numpy() for table in tables)
+    assert tables[0].drop_columns(VALUE_COLUMNS).equals(tables[1].drop_columns(VALUE_COLUMNS))
+    assert abs(values - others).max() < 1e-3
+    groups, found = (json.loads(run.results_path.read_text())["val_groups"] for run in (one, two))
+    for group, other in zip(groups, found, strict=True):
+        assert [group[name] for name in ("by", "name", "pairs")] == [other[name] for name in ("by", "name", "pairs")]
+        assert abs(group["loss"]["low"] - other["loss"]["low"]) < 1e-4
