@@ -26,6 +26,7 @@ VERBS = {  # verb: its function, imported only when it is asked for, and what it
     "losses": ("dpo.losses.table:main", "Print every loss: formula, parameters, source, values on three known pairs."),
     "push": ("dpo.runs.hub:main", "Upload a run's export to the Hugging Face hub."),
     "quickstart": ("dpo.cli.shipped:make_policy", "Make the shipped quickstart policy again from nothing."),
+    "report": ("dpo.cli.report:main", "Write what a run has learned as one page: a verdict in words, and pictures."),
     "serve": ("dpo.cli.serve:main", "Serve a trained policy beside its reference: a page and an API."),
     "show": ("dpo.cli.show:main", "Show a row of the data as the model sees it, with the tokens that are scored."),
 }

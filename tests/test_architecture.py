@@ -20,9 +20,10 @@ ALLOWED = {
     "training": {"data", "models", "losses"},
     "runs": {"models"},
     "evaluation": {"models", "data", "runs"},
+    "reports": {"runs"},
     "callbacks": {"training", "data", "runs"},
     "serving": {"models", "data", "runs"},
-    "cli": {"callbacks", "training", "data", "runs", "models", "quickstart", "serving", "evaluation"},
+    "cli": {"callbacks", "training", "data", "runs", "models", "quickstart", "serving", "evaluation", "reports"},
 }
 # These import from all.
 ENTRANCES = {"__init__", "__main__"}

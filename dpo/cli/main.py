@@ -35,6 +35,7 @@ from dpo.callbacks.slow_work import SlowWork
 from dpo.callbacks.stopping import GracefulStop
 from dpo.cli.own_data import choose_data_class
 from dpo.cli.parser import HintingParser, complete_arguments, error_message, set_argv
+from dpo.cli.report import report_line
 from dpo.data.datamodule import PairData, TextData
 from dpo.data.preferences import HHRLHF, PreferencePairs
 from dpo.data.prompts import Prompts
@@ -278,7 +279,7 @@ class TrainingCLI(LightningCLI):
         return values
 
     def after_fit(self) -> None:
-        """Write results, the Hugging Face folder and the held-out pairs, and print where they are."""
+        """Write results, the Hugging Face folder, the held-out pairs and the report, and print where they are."""
         if not self.trainer.is_global_zero:
             return
         print(ending_lines(self.trainer, self.run, self.graceful_stop.signal_number))
@@ -304,8 +305,10 @@ class TrainingCLI(LightningCLI):
         )
         self.run.held_out_path.unlink(missing_ok=True)
         append_jsonl(self.run.held_out_path, self.datamodule.example_texts("val", HELD_OUT_PAIRS))
+        self.slow_work.begin("Writing the report")
+        report = report_line(self.run)
         self.slow_work.end()
-        print(f"Checkpoints: {self.run.checkpoint_folder}\nHugging Face folder: {folder}")
+        print(f"Checkpoints: {self.run.checkpoint_folder}\nHugging Face folder: {folder}\n{report}")
 
     def _validation_pairs(self) -> int | None:
         """Return the number of validation pairs; None if there are none, or only some are measured."""

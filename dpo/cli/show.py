@@ -21,6 +21,28 @@ DESCRIPTION = (
 )
 
 
+class DataCLI(TrainingCLI):
+    """Reads model and data as ``fit`` does, and uses the data instead of training."""
+
+    def before_instantiate_classes(self) -> None:
+        """Leave the folders of runs alone."""
+        self.graceful_stop = GracefulStop()  # asked for the exit code
+
+    def instantiate_trainer(self, **_: Any) -> Any:
+        """Return nothing, as nothing is trained."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.datamodule.given_tokenizer = self.datamodule.given_tokenizer or self.model.policy_path
+        self.datamodule.answer_sides = self.model.answer_sides
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        self.use_data()
+
+    def use_data(self) -> None:
+        """Do what is to be done with `datamodule`, whose splits are read."""
+        raise NotImplementedError
+
+
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser("dpo show", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
@@ -41,19 +63,11 @@ def main(arguments: Sequence[str]) -> None:
     """
     options, fit_options = _parse(arguments)
 
-    class ShowCLI(TrainingCLI):
-        """Reads model and data as ``fit`` does, and shows a row instead of training."""
+    class ShowCLI(DataCLI):
+        """Shows a row."""
 
-        def before_instantiate_classes(self) -> None:
-            """Leave the folders of runs alone."""
-            self.graceful_stop = GracefulStop()  # asked for the exit code
-
-        def instantiate_trainer(self, **_: Any) -> Any:
-            """Return nothing, as nothing is trained."""
-
-        def _run_subcommand(self, subcommand: str) -> None:
-            self.datamodule.given_tokenizer = self.datamodule.given_tokenizer or self.model.policy_path
-            self.datamodule.answer_sides = self.model.answer_sides
+        def use_data(self) -> None:
+            """Print the row."""
             show_row(self.datamodule, options.split, options.row)
 
     code = run_command_line(["fit", *fit_options], ShowCLI)
@@ -65,15 +79,13 @@ def show_row(data: PairData, split: str, number: int | None) -> None:
     """Print a row of a split, or why it is not used.
 
     Args:
-        data: The data, with the tokenizer that they need.
+        data: The data, with its splits read.
         split: train or test.
         number: Which row, from 1; None: the first that is used.
 
     Raises:
         ValueError: There is no such row.
     """
-    data.prepare_data()
-    data.setup("fit")
     if split not in data.audits_by_split:
         raise ValueError(f"--split {split}: expected a split of {data.path}, got one of no file.")
     table = store.load_split(data.store_folder, split)
