@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 PINS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test test-slow serve bench bench-gpu lint clean
+.PHONY: help fit test test-slow test-oldest serve bench bench-gpu lint clean
 
 help:
 	@echo "make fit        train (the built-in example, or what ARGS says)"
 	@echo "make test       lint, types and tests, offline"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-oldest  the tests with the oldest versions that setup.cfg allows, in .venv-oldest"
 	@echo "make serve      serve a trained policy"
 	@echo "make bench      every benchmark under benchmarks/, on the CPU"
 	@echo "make bench-gpu  a training step against TRL on one CUDA device"
@@ -63,6 +64,18 @@ test: lint
 
 test-slow: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
+
+# The oldest that the project promises to work with; TRL, which needs newer ones, is not installed and its tests skip.
+test-oldest: export OMP_NUM_THREADS ?= 1
+test-oldest: export HF_HUB_OFFLINE := 1
+test-oldest: export WANDB_MODE := offline
+test-oldest: .venv-oldest/.stamp
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) tests/data tests/losses tests/models tests/training $(ARGS)
+
+.venv-oldest/.stamp: setup.cfg constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e ".[test,serve,lora]"
+	@touch $@
 
 bench: $(VENV)/.stamp-test
 	@set -e; for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done

@@ -225,6 +225,12 @@ def run_ours(folder: Path, case: Case, steps: int, *more: str) -> dict[str, obje
     }
 
 
+def wait_for(device: str) -> None:
+    """Wait until a device has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def run_trl(folder: Path, case: Case, steps: int, best: bool) -> dict[str, object]:
     """Train with TRL's defaults, or with its best settings here: no checkpointing, precomputed reference."""
     from datasets import Dataset
@@ -240,6 +246,7 @@ def run_trl(folder: Path, case: Case, steps: int, best: bool) -> dict[str, objec
             self.began = time.perf_counter()
 
         def on_step_end(self, *_: object, **__: object) -> None:
+            wait_for(case.device)  # otherwise the clock stops before the optimizer has finished
             self.seconds.append(time.perf_counter() - self.began)
 
     mark = "\n\nAssistant:"
@@ -321,12 +328,14 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def measure(name: str, folder: Path, case: Case, steps: int) -> dict[str, object]:
-    """Run one side as a process."""
+def measure(name: str, folder: Path, case: Case, steps: int) -> dict[str, object] | None:
+    """Run one side as a process; return None if the device has too little memory for it."""
     command = [sys.executable, __file__, "--side", name, "--folder", str(folder)]
     command += ["--case", json.dumps(asdict(case)), "--steps", str(steps)]
     environment = os.environ | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "DPO_CACHE": str(folder / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode and "out of memory" in done.stderr:
+        return None
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
@@ -359,13 +368,20 @@ def run_case(name: str, rounds: int, steps: int, sides: list[str]) -> dict[str, 
         found: dict[str, list[dict[str, object]]] = {each: [] for each in sides}
         floors = []
         for number in range(rounds):
-            for each in sides:
-                found[each].append(measure(each, folder, case, steps))
+            for each in list(found):
+                result = measure(each, folder, case, steps)
+                if result is None:
+                    print(f"{name} round {number + 1}: {each} is out of memory", flush=True)
+                    del found[each]
+                    continue
+                found[each].append(result)
                 print(f"{name} round {number + 1}: {each} {median_step(found[each][-1]):.3f} s/step", flush=True)
+            if "ours" not in found:
+                sys.exit(f"{name}: ours is out of memory, and all others are compared with it")
             ours = found["ours"][-1]
             floors.append(floor_seconds(case, mean(ours["tokens"]), mean(ours["scored"]), reference=True))
             print(f"{name} round {number + 1}: floor {floors[-1]:.3f} s/step", flush=True)
-    return summary(case, found, floors)
+    return summary(case, found, floors) | {each: "out of memory" for each in sides if each not in found}
 
 
 def mean(values: object) -> float:
@@ -437,6 +453,8 @@ def markdown(results: dict[str, dict[str, object]]) -> str:
     """One table per case."""
 
     def cell(value: object) -> str:
+        if isinstance(value, str):
+            return value
         if isinstance(value, dict):
             return f"{value['median']:.3g} ({value['least']:.3g} to {value['most']:.3g})"
         return f"{value:.2g}"

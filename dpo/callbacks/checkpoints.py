@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dpo.callbacks.agreement import agreement_of
 from dpo.runs.folder import Run
 from dpo.training.nonfinite import NonFiniteError
 
@@ -72,6 +73,7 @@ class LastAndBest(Checkpoint):
         """Count from where training starts: a resumed run has a checkpoint of that step."""
         self.saved_step = trainer.global_step
         self.saved_at = time.monotonic()
+        agreement_of(trainer).numbers["late"] = self._is_late
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save last.ckpt before a validation, which may take long."""
@@ -114,11 +116,14 @@ class LastAndBest(Checkpoint):
         return trainer.state.fn == "fit" and not trainer.sanity_checking
 
     def _is_due(self, trainer: L.Trainer) -> bool:
-        steps, minutes = self.cadence.every_n_steps, self.cadence.every_minutes
+        steps = self.cadence.every_n_steps
         if steps and trainer.global_step % steps == 0:
             return True
-        late = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
-        return trainer.strategy.reduce_boolean_decision(late, all=False)  # clocks differ, saving is for all
+        return bool(agreement_of(trainer).largest(trainer, "late"))  # clocks differ, saving is for all
+
+    def _is_late(self) -> bool:
+        minutes = self.cadence.every_minutes
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
     def _save_last(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero and trainer.global_step != self.saved_step:

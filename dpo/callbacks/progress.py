@@ -15,6 +15,8 @@ from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from dpo.training.base import log_interval
+
 PROGRESS_METRICS = {
     "loss": "train/loss",
     "accuracy": "train/rewards/accuracies",
@@ -38,6 +40,7 @@ class TrainingProgressBar(ProgressBar):
         self.enabled = True
         self.bar: Progress | None = None
         self.open_contexts = ExitStack()
+        self.values: dict[str, str] = {}  # as of the last logged step: reading them waits for the device
 
     def disable(self) -> None:
         """Show nothing; Lightning calls this in all processes but the first."""
@@ -52,12 +55,19 @@ class TrainingProgressBar(ProgressBar):
         self.started_at, self.first_step = time.monotonic(), trainer.global_step
         self._show_training(trainer)
 
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Show what was logged at the end of the previous batch, for which the device was waited for already."""
+        if is_at_logged_step(trainer):
+            self.values = progress_values(trainer)
+            self._show_training(trainer)
+
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Show the step that was taken."""
         self._show_training(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the line as it is after the last step."""
+        self.values = progress_values(trainer)
         self._show_training(trainer)
         self._close()
 
@@ -72,6 +82,7 @@ class TrainingProgressBar(ProgressBar):
         if trainer.state.fn != "fit":
             self._close()
         elif trainer.training and not trainer.sanity_checking:
+            self.values = progress_values(trainer)
             self._show_training(trainer)
 
     def on_test_batch_end(
@@ -93,7 +104,7 @@ class TrainingProgressBar(ProgressBar):
     def _show_training(self, trainer: L.Trainer) -> None:
         fraction, seconds_left = training_progress(trainer, self.started_at, self.first_step)
         remaining = f"{timedelta(seconds=round(seconds_left))} left" if math.isfinite(seconds_left) else ""
-        self._draw(step_of_total(trainer), fraction, [remaining], progress_values(trainer))
+        self._draw(step_of_total(trainer), fraction, [remaining], self.values)
 
     def _show(self, what: str, done: int, total: float) -> None:
         count = f"{done}/{total}" if math.isfinite(total) else str(done)
@@ -139,11 +150,15 @@ class ProgressLines(L.Callback):
     def _print(self, trainer: L.Trainer) -> None:
         step = trainer.global_step
         is_new = step != self.last_printed_step and "train/loss" in trainer.callback_metrics
-        is_logged = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if is_new and is_logged and trainer.is_global_zero and not Console().is_terminal:
+        if is_new and is_at_logged_step(trainer) and trainer.is_global_zero and not Console().is_terminal:
             values = "  ".join(f"{name} {value}" for name, value in progress_values(trainer).items())
             print(f"{step_of_total(trainer)}  {values}", flush=True)
             self.last_printed_step = step
+
+
+def is_at_logged_step(trainer: L.Trainer) -> bool:
+    """Return whether the metrics of the last optimizer step were logged."""
+    return trainer.global_step % log_interval(trainer) == 0
 
 
 def training_progress(trainer: L.Trainer, started_at: float, first_step: int) -> tuple[float, float]:

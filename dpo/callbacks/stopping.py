@@ -4,8 +4,8 @@ import signal
 from types import FrameType
 
 import lightning as L
-import torch
 
+from dpo.callbacks.agreement import agreement_of
 from dpo.data.sampler import Step
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -26,6 +26,7 @@ class GracefulStop(L.Callback):
         """Replace Lightning's handlers; Lightning restores the original ones at teardown."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle_signal)
+        agreement_of(trainer).numbers["signal"] = lambda: self.signal_number
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number:
@@ -42,10 +43,8 @@ class GracefulStop(L.Callback):
     ) -> None:
         """At the end of an optimizer step, stop all processes if one of them got a signal."""
         is_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if is_step_end and trainer.strategy.reduce_boolean_decision(bool(self.signal_number), all=False):
-            number = torch.tensor(self.signal_number, device=trainer.strategy.root_device)
-            # every process ends with the exit code of whoever was signalled
-            self.signal_number = int(trainer.strategy.reduce(number, reduce_op="max"))
+        if is_step_end and (number := agreement_of(trainer).largest(trainer, "signal")):
+            self.signal_number = int(number)  # every process ends with the exit code of whoever was signalled
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # whoever sent the signal may kill the process before a validation ends
 

@@ -41,7 +41,7 @@ from dpo.data.preferences import HHRLHF, PreferencePairs
 from dpo.data.prompts import Prompts
 from dpo.files import append_jsonl
 from dpo.models.checkpoint_io import AtomicCheckpointIO, local_checkpoint, newest_intact_checkpoint
-from dpo.models.cpu import keep_freed_memory, limit_onednn_cache
+from dpo.models.cpu import grow_cuda_segments, keep_freed_memory, limit_onednn_cache
 from dpo.runs import results
 from dpo.runs.card import TrainingFacts, hardware_in_words
 from dpo.runs.export import export_run
@@ -51,6 +51,7 @@ from dpo.runs.loggers import MetricsCSV
 from dpo.runs.tracking import WandbTracker, finish_wandb, track_results
 from dpo.training.base import Stage
 from dpo.training.dpo import DPO
+from dpo.training.memory import is_out_of_memory, out_of_memory_message
 from dpo.training.nonfinite import NonFiniteError
 from dpo.training.precomputed import Cached
 from dpo.training.preflight import PreflightError
@@ -239,6 +240,8 @@ class TrainingCLI(LightningCLI):
             **kwargs,
         )
         check_trainer_support(trainer)  # already here, before data and models are read
+        if trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         rank_zero_info(f"Run: {self.run.folder}")
         return trainer
 
@@ -250,6 +253,10 @@ class TrainingCLI(LightningCLI):
                 self.slow_work.begin("Reading the data")
             try:
                 super()._run_subcommand(subcommand)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise ValueError(out_of_memory_message(error, self.model, self.datamodule)) from error
             finally:  # before the folder is removed if the run was refused
                 self.slow_work.end()
                 if self.wandb_tracker is not None:
@@ -366,8 +373,8 @@ def main(arguments: Sequence[str], cli_class: type[TrainingCLI] | None = None) -
     Returns:
         Exit code: 0 done, 1 refused with a message, 130 or 143 stopped by a signal.
     """
-    keep_freed_memory()
     limit_onednn_cache()
+    grow_cuda_segments()
     for pattern in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -66,7 +66,10 @@ class PairLogps:
     @cached_property
     def lengths(self) -> AnswerValues:
         """|y|: scored tokens of each answer."""
-        return self.policy_token_logps.new_tensor(self.answer_lengths).reshape(-1, 2)
+        like = self.policy_token_logps
+        # from pinned memory, so that the host does not wait for the copy
+        counts = torch.tensor(self.answer_lengths, dtype=like.dtype, pin_memory=like.is_cuda)
+        return counts.to(like.device, non_blocking=True).reshape(-1, 2)
 
     @property
     def logratios(self) -> AnswerValues:

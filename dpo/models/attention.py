@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from inspect import signature
 from itertools import accumulate
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from dpo.models.batch import RowLayout, move_to_device
 PREFIX_SHARED_NAME = "prefix_shared"
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 CAUSAL_MASK = cast(MaskFunction, causal_mask_function)  # annotated for ints, called with tensors
+KERNEL_GROUPS_HEADS = "enable_gqa" in signature(varlen_attn).parameters  # not in torch 2.11
 
 
 class NotShareableError(ValueError):
@@ -93,9 +95,15 @@ def make_mask_rule(
 
 def _slides(mask_function: MaskFunction, size: int, device: Any) -> bool:
     """Tell a sliding window from chunks, which have a size too: at position 2 * size a chunk has just begun."""
-    query = torch.tensor([2 * size], device=device)
-    keys = torch.tensor([size, size + 1], device=device)
-    return _visible(mask_function, query, keys).tolist() == [[False, True]]
+
+    def seen(device: Any) -> bool:
+        query, keys = (torch.tensor(positions, device=device) for positions in ([2 * size], [size, size + 1]))
+        return bool(_visible(mask_function, query, keys).tolist() == [[False, True]])
+
+    try:
+        return seen("cpu")  # on the device the host would wait for it, in every forward pass
+    except RuntimeError:  # the function holds tensors, as that of chunks does
+        return seen(device)
 
 
 def _visible(mask_function: MaskFunction, queries: Tensor, keys: Tensor) -> Bool[Tensor, "queries keys"]:
@@ -214,17 +222,23 @@ def _attend_in_one_call(
     """Attend in all segments by one kernel call; it is causal from the last key, so a branch sees its whole prompt."""
     segments = layout.compute_once(VarlenSegments, lambda: _varlen_segments(layout))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    keys, values = k[segments.key_indices], v[segments.key_indices]
+    grouped: dict[str, Any] = {}
+    if KERNEL_GROUPS_HEADS:
+        grouped["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (keys, values))
     attended = varlen_attn(
         q.contiguous(),
-        k[segments.key_indices],
-        v[segments.key_indices],
+        keys,
+        values,
         segments.query_starts,
         segments.key_starts,
         segments.max_query_length,
         segments.max_key_length,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
     return cast(Tensor, attended)[None]
 

@@ -1,4 +1,4 @@
-"""Memory and number format of training on a CPU.
+"""Memory of training, and its number format on a CPU.
 
 Freed memory is kept for the next step, oneDNN's compiled kernels do not pile up, and a configuration can ask for
 bfloat16 wherever the processor multiplies it natively.
@@ -38,6 +38,15 @@ def limit_onednn_cache() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own cache, and PyTorch's of it
         os.environ.setdefault(name, str(ONEDNN_CACHE_CAPACITY))
+
+
+def grow_cuda_segments() -> None:
+    """Let CUDA's memory grow in place, as rows of ever new lengths would fragment it; must run before CUDA is used.
+
+    What the environment sets already wins. Without CUDA it does nothing.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name before torch 2.9, which still counts
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def bfloat16_where_fast() -> Precision:

@@ -137,6 +137,8 @@ class ModelLoader:
                 f"({', '.join(missing[:3])}, ...). Download or export the model again."
             )
         _align(model)
+        if caps_scores(model):
+            model.set_attn_implementation("eager")
         model.stored_dtype = stored_dtype or torch.float32
         return model.eval()  # type: ignore[no-any-return]
 
@@ -180,6 +182,11 @@ class ModelLoader:
             raise ValueError(f"cannot read a tokenizer from {path!r}: {error}") from error
         remove_hh_template(tokenizer)
         return tokenizer
+
+
+def caps_scores(model: PreTrainedModel) -> bool:
+    """Return whether a model bounds attention scores, which sdpa does not, though older transformers let it be used."""
+    return bool(getattr(model.config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def _align(model: PreTrainedModel) -> None:

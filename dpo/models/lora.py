@@ -48,9 +48,10 @@ class Adapter(ABC):
         A full model is exported in the number format of `export_dtype`; training is in float32 either way.
         """
         exported = merge_adapter(policy) if self.merge else policy
-        if self.export_dtype == "float32" or adapter_layers(exported):
+        if adapter_layers(exported):
             return exported
-        return _copy_in_dtype(exported, getattr(policy, "stored_dtype", torch.float32))
+        as_stored = getattr(policy, "stored_dtype", torch.float32)
+        return _copy_in_dtype(exported, torch.float32 if self.export_dtype == "float32" else as_stored)
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def save_model_or_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 def _copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model itself if it is in this number format, else a copy on the CPU with its parameters in it."""
-    if model.dtype == dtype:
+    if all(p.dtype == dtype for p in model.parameters()):
         return model
     converted = {id(p): nn.Parameter(p.detach().to("cpu", dtype), requires_grad=False) for p in model.parameters()}
     return deepcopy(model, converted)
@@ -288,6 +289,7 @@ def _merge_layer(layer: Any) -> nn.Module:
             "model. Train it with --model.adapter LoRA."
         )
     merged = deepcopy(layer)
+    merged.get_base_layer().float()  # it may be kept in bfloat16
     merged.merge()
     base: nn.Module = merged.get_base_layer()
     return base

@@ -17,9 +17,15 @@ from transformers import PreTrainedModel
 
 from dpo.models.attention import PREFIX_SHARED_NAME, NotShareableError
 from dpo.models.batch import Batch, Example, collate
+from dpo.models.loading import caps_scores
 from dpo.models.scoring import TokenScores, hidden_states, score
 
-SHARING_TOLERANCE = 1e-4  # relative to the largest hidden state: rounding in float32 is 1e-6, a wrongly seen token 1e-2
+# Largest difference of hidden states on a flat row, relative to the largest of them, by the type computed in.
+SHARING_TOLERANCES = {
+    torch.float32: 1e-4,  # rounding is 1e-6, a wrongly seen token 1e-2
+    torch.float16: 5e-3,  # rounding is 5e-4 a product
+    torch.bfloat16: 2e-2,  # rounding is 4e-3 a product: 6e-3 was met in 4-bit models
+}
 CHECKED_TOKENS = 64
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -62,7 +68,7 @@ def enable_prefix_sharing(model: PreTrainedModel) -> None:
 
 
 def _standard_implementation(model: PreTrainedModel) -> str:
-    return "sdpa" if model._supports_sdpa else "eager"
+    return "sdpa" if model._supports_sdpa and not caps_scores(model) else "eager"
 
 
 def disable_prefix_sharing(model: PreTrainedModel) -> None:
@@ -137,6 +143,12 @@ def scoring_error(model: PreTrainedModel, row: Int[Tensor, " tokens"]) -> float:
     return (logps - logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]).abs().max().item()
 
 
+def product_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return the type that matrix products are computed in: of 4-bit weights, that which they are expanded to."""
+    expanded = (getattr(part, "compute_dtype", None) for part in model.modules())
+    return next(filter(None, expanded), model.dtype)
+
+
 def share_if_exact(model: PreTrainedModel) -> str:
     """Let the model share prompts if its hidden states stay the same; otherwise leave it as it was.
 
@@ -150,7 +162,7 @@ def share_if_exact(model: PreTrainedModel) -> str:
     try:
         enable_prefix_sharing(model)
         difference = sharing_error(model, _probe(vocabulary_size(model)).to(model.device))
-        exact = difference <= SHARING_TOLERANCE
+        exact = difference <= SHARING_TOLERANCES[product_dtype(model)]
         reason = "" if exact else f"its hidden states differ by {difference:.1e} on a flat row"
     except NotShareableError as error:
         reason = str(error)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from dpo.models import lora
 from dpo.models.batch import Batch
+from dpo.models.half import halve_frozen_weights
 from dpo.models.loading import ModelLoader, adapter_base_model, weights_sha256
 from dpo.models.prompt_sharing import vocabulary_size
 from dpo.models.scoring import score
@@ -60,6 +61,9 @@ class ReferenceModel(nn.Module, ABC):
         """The models of the reference that are in memory, by role."""
         return {}
 
+    def halve_weights(self, policy: PreTrainedModel) -> None:
+        """Keep in bfloat16 what autocast computes in it anyway; does nothing by default."""
+
     def prepare_for_stage(self, module: L.LightningModule) -> None:
         """Prepare for a stage (fit, validate, ...), whose data and devices are known; does nothing by default."""
 
@@ -96,6 +100,10 @@ class InMemoryReference(ReferenceModel):
 class FrozenReference(InMemoryReference):
     """A reference that never changes."""
 
+    def halve_weights(self, policy: PreTrainedModel) -> None:
+        """Keep in bfloat16 what autocast computes in it anyway; for the weights of the policy that decides itself."""
+        halve_frozen_weights(self.model, may_round=True, keep=set(map(id, policy.parameters())))
+
 
 class MovingReference(InMemoryReference):
     """A reference that follows the policy.
@@ -121,6 +129,10 @@ class MovingReference(InMemoryReference):
         if step % self.tau == 0:
             for name in self.moving_names:
                 self.model.get_parameter(name).lerp_(lora.effective_weight(policy, name), self.alpha)
+
+    def halve_weights(self, policy: PreTrainedModel) -> None:
+        """Follow the policy in what it shares; averages keep all of their digits."""
+        halve_frozen_weights(self.model, may_round=False, keep=set(map(id, self.model.parameters())))
 
     def checkpointed_names(self) -> set[str]:
         """Return the names of the weights that move."""

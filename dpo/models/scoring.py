@@ -21,7 +21,9 @@ from transformers.utils import ModelOutput
 from dpo.models.attention import PREFIX_SHARED_NAME, flat_row
 from dpo.models.batch import Batch
 
-MAX_CHUNK_LOGITS = 2**25  # in memory at a time (128 MiB in float32); larger batches are scored in recomputed chunks
+# Logits in memory at a time (128 MiB and 1 GiB in float32); larger batches are scored in recomputed chunks.
+CHUNK_LOGITS = 2**25
+CUDA_CHUNK_LOGITS = 2**28  # few chunks: each is a pass over the head's weights, and adds to their gradient by itself
 CPU_CACHE_LOGITS = 2**18  # processed at a time on a CPU: 1 MiB stays in its cache
 
 
@@ -158,7 +160,9 @@ def _score_rows(logits: Tensor, targets: Tensor, probabilities: Tensor) -> tuple
 
 
 def _rows_per_chunk(model: PreTrainedModel) -> int:
-    return int(max(1, MAX_CHUNK_LOGITS // model.get_output_embeddings().weight.shape[0]))
+    head: Tensor = model.get_output_embeddings().weight
+    limit = getattr(model, "chunk_logits", None) or (CUDA_CHUNK_LOGITS if head.is_cuda else CHUNK_LOGITS)
+    return int(max(1, limit // head.shape[0]))
 
 
 def score(model: PreTrainedModel, batch: Batch) -> TokenScores:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from dpo.data.sampler import Step
 from dpo.models.batch import Batch
+from dpo.models.half import halve_frozen_weights
 from dpo.models.loading import ModelLoader, prepare_layers
 from dpo.models.lora import Adapter, AsLoaded
 from dpo.models.prompt_sharing import share_if_exact
@@ -36,7 +37,7 @@ from dpo.training.resuming import (
     check_optimizer_class,
     trainer_fixed_options,
 )
-from dpo.training.schedules import Warmup, default_optimizer, validate_optimizer, validate_schedule
+from dpo.training.schedules import Warmup, default_optimizer, suit_device, validate_optimizer, validate_schedule
 from dpo.training.scored_pairs import PairListener
 from dpo.training.trainer_checks import check_trainer_support, check_training_options
 
@@ -68,6 +69,7 @@ class Stage(PolicyModule):
         pickled_weights: bool = False,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
+        chunk_logits: int | None = None,
     ) -> None:
         """Choose what is trained and how; models are read when the trainer sets up, or on first use.
 
@@ -83,6 +85,7 @@ class Stage(PolicyModule):
             pickled_weights: Also read weights that are not safetensors. Only for models that you trust.
             optimizer: Makes the optimizer from parameters. Default: AdamW, learning rate 1e-6, no weight decay.
             lr_scheduler: Makes the learning rate schedule from the optimizer; it advances every optimizer step.
+            chunk_logits: Most logits in memory at a time. Default: 2**25 on a CPU (128 MiB), 2**28 on CUDA (1 GiB).
 
         Raises:
             TypeError: The policy is no path, or the adapter no adapter.
@@ -103,6 +106,7 @@ class Stage(PolicyModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile
         self.preflight = preflight
+        self.chunk_logits = chunk_logits
         self.optimizer = validate_optimizer(optimizer)
         self.lr_scheduler = validate_schedule(optimizer, lr_scheduler)
         self.train_means, self.val_means, self.test_means = (
@@ -143,6 +147,7 @@ class Stage(PolicyModule):
             "preflight": self.preflight,
             "trust_remote_code": self.loader.trust_remote_code,
             "pickled_weights": self.loader.pickled_weights,
+            "chunk_logits": self.chunk_logits,
             "lr_scheduler": to_plain(self.lr_scheduler),
         }
 
@@ -194,6 +199,8 @@ class Stage(PolicyModule):
             self.build_other_models()
             for role, model in self.models_by_role().items():
                 self.prepare_scoring(role, model)
+            if self._trainer is not None and self.trainer.precision == "bf16-mixed":
+                self.halve_weights()
 
     def build_other_models(self) -> None:
         """Make what else the stage needs of the policy before training; by default nothing."""
@@ -206,7 +213,12 @@ class Stage(PolicyModule):
         reason = share_if_exact(model) if self.sharing else "--model.sharing is false"
         if reason:
             rank_zero_info(f"Prompts are not shared between the answers of the {role}: {reason}.")
+        model.chunk_logits = self.chunk_logits  # type: ignore[assignment]
         prepare_layers(model, self.compile_layers, self.gradient_checkpointing and role == "policy")
+
+    def halve_weights(self) -> None:
+        """Keep frozen weights in bfloat16 where autocast computes in it; a base may be merged, so it is not rounded."""
+        halve_frozen_weights(self.policy, may_round=False)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the trainable parameters, and its schedule.
@@ -217,7 +229,8 @@ class Stage(PolicyModule):
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         if not trainable:
             raise ValueError("the policy is frozen: expected parameters that need a gradient, got none. Unfreeze it.")
-        optimizer = self.optimizer(trainable)
+        scaled = self._trainer is not None and self.trainer.scaler is not None
+        optimizer = suit_device(self.optimizer(trainable), gradients_scaled=scaled)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)

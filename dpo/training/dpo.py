@@ -80,6 +80,7 @@ class DPO(Stage):
         pickled_weights: bool = False,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
+        chunk_logits: int | None = None,
     ) -> None:
         """Choose what is trained, on which loss and against what.
 
@@ -98,6 +99,7 @@ class DPO(Stage):
             pickled_weights: Also read weights that are not safetensors. Only for models that you trust.
             optimizer: Makes the optimizer from parameters. Default: AdamW, learning rate 1e-6, no weight decay.
             lr_scheduler: Makes the learning rate schedule from the optimizer; it advances every optimizer step.
+            chunk_logits: Most logits in memory at a time. Default: 2**25 on a CPU (128 MiB), 2**28 on CUDA (1 GiB).
 
         Raises:
             TypeError: The loss is not a loss, or the policy an object instead of a path.
@@ -118,6 +120,7 @@ class DPO(Stage):
             pickled_weights,
             optimizer,
             lr_scheduler,
+            chunk_logits,
         )
         self.loss = loss
         self.reference_choice = resolve_reference(reference, loss)
@@ -160,6 +163,11 @@ class DPO(Stage):
         self.reference = self.reference_choice.build_reference(self.policy, self.loader)
         weights = f", SHA-256 of its weights {self.reference.sha256[:16]}" if self.reference.sha256 else ""
         rank_zero_info(f"Reference: {self.reference.description}{weights}.")
+
+    def halve_weights(self) -> None:
+        """Keep frozen weights in bfloat16, those of the reference too."""
+        super().halve_weights()
+        self.reference.halve_weights(self.policy)
 
     def models_by_role(self) -> dict[str, PreTrainedModel]:
         """Return the policy and its reference."""

@@ -62,20 +62,21 @@ def sums_and_counts(
         rewards: Implicit rewards, pairs x 2.
         names: Metrics to return, in this order.
     """
+    wide = sum_dtype()
     logits, hits, entropy = (
-        sum_per_answer(values, batch.lengths).unflatten(0, (-1, 2)).double().sum(0)
+        sum_per_answer(values, batch.lengths).unflatten(0, (-1, 2)).to(wide).sum(0)
         for values in (policy.mean_logits, policy.top1_hits, policy.entropy)
     )
-    chosen, rejected = logps.policy.detach().double().sum(0)
-    reward_chosen, reward_rejected = rewards.double().sum(0)
-    length_chosen, length_rejected = logps.lengths.double().sum(0)
+    chosen, rejected = logps.policy.detach().to(wide).sum(0)
+    reward_chosen, reward_rejected = rewards.to(wide).sum(0)
+    length_chosen, length_rejected = logps.lengths.to(wide).sum(0)
     pairs = torch.full_like(chosen, len(batch))
     means = {
-        "loss": (losses.detach().double().sum(), pairs),
+        "loss": (losses.detach().to(wide).sum(), pairs),
         "rewards/chosen": (reward_chosen, pairs),
         "rewards/rejected": (reward_rejected, pairs),
         "rewards/margins": (reward_chosen - reward_rejected, pairs),
-        "rewards/accuracies": ((rewards[:, 0] > rewards[:, 1]).double().sum(), pairs),
+        "rewards/accuracies": ((rewards[:, 0] > rewards[:, 1]).to(wide).sum(), pairs),
         "logps/chosen": (chosen, pairs),
         "logps/rejected": (rejected, pairs),
         "logits/chosen": (logits[0], length_chosen),
@@ -85,10 +86,15 @@ def sums_and_counts(
         "nll/chosen": (-chosen, length_chosen),
         "length/chosen": (length_chosen, pairs),
         "length/rejected": (length_rejected, pairs),
-        "displaced": ((logps.logratios[:, 0] < 0).double().sum(), pairs),
+        "displaced": ((logps.logratios[:, 0] < 0).to(wide).sum(), pairs),
     }
     sums, counts = zip(*(means[name] for name in names), strict=True)
     return torch.stack(sums), torch.stack(counts)
+
+
+def sum_dtype() -> torch.dtype:
+    """Return the type that sums are kept in: float64, which Apple's GPUs lack."""
+    return torch.float32 if torch.backends.mps.is_available() else torch.float64
 
 
 class MetricMeans(Metric):
@@ -110,8 +116,8 @@ class MetricMeans(Metric):
         super().__init__()
         self.names = names
         self.derived_metrics = derived_metrics or {}
-        self.add_state("sums", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(len(names), dtype=sum_dtype()), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(names), dtype=sum_dtype()), dist_reduce_fx="sum")
 
     def update(self, sums: Tensor, counts: Tensor) -> None:
         """Add the sums and counts of one batch."""

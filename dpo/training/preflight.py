@@ -30,6 +30,7 @@ from dpo.models.reference import compute_dtype, logp_tolerance
 from dpo.models.scoring import outermost_backbone
 from dpo.training.base import Stage
 from dpo.training.dpo import DPO, WHOLE_BATCH_HINT
+from dpo.training.metrics import MetricMeans
 
 CHECKED_PAIRS = 4  # pairs that are scored
 CHECKED_STEPS = 100  # optimizer steps among which the largest micro-batch is looked for
@@ -55,7 +56,7 @@ def run_preflight(module: Stage) -> None:
         pairs = data.require_pairs("train")
         examples = [pairs[row] for row in range(min(CHECKED_PAIRS, len(pairs)))]
         batch = collate(examples).to(module.device)
-        largest = _largest_batch(data).to(module.device)
+        largest = _largest_batch(data, None if module.device.type == "cuda" else CHECKED_STEPS).to(module.device)
         passed += [*_check_answers(examples, data.encoder.end_ids), *_check_context(module, data.max_length)]
         passed += _check_vocabulary(module, data)
     else:
@@ -64,6 +65,8 @@ def run_preflight(module: Stage) -> None:
     with trainer.precision_plugin.forward_context():
         passed += [*_check_repeatable(module, batch), *_check_scorer(module, batch), *_check_causal(module, batch)]
         passed += _check_sharing(module, largest)
+        if largest.tokens.is_cuda:  # on a CPU it would take as long as training on it, and memory is not so scarce
+            passed += _check_memory(module, largest)
         if isinstance(module, DPO):
             passed += _check_whole_steps(module, trainer, getattr(data, "max_tokens", None))
             if not (trainer.ckpt_path or module.has_trained):  # the policy no longer equals its reference
@@ -71,11 +74,11 @@ def run_preflight(module: Stage) -> None:
     rank_zero_info("Preflight: " + "; ".join(passed) + ".")
 
 
-def _largest_batch(data: PairData) -> Batch:
-    """Return the micro-batch with the most tokens of the first steps: some errors begin far along a row."""
+def _largest_batch(data: PairData, steps: int | None) -> Batch:
+    """Return the micro-batch with the most tokens of so many steps, or of the epoch: some errors begin far in a row."""
     loader = data.train_dataloader()
     pairs = data.pairs_by_split["train"]
-    micro_batches = chain.from_iterable(rows for rows, _ in islice(loader.sampler, CHECKED_STEPS))
+    micro_batches = chain.from_iterable(rows for rows, _ in islice(loader.sampler, steps))
     largest = max(micro_batches, key=lambda rows: sum(pairs.token_counts[row] for row in rows))
     return collate([pairs[row] for row in largest])
 
@@ -203,6 +206,16 @@ def _check_sharing(module: Stage, batch: Batch) -> Iterator[str]:
     for model in module.models_by_role().values():
         disable_prefix_sharing(model)
     yield f"prompts are NOT shared between answers, as hidden states would differ by {error:.1e}"
+
+
+def _check_memory(module: Stage, batch: Batch) -> Iterator[str]:
+    """Run forward and backward pass of a batch: if memory is too small for the largest one, it ends here."""
+    trained = [p for p in module.policy.parameters() if p.requires_grad]
+    means = MetricMeans(module.metric_names).to(batch.tokens.device)
+    with torch.enable_grad():
+        # not backward(): gradients stay as they are, and processes exchange none
+        torch.autograd.grad(module.losses(batch, means).sum(), trained, allow_unused=True)
+    yield f"memory holds the largest micro-batch of an epoch, {len(batch.tokens):,} tokens"
 
 
 def _check_whole_steps(module: DPO, trainer: L.Trainer, max_tokens: int | None) -> Iterator[str]:

@@ -32,7 +32,7 @@ from tests.support.sharing import SHARED, build, random_batch
 
 def kernel(
     q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,
-    *, scale: float, window_size: tuple[int, int], enable_gqa: bool,
+    *, scale: float, window_size: tuple[int, int], enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """Do what the variable-length kernel promises: causal from the last key, `window_size[0]` keys to the left."""
     assert longest_q == starts_q.diff().max() and longest_k == starts_k.diff().max()
@@ -55,11 +55,13 @@ def inputs(batch: Batch, heads: int, groups: int) -> tuple[Tensor, Tensor, Tenso
 
 
 @pytest.mark.parametrize("window", [None, 1, 5])
-@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize(("groups", "kernel_groups"), [(4, True), (2, True), (2, False)])
 def test_one_call_equals_segments_in_values_and_gradients(
-    window: int | None, groups: int, monkeypatch: pytest.MonkeyPatch
+    window: int | None, groups: int, kernel_groups: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where the kernel has no grouped heads (torch 2.11) it gets repeated ones."""
     monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "KERNEL_GROUPS_HEADS", kernel_groups)
     batch = random_batch()
     rule = MaskRule(sliding_window_causal_mask_function(window), window) if window else None
     tensors = inputs(batch, 4, groups)
@@ -80,6 +82,8 @@ def test_a_sliding_window_is_distinguished_from_other_masks() -> None:
         chunks = chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.long))
         chunked = make_mask_rule(mask_function=chunks, local_size=size)
         assert (chunked is not None and chunked.window is None) or size == 1  # chunks of one are windows of one
+    on_device = sliding_window_causal_mask_function(7)
+    assert make_mask_rule(mask_function=on_device, local_size=7, device="meta").window == 7, "nothing is read from it"
     other = make_mask_rule(mask_function=and_masks(causal_mask_function, lambda b, h, q, k: (q - k) % 2 == 0))
     assert other is not None and other.window is None
 

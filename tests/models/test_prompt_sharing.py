@@ -1,6 +1,7 @@
 """Shared prompts change nothing: against the plain forward pass of `transformers`, sequence by sequence."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from transformers import PreTrainedModel
 
 from dpo.models.attention import PREFIX_SHARED_NAME, NotShareableError
 from dpo.models.batch import Batch, Example, collate
-from dpo.models.loading import prepare_layers
+from dpo.models.loading import ModelLoader, prepare_layers
 from dpo.models.prompt_sharing import enable_prefix_sharing, share_if_exact, standard_attention, weight_sharing_copy
 from dpo.models.scoring import score
+from tests.support.models import make_tiny_model
 from tests.support.sharing import DYNAMIC, GPT2_SIZES, LLAMA4, LONGROPE, MULTIMODAL, SHARED, build, random_batch
 
 SEPARATE: dict[str, dict[str, Any]] = {
@@ -133,3 +135,12 @@ def test_recomputed_layers_attend_as_in_the_forward_pass() -> None:
     found = gradients(score(model, batch).logps.sum(), model)
     for f, w in zip(found, wanted, strict=True):
         torch.testing.assert_close(f, w)
+
+
+def test_a_model_that_caps_scores_is_loaded_with_attention_that_does(tmp_path: Path) -> None:
+    make_tiny_model("gemma2").save_pretrained(tmp_path)
+    model = ModelLoader().load_model(str(tmp_path))
+    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("prefix_shared")
+    with standard_attention(model):
+        assert model.config._attn_implementation == "eager"

@@ -77,7 +77,7 @@ def test_chunks_of_the_head_change_nothing(family: str, monkeypatch: pytest.Monk
     enable_prefix_sharing(model)
     whole = score(model, batch)
     wanted = torch.autograd.grad(whole.logps.sum(), list(model.parameters()), allow_unused=True)
-    monkeypatch.setattr(scoring, "MAX_CHUNK_LOGITS", 97 * 5)  # five positions at a time
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 97 * 5)  # five positions at a time
     cut = score(model, batch)
     found = torch.autograd.grad(cut.logps.sum(), list(model.parameters()), allow_unused=True)
     torch.testing.assert_close(cut.logps, whole.logps)
@@ -109,7 +109,7 @@ class LargestLogits(TorchDispatchMode):
 def test_no_tensor_of_all_tokens_by_the_vocabulary_ever_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build("llama", {"vocab_size": 997}), random_batch()  # a size that nothing else has
     enable_prefix_sharing(model)
-    monkeypatch.setattr(scoring, "MAX_CHUNK_LOGITS", 997 * 8)
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 997 * 8)
     with LargestLogits(997) as seen:
         score(model, batch).logps.sum().backward()
     assert 0 < seen.rows <= 8 < len(batch.targets) < len(batch.tokens)

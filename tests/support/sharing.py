@@ -71,7 +71,9 @@ SHARED: dict[str, dict[str, Any]] = {
 def build(name: str, options: dict[str, Any]) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(name.split("-")[0], **(SIZES | options))
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # as a model is loaded: sdpa, the default of older transformers, caps no scores
+    attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention).eval()
 
 
 def random_batch(pairs: int = 3, seed: int = 0) -> Batch:

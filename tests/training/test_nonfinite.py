@@ -1,11 +1,14 @@
 """A loss or gradient that is not finite stops the run before it reaches the weights; the message names its pairs."""
 
+import io
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import pytest
+import rich
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -124,9 +127,13 @@ class CountWaits(L.Callback):
 WAITS_BY_STEP: dict[int, int] = {}
 
 
-def test_the_host_waits_for_the_device_at_logged_steps_only(lab: Lab) -> None:
+def test_the_host_waits_for_the_device_at_logged_steps_only(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the progress line, as on a terminal."""
+    monkeypatch.setattr(rich, "_console", Console(force_terminal=True, file=io.StringIO()))
     words = ["--trainer.callbacks=tests.training.test_nonfinite.CountWaits", "--optimizer.fused=true"]
-    lab.fit("waits", *words, "--trainer.max_steps=4", "--trainer.log_every_n_steps=2")
+    words += ["--trainer.enable_progress_bar=true", "--trainer.log_every_n_steps=2", "--data.val_fraction=0"]
+    lab.fit("waits", *words, "--trainer.max_steps=4")
+    assert "step 4/4" in rich.get_console().file.getvalue()
     assert WAITS_BY_STEP[1] == WAITS_BY_STEP[3] == 0
 
 
