@@ -4,8 +4,10 @@ import sys
 from io import TextIOWrapper
 
 from dpo.__main__ import announce_start  # a module that also sets what torch reads when it is imported
+from dpo.runs.signals import exit_on_signals
 
 if __name__ == "__main__":
+    exit_on_signals()
     announce_start()
     from dpo.cli.main import main
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
 
+from dpo.runs.signals import exit_on_signals
+
 # Waiting threads sleep; spinning, they would take the cores of everything else. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -74,6 +76,8 @@ def run() -> int:
     """Run the command line of this process; the entry point of the installed command."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # no run ends because a terminal lacks a character
+    if sys.argv[1:] and sys.argv[1] in TRAINING_VERBS:
+        exit_on_signals()
     return main(sys.argv[1:])
 
 

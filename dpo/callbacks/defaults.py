@@ -10,6 +10,7 @@ from dpo.callbacks.ledger import LedgerOptions, LedgerWriter
 from dpo.callbacks.metrics_rewind import MetricsRewind
 from dpo.callbacks.monitors import MonitorCheck
 from dpo.callbacks.pair_groups import PairGroups
+from dpo.callbacks.pending_validation import PendingValidation
 from dpo.callbacks.predictions import PredictionWriter
 from dpo.callbacks.progress import ProgressLines, TrainingProgressBar
 from dpo.callbacks.rates import ThroughputLogger, TrainingClock
@@ -39,7 +40,13 @@ def standard_callbacks(
         ValueError: The verb needs preference pairs and the data are something else.
     """
     cadence = CheckpointCadence(**vars(config.checkpoint))
-    callbacks: list[L.Callback] = [PairGroups(), stop, FinalValidation(), LastAndBest(run, cadence)]
+    callbacks: list[L.Callback] = [
+        PairGroups(),
+        PendingValidation(),
+        stop,
+        FinalValidation(),
+        LastAndBest(run, cadence),
+    ]
     if verb == "predict":
         callbacks.append(PredictionWriter(run, config.output, config.scorer))
     elif not isinstance(data, PairData):

@@ -15,7 +15,7 @@ from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from dpo.training.base import log_interval
+from dpo.training.position import log_interval
 
 PROGRESS_METRICS = {
     "loss": "train/loss",

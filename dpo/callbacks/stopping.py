@@ -1,14 +1,10 @@
 """Callbacks for the end of a run: a graceful stop on signals, and a validation at the last step."""
 
-import signal
-from types import FrameType
-
 import lightning as L
 
 from dpo.callbacks.agreement import agreement_of
 from dpo.data.sampler import Step
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+from dpo.runs.signals import RUN_SIGNALS, StopSignals
 
 
 class GracefulStop(L.Callback):
@@ -18,40 +14,43 @@ class GracefulStop(L.Callback):
     table of results and the export are written as at any other end of a run.
     """
 
-    def __init__(self) -> None:
-        """Start without a signal."""
-        self.signal_number = 0
+    def __init__(self, signals: StopSignals = RUN_SIGNALS) -> None:
+        """Ask `signals` whether one was received, and tell it when a step can be finished first."""
+        self.signals = signals
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Step, batch_idx: int
+    ) -> None:
+        """Finish steps, but not the first, which has nothing to save before it and may compile for minutes."""
+        self.signals.finishes_step = trainer.global_step > self.first_step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Replace Lightning's handlers; Lightning restores the original ones at teardown."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._handle_signal)
-        agreement_of(trainer).numbers["signal"] = lambda: self.signal_number
+        """Remember where training starts; let all processes learn of a signal to one of them."""
+        self.first_step = trainer.global_step
+        agreement_of(trainer).numbers["signal"] = lambda: self.signals.number
 
-    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number:
-            raise KeyboardInterrupt
-        self.signal_number = number
-        print(
-            "\nStopping after this step; then the checkpoint, the results and the export are written. "
-            "A second signal stops at once.",
-            flush=True,
-        )
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End at once from here on: the last step is saved before a validation, and the next run makes it up."""
+        self.signals.finishes_step = False
+
+    def on_validation_batch_start(self, *_: object) -> None:
+        """End if a signal came too late for the end of the last step."""
+        self.signals.raise_if_stopped()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End at once from here on: what is written next replaces the old only when it is complete."""
+        self.signals.finishes_step = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Step, batch_idx: int
     ) -> None:
         """At the end of an optimizer step, stop all processes if one of them got a signal."""
         is_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        self.signals.finishes_step |= is_step_end
         if is_step_end and (number := agreement_of(trainer).largest(trainer, "signal")):
-            self.signal_number = int(number)  # every process ends with the exit code of whoever was signalled
+            self.signals.number = int(number)  # every process ends with the exit code of whoever was signalled
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # whoever sent the signal may kill the process before a validation ends
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the process: 128 + the signal's number, or 0 without a signal."""
-        return 128 + self.signal_number if self.signal_number else 0
 
 
 class FinalValidation(L.Callback):

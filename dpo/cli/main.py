@@ -18,6 +18,8 @@ import lightning as L
 import torch
 import transformers
 from jsonargparse.typing import extend_base_type
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
@@ -31,6 +33,7 @@ from dpo.callbacks.ledger import LedgerOptions, check_ledger_stage
 from dpo.callbacks.monitors import check_monitored_metrics
 from dpo.callbacks.pair_groups import PairGroups
 from dpo.callbacks.predictions import PredictionWriter
+from dpo.callbacks.process_watch import ProcessWatch, replace_process_watch
 from dpo.callbacks.slow_work import SlowWork
 from dpo.callbacks.stopping import GracefulStop
 from dpo.cli.own_data import choose_data_class
@@ -48,6 +51,7 @@ from dpo.runs.export import export_run
 from dpo.runs.folder import Run, checkpoint_run_name
 from dpo.runs.groups import groups_as_json, print_groups
 from dpo.runs.loggers import MetricsCSV
+from dpo.runs.signals import RUN_SIGNALS, StoppedBySignal
 from dpo.runs.tracking import WandbTracker, finish_wandb, track_results
 from dpo.training.base import Stage
 from dpo.training.dpo import DPO
@@ -103,7 +107,6 @@ class TrainingCLI(LightningCLI):
         run: The run.
         is_resuming: Whether the verb starts from one of the run's own checkpoints.
         may_restart: Whether a run that was ended before its first checkpoint begins again.
-        graceful_stop: The callback that stops the run on a signal, and knows the exit code.
         metrics_csv: The logger that writes metrics.csv.
         pair_groups: The callback that keeps the pairs of a validation or test.
         slow_work: The callback that says what the verb is doing.
@@ -116,7 +119,6 @@ class TrainingCLI(LightningCLI):
     run: Run
     is_resuming: bool
     may_restart: bool
-    graceful_stop: GracefulStop
     metrics_csv: MetricsCSV
     pair_groups: PairGroups
     slow_work: SlowWork
@@ -215,7 +217,6 @@ class TrainingCLI(LightningCLI):
             ValueError: The trainer's precision or strategy is not supported, a callback watches a metric that
                 there is not, or the verb cannot use the data.
         """
-        self.graceful_stop = GracefulStop()
         self.metrics_csv = MetricsCSV(self.run.metrics_path)
         self.slow_work = SlowWork()
         verb = str(self.subcommand)
@@ -226,15 +227,15 @@ class TrainingCLI(LightningCLI):
             config.ckpt_path = None
         self.config_text = self._parser(verb).dump(config, skip_none=False)
         callbacks = standard_callbacks(
-            verb, config, self.config_text, self.run, self.datamodule, self.metrics_csv, self.graceful_stop
+            verb, config, self.config_text, self.run, self.datamodule, self.metrics_csv, GracefulStop()
         )
         self.pair_groups = next(each for each in callbacks if isinstance(each, PairGroups))
         if verb == "fit":
             check_ledger_stage(self.model, LedgerOptions(**vars(config.ledger)), names_ledger_option())
             check_monitored_metrics([*callbacks, *as_list(user_options.callbacks)], self.model)
         trainer = super().instantiate_trainer(
-            callbacks=[self.slow_work, *callbacks, *as_list(user_options.callbacks)],
-            plugins=[AtomicCheckpointIO(), *as_list(user_options.plugins)],
+            callbacks=[ProcessWatch(), self.slow_work, *callbacks, *as_list(user_options.callbacks)],
+            plugins=[AtomicCheckpointIO(), *_slurm_plugins(as_list(user_options.plugins))],
             logger=self._loggers(user_options.logger),
             use_distributed_sampler=False,
             **kwargs,
@@ -242,6 +243,7 @@ class TrainingCLI(LightningCLI):
         check_trainer_support(trainer)  # already here, before data and models are read
         if trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
+        replace_process_watch(trainer)
         rank_zero_info(f"Run: {self.run.folder}")
         return trainer
 
@@ -289,7 +291,7 @@ class TrainingCLI(LightningCLI):
         """Write results, the Hugging Face folder, the held-out pairs and the report, and print where they are."""
         if not self.trainer.is_global_zero:
             return
-        print(ending_lines(self.trainer, self.run, self.graceful_stop.signal_number))
+        print(ending_lines(self.trainer, self.run, RUN_SIGNALS.number))
         self._store_metrics("val")
         rows = results.write_results(self.run)
         remarks = results.results_remarks(self.run.metrics_path)
@@ -358,6 +360,13 @@ def check_user_callbacks(callbacks: Sequence[L.Callback]) -> None:
             )
 
 
+def _slurm_plugins(chosen: list[Any]) -> list[Any]:
+    """Return the plugins of the user and, under SLURM, the one that leaves saving and requeueing to us."""
+    if not SLURMEnvironment.detect() or any(isinstance(plugin, ClusterEnvironment) for plugin in chosen):
+        return chosen
+    return [SLURMEnvironment(auto_requeue=False), *chosen]
+
+
 def as_list(value: Any) -> list[Any]:
     """Return the value of an option that takes nothing, one value or a list, as a list."""
     return value if isinstance(value, list) else [value] if value else []
@@ -382,23 +391,26 @@ def main(arguments: Sequence[str], cli_class: type[TrainingCLI] | None = None) -
     )
     transformers.logging.disable_progress_bar()  # of loading and saving; training has its own
     try:
-        set_argv(choose_data_class(complete_arguments(arguments)))
-        cli = (cli_class or TrainingCLI)(
-            Stage,
-            TextData,
-            subclass_mode_model=True,
-            parser_class=HintingParser,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            load_from_checkpoint_support=False,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-        )
+        with RUN_SIGNALS:
+            set_argv(choose_data_class(complete_arguments(arguments)))
+            (cli_class or TrainingCLI)(
+                Stage,
+                TextData,
+                subclass_mode_model=True,
+                parser_class=HintingParser,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                load_from_checkpoint_support=False,
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,
+            )
     except (ValueError, OSError, PreflightError, NonFiniteError, MisconfigurationException) as error:
         print(f"error: {error_message(error)}", file=sys.stderr)
         return 1
+    except StoppedBySignal as end:
+        return int(str(end.code))
     except (KeyboardInterrupt, SystemExit) as end:  # Lightning exits with 1 after a Ctrl-C
         if isinstance(end.__context__ or end, KeyboardInterrupt):
             return 130
         raise
-    return cli.graceful_stop.exit_code
+    return RUN_SIGNALS.exit_code

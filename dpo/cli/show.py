@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.console import Console
 
-from dpo.callbacks.stopping import GracefulStop
 from dpo.cli.main import TrainingCLI
 from dpo.cli.main import main as run_command_line
 from dpo.data import store
@@ -26,7 +25,6 @@ class DataCLI(TrainingCLI):
 
     def before_instantiate_classes(self) -> None:
         """Leave the folders of runs alone."""
-        self.graceful_stop = GracefulStop()  # asked for the exit code
 
     def instantiate_trainer(self, **_: Any) -> Any:
         """Return nothing, as nothing is trained."""

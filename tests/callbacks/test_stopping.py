@@ -66,7 +66,7 @@ def test_a_signal_skips_the_validation(lab: Lab) -> None:
     results = json.loads(run.results_path.read_text())
     assert results["val/loss"] == pytest.approx(metrics(run)[1]["val/loss"])
     assert lab.main("fit", *options[:2], "--ckpt_path=last") == 0
-    assert ["val/loss" in row for row in metrics(run)] == [True, True, False, True, True]
+    assert ["val/loss" in row for row in metrics(run)] == [True] * 5, "made up on resuming"
 
 
 def test_a_signal_stops_at_the_end_of_the_optimizer_step(lab: Lab) -> None:
