@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
 
+from dpo.files import describe_os_error
 from dpo.runs.signals import exit_on_signals
+from dpo.secrets import conceal
 
 # Waiting threads sleep; spinning, they would take the cores of everything else. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
         module, _, function = VERBS[arguments[0]][0].partition(":")
         getattr(import_module(module), function)(arguments[1:])
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(conceal(describe_os_error(error) if isinstance(error, OSError) else str(error)), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -26,6 +26,8 @@ from dpo.cli.refusals import (
     refusal_line,
     unknown_option_line,
 )
+from dpo.files import describe_os_error
+from dpo.secrets import conceal
 
 PACKAGE = Path(__file__).parents[1]
 # Inside the package when it was installed from a wheel, beside it in a checkout.
@@ -64,6 +66,8 @@ Options of the classes that do the work (with --model.loss IPO and the like, tho
   --data.help [CLASS]          data: HHRLHF, PreferencePairs, Prompts (predict)
   --optimizer.help [CLASS]     optimizers of torch.optim
   --lr_scheduler.help [CLASS]  Warmup, and the schedules of torch
+Classes and functions of your own are imported only if their module is named:
+  --model.loss my.Loss --allow-import my
 """
 
 
@@ -159,8 +163,10 @@ def set_argv(arguments: Sequence[str]) -> None:
 def error_message(error: BaseException) -> str:
     """Return what is wrong in plain words, without jsonargparse's list of all types that a value could have had."""
     if "Union subtypes" in str(error):
-        return error_message(error.__cause__) if error.__cause__ else refusal_line(str(error))
-    return name_option(str(error).strip(), sys.argv) or type(error).__name__
+        return error_message(error.__cause__) if error.__cause__ else conceal(refusal_line(str(error)))
+    if isinstance(error, OSError):
+        return conceal(describe_os_error(error))
+    return conceal(name_option(str(error).strip(), sys.argv)) or type(error).__name__
 
 
 class HintingParser(LightningArgumentParser):
@@ -177,7 +183,7 @@ class HintingParser(LightningArgumentParser):
         faults = filter(None, map(config_fault, config_paths(sys.argv)))
         line = next(faults, line)
         place = f" (In {self.failed_config}.)" if self.failed_config and self.failed_config not in line else ""
-        super().error(line + place, ex)
+        super().error(conceal(line + place), ex)
 
     def _load_config_parser_mode(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Namespace:
         try:

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from dpo.cli.class_names import class_options, import_class, near_matches, offered_classes, option_takers
+from dpo.cli.imports import ALLOW_IMPORT, KNOWN_PACKAGES
 from dpo.cli.trl_names import counterpart_sentence
 
 # What a line of jsonargparse's list may say; what none of these matches says nothing.
@@ -31,7 +32,7 @@ _REFUSED_OPTION = re.compile(r"(?:Option '|unrecognized arguments: --)([\w.]+)")
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
 _ABSTRACT = re.compile(r"Expected an instantiatable class, but (\S*) ?is abstract")
 _UNKNOWN_CLASS = re.compile(r"(?:Expected a dot import (?:path )?string|Unexpected import path format): (.+)")
-_OTHER_CLASS = re.compile(r"Import path (\S+) does not correspond to a subclass of (\w+)")
+_OTHER_CLASS = re.compile(r"Import path (?:(\S+) )?does not correspond to a subclass of (\w+)")
 _OWN_MESSAGE = re.compile(r"Not of type \w+: (.+)")
 _WRONG_TYPE = re.compile(r"Expected a (?:<class '([\w.]+)'>|typing\.(Literal)\[(.*?)\])(?:\. Got value: (.*))?")
 _OPTIONS_EXPECTED = re.compile(r'Unable to load config "(.*)"')
@@ -39,6 +40,8 @@ _UNRECOGNIZED = re.compile(r"(?:unrecognized arguments|ambiguous option): (\S+)"
 _NOT_ACCEPTED = re.compile(r"(?:Subcommand|Group) '\S+' does not accept option '(\S+)'")
 _NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+)(?:\S*): expected one argument")
 _NO_MODULE = re.compile(r"No module named '.*'|module '.*' has no attribute '.*'|.*cannot import name.*")
+
+_DENIED = re.compile(r".*Importing '([\w.]+)' is not allowed")
 
 _TYPE_WORDS = {
     "int": "a whole number",
@@ -177,6 +180,17 @@ def _describe_abstract(refusal: RefusedValue) -> str:
     return f"{refusal.option}: expected {_either(classes)}, got {name.rpartition('.')[2]}{remark}."
 
 
+def _describe_denied(refusal: RefusedValue) -> str:
+    match = refusal.first_match(_DENIED)
+    if not match:
+        return ""
+    module = match[1].rpartition(".")[0]
+    return (
+        f"{refusal.option}: expected a class of a known package ({', '.join(KNOWN_PACKAGES)}), got {match[1]!r}, which "
+        f"is not imported. If it is yours: {ALLOW_IMPORT} {module}."
+    )
+
+
 def _describe_import(refusal: RefusedValue) -> str:
     fault = next((fault for fault in refusal.faults if _NO_MODULE.match(fault.reason)), None)
     if not fault or not fault.class_paths:
@@ -191,7 +205,7 @@ def _describe_class(refusal: RefusedValue) -> str:
     if match and refusal.accepted_classes():
         return _expected_class(refusal, match[1])
     if other := refusal.first_match(_OTHER_CLASS):
-        return _expected_class(refusal, other[1], ", which is of another kind")
+        return _expected_class(refusal, other[1] or refusal.given or "", ", which is of another kind")
     return ""
 
 
@@ -230,6 +244,7 @@ def _describe_type(refusal: RefusedValue) -> str:
 
 
 _DESCRIPTIONS = (
+    _describe_denied,
     _describe_option,
     _describe_required,
     _describe_abstract,

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
-from dpo.cli.main import TrainingCLI
 from dpo.cli.main import main as run_command_line
+from dpo.cli.training_cli import TrainingCLI
 from dpo.data import store
 from dpo.data.audit import KEPT_VERDICT
 from dpo.data.datamodule import PairData

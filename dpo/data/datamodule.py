@@ -7,36 +7,33 @@ that end an answer are used.
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Sequence
 from functools import partial
-from math import isnan
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data import store
 from dpo.data.audit import KEPT_VERDICT, Audit
+from dpo.data.pair_dataset import PairDataset, RowNumbers
 from dpo.data.sampler import EpochPlan, StepLoader
 from dpo.data.shortage import missing_pairs_message, plain_hint
 from dpo.data.sources import SourceFile, splits_of
 from dpo.data.tokenization import MIN_LENGTH, PairEncoder, TextFormat
-from dpo.models.batch import Example
+from dpo.files import sweep_folder
 from dpo.models.loading import ModelLoader, read_end_ids
 
 QUICKSTART_NAME = "quickstart"
 """The path that selects the generated data of the quickstart."""
 
 OnBadRow = Literal["error", "skip"]
-RowNumbers = NDArray[np.int64]
 
 
 def cache_folder() -> Path:
@@ -150,52 +147,6 @@ class TextData(LightningDataModule):
         return PairEncoder(tokenizer, self.max_length, self.format, end_ids)
 
 
-class PairDataset:
-    """Some rows of a store as examples. They are memory-mapped: only row numbers and lengths are in memory.
-
-    Args:
-        table: Rows as `dpo.data.store` writes them.
-        row_numbers: Which of these rows, in this order.
-        split: Name of the split, for the ids: ``subset/split:line``.
-        answer_sides: Sides of a pair that an example holds.
-
-    Attributes:
-        token_counts: Tokens of each example, prompt and answers.
-        answer_token_counts: Tokens of the answers of each example.
-    """
-
-    def __init__(self, table: Dataset, row_numbers: RowNumbers, split: str, answer_sides: Sequence[str]) -> None:
-        self.table = table
-        self.row_numbers = row_numbers
-        self.split = split
-        self.answer_sides = answer_sides
-        prompt_lengths, *answer_lengths = (
-            pc.list_value_length(table.data.table[side]).to_numpy().astype(np.int64)[row_numbers]
-            for side in ("prompt", *answer_sides)
-        )
-        answers = np.sum(answer_lengths, axis=0, dtype=np.int64)
-        self.answer_token_counts = array("q", answers.tobytes())
-        self.token_counts = array("q", (prompt_lengths + answers).tobytes())
-
-    @property
-    def max_token_id(self) -> int:
-        """The largest token id in the table."""
-        columns = (self.table.data.table[side] for side in ("prompt", *self.answer_sides))
-        return max(int(pc.max(pc.list_flatten(column)).as_py()) for column in columns)
-
-    def __len__(self) -> int:
-        return len(self.row_numbers)
-
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        row = self.table[int(self.row_numbers[index])]
-        name = f"{row['subset']}/{self.split}:{row['line']}"
-        margin = None if isnan(row["margin"]) else row["margin"]
-        answers = tuple(row[side] for side in self.answer_sides)
-        return Example(name, row["prompt"], answers, row["weight"], margin, row["turns"])
-
-
 class PairData(TextData, ABC):
     """Preference pairs for training and evaluation.
 
@@ -269,7 +220,11 @@ class PairData(TextData, ABC):
         rank_zero_info(f"Format: {self.encoder.format_reason}.")
         if own := [Path(source.file).name for source in sources if source.split == "val"]:
             rank_zero_info(f"Validation: the pairs of {', '.join(own)}; none are cut from train (--data.val_fraction).")
-        if not folder.is_dir():
+        sweep_folder(cache_folder())
+        damage = store.find_damage(folder) if folder.is_dir() else ""
+        if damage:
+            rank_zero_warn(f"{damage}. The rows are tokenized again.")
+        if damage or not folder.is_dir():
             store.build_store(folder, sources, self.encoder, self.limit, self.skip_bad_rows)
         for split in splits_of(sources):
             Console().print(store.audit_split(folder, split).to_rich_table())

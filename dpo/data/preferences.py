@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from dpo import quickstart
 from dpo.data.columns import Columns
-from dpo.data.datamodule import QUICKSTART_NAME, OnBadRow, PairData, RowNumbers, cache_folder, check_option
+from dpo.data.datamodule import QUICKSTART_NAME, OnBadRow, PairData, cache_folder, check_option
+from dpo.data.pair_dataset import RowNumbers
 from dpo.data.sources import ListedFiles, SourceFile, download_dataset, find_hh_files, list_data_files, why_no_hh_layout
 from dpo.data.tokenization import TextFormat
 

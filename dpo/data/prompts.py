@@ -23,6 +23,7 @@ from dpo.data.plain import history_parser
 from dpo.data.sources import ListedFiles, list_data_files
 from dpo.data.tokenization import MIN_LENGTH, EncodedPair, PairEncoder, TextFormat
 from dpo.models.generation import Sampling
+from dpo.secrets import reveal_address
 
 PROBE_ANSWERS = (" Yes.", " No.")
 """Two answers with which a prompt is encoded as a pair, which shows where the tokens of the prompt end."""
@@ -220,7 +221,7 @@ class Prompts(TextData):
 
     def _parsed_rows(self) -> Iterator[tuple[Turns | Refusal, bool] | Fault]:
         for _, file, _ in self._list_files(fetch=False):
-            with fsspec.open(file, "rb") as raw:
+            with fsspec.open(reveal_address(file), "rb") as raw:
                 yield from islice(read_rows(raw, file, self._parse, self.skip_bad_rows), self.limit)
 
     def _list_files(self, fetch: bool) -> ListedFiles:

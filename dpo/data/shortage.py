@@ -12,6 +12,7 @@ from dpo.data.formats import read_rows
 from dpo.data.plain import row_parser
 from dpo.data.sources import SourceFile
 from dpo.data.tokenization import EncodedPair, PairEncoder
+from dpo.secrets import reveal_address
 
 LOOKED_AT = 100  # rows of a file that are read again
 SHOWN = 3  # reasons that are named
@@ -67,7 +68,7 @@ def _would_take(source: SourceFile, encoder: PairEncoder, plain: PairEncoder) ->
     """Return whether a row among the first is refused for control tokens as it is, and taken as plain text."""
 
     def results(of: PairEncoder) -> list[object]:
-        with fsspec.open(source.file, "rb") as raw:
+        with fsspec.open(reveal_address(source.file), "rb") as raw:
             rows = islice(read_rows(raw, source.file, row_parser(source.columns, of.format), skip_bad=True), LOOKED_AT)
             pairs = [row.pair if isinstance(row, PairRow) else row for row in rows]
         return [of.encode(pair) if isinstance(pair, DialoguePair) else pair for pair in pairs]

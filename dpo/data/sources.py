@@ -24,6 +24,7 @@ from huggingface_hub.errors import HFValidationError
 from dpo.data.columns import Columns
 from dpo.data.formats import DATA_FILE_SUFFIXES
 from dpo.files import write_atomically
+from dpo.secrets import conceal, hide_address, reveal_address
 
 SPLITS = ("train", "val", "test")
 HH_SPLITS = ("train", "test")
@@ -162,7 +163,8 @@ def list_data_files(path: str, notes_folder: Path, fetch: bool) -> ListedFiles:
             if not note.is_file():
                 raise ValueError(
                     f"--data.path: no local file, folder or pattern {path!r}, and it cannot be read remotely: "
-                    f"{error}\nGive a path, an address (s3://...) or the hub id of a data set (owner/name)."
+                    f"{conceal(str(error))}\nGive a path, an address (s3://...) or the hub id of a data set "
+                    "(owner/name)."
                 ) from error
         else:
             notes_folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +183,7 @@ def _hub_address(path: str) -> str:
 
 
 def _list_files(address: str) -> ListedFiles:
-    files, root = fsspec.url_to_fs(address)
+    files, root = fsspec.url_to_fs(reveal_address(address))
     if files.isdir(root):
         names = files.find(root)
         base = root
@@ -204,8 +206,8 @@ def _locate(files: AbstractFileSystem, name: str) -> tuple[str, str]:
     """Return the address and the version of a file."""
     if isinstance(files, LocalFileSystem):
         return name, ""  # hashed when needed, see `SourceFile.content_id`
-    address = files.unstrip_protocol(name)
-    return address, f"{address} {files.ukey(name)}"
+    address = hide_address(files.unstrip_protocol(name))
+    return address, f"{address} {files.ukey(hide_address(name))}"  # a key that a password does not change
 
 
 def _split_of(name: str) -> str:

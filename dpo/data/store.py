@@ -2,16 +2,15 @@
 
 A store is a folder named by the hash of everything that decides its content. It has a row for every line that was read;
 an unused line has the reason and no tokens, so that the audit can count it. Sources are read in turn, from where they
-are, so neither memory nor disk needs room for a whole source: only the store itself grows.
+are, so neither memory nor disk needs room for a whole source: only the store itself grows. The SHA-256 of every file is
+kept beside them, and `find_damage` compares them once at the start of every verb.
 """
 
 import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from errno import ENOSPC
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,12 @@ from dpo.data.formats import Fault, read_rows
 from dpo.data.plain import row_parser
 from dpo.data.sources import SourceFile, splits_of
 from dpo.data.tokenization import EncodedPair, PairEncoder, TextFormat
+from dpo.files import explained_errors, file_sha256, hold_folder, write_atomically
+from dpo.secrets import reveal_address
 
 STORE_VERSION = 3
 """Version of the columns and their meaning; increased whenever they change."""
+DIGESTS_FILE = "sha256.json"
 _BATCH = 256  # rows tokenized together: enough to keep all cores busy, few enough for any memory
 
 _TOKENS = List(Value("int32"))
@@ -66,10 +68,10 @@ def store_sha256(sources: Sequence[SourceFile], encoder: PairEncoder, limit: int
 def build_store(
     folder: Path, sources: Sequence[SourceFile], encoder: PairEncoder, limit: int | None, skip_bad: bool
 ) -> None:
-    """Tokenize the sources into a folder, which appears only when it is complete.
+    """Tokenize the sources into a folder, which appears only when it is complete, and replaces a damaged one.
 
     Args:
-        folder: The folder to create; left alone if another process has created it in the meantime.
+        folder: The folder to create; left alone if it is there and intact.
         sources: Files to read.
         encoder: Tokenizes the pairs.
         limit: Maximum number of rows per file, from its start. None: all.
@@ -79,9 +81,9 @@ def build_store(
         ValueError: A row or a file cannot be read; the message names the file and line and says what to do.
         OSError: The folder cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
-        unfinished = Path(scratch) / folder.name
+    if folder.is_dir() and not find_damage(folder):
+        return
+    with hold_folder(folder.parent), write_atomically(folder) as unfinished:
         unfinished.mkdir()
         with Progress("Tokenizing {task.description}", *Progress.get_default_columns()[1:]) as bar:
             for split in splits_of(sources):
@@ -95,24 +97,35 @@ def build_store(
                 _write(unfinished / f"{split}.arrow", tables)
         audits = {split: audit_split(unfinished, split).to_dict() for split in splits_of(sources)}
         (unfinished / "audit.json").write_text(json.dumps(audits, indent=2) + "\n")
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+        digests = {file.name: file_sha256(file) for file in sorted(unfinished.iterdir())}
+        (unfinished / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # so that later forks are safe and raise no warning
 
 
-def _write(file: Path, tables: Iterable[dict[str, list[Any]]]) -> None:
+def find_damage(folder: Path) -> str:
+    """Return which file of a store is not as it was written, and why; empty if all are.
+
+    Every byte is read, at the speed of the disk or of SHA-256 (about 1 GB/s), whichever is slower.
+    """
+    digests = folder / DIGESTS_FILE
     try:
-        with ArrowWriter(features=_FEATURES, path=str(file)) as writer:
-            for table in tables:
-                writer.write_batch(table)
-            writer.finalize()
-    except OSError as error:
-        if error.errno == ENOSPC:  # the error itself does not name the file
-            raise OSError(f"{error}: {file}. Free some space, or choose another folder with DPO_CACHE.") from error
-        raise
+        expected = json.loads(digests.read_text())
+    except (OSError, ValueError) as error:
+        return f"{digests}, which holds the SHA-256 of every file, cannot be read ({error})"
+    for name, digest in expected.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{file} is gone"
+        if file_sha256(file) != digest:
+            return f"{file} was changed or cut off after it was written: its SHA-256 is not the one in {DIGESTS_FILE}"
+    return ""
+
+
+def _write(file: Path, tables: Iterable[dict[str, list[Any]]]) -> None:
+    with explained_errors(file), ArrowWriter(features=_FEATURES, path=str(file)) as writer:
+        for table in tables:
+            writer.write_batch(table)
+        writer.finalize()
 
 
 def load_split(folder: Path, split: str) -> Dataset:
@@ -128,7 +141,7 @@ def audit_split(folder: Path, split: str) -> Audit:
 def _batches(
     source: SourceFile, format: TextFormat, limit: int | None, skip_bad: bool, bar: Progress
 ) -> Iterator[Sequence[PairRow | Fault]]:
-    files, path = fsspec.url_to_fs(source.file)
+    files, path = fsspec.url_to_fs(reveal_address(source.file))
     size = files.size(path)
     label = f"{source.subset}/{source.split}"
     with files.open(path, "rb") as opened, bar.wrap_file(opened, total=size, description=label) as raw:

@@ -4,7 +4,6 @@
 reading never unpickles code.
 """
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dpo.files import write_atomically
+from dpo.files import file_sha256, write_atomically
 
 
 class CheckpointWriteError(OSError):
@@ -40,7 +39,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 torch.save(checkpoint, temporary)
             except (OSError, RuntimeError) as error:  # torch raises either when the disk is full
                 raise CheckpointWriteError(_write_error_message(path, error)) from error
-            digest = _sha256(temporary)
+            digest = file_sha256(temporary)
             # if the process is killed from here on, the new checkpoint has no hash rather than the old one's
             _digest_file(path).unlink(missing_ok=True)
         with write_atomically(_digest_file(path)) as temporary:
@@ -91,8 +90,6 @@ def newest_intact_checkpoint(path: Path) -> Path:
         if problem := _damage(candidate):
             rank_zero_warn(f"{candidate} is passed over: {problem}.")
             continue
-        if not _digest_file(candidate).exists():
-            rank_zero_warn(f"{candidate} has no SHA-256 beside it: damage since it was written cannot be noticed.")
         if candidate != path:
             rank_zero_warn(f"the run goes on from {candidate}, the generation before.")
         return candidate
@@ -101,7 +98,7 @@ def newest_intact_checkpoint(path: Path) -> Path:
 
 def _damage(path: Path) -> str:
     digest = _digest_file(path)
-    if digest.exists() and digest.read_text().strip() != _sha256(path):
+    if digest.exists() and digest.read_text().strip() != file_sha256(path):
         return f"its SHA-256 is not the one in {digest.name}"
     return "" if is_zipfile(path) else "it is no checkpoint, or was cut off"
 
@@ -119,10 +116,15 @@ def read_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any
     """
     path = local_checkpoint(path)
     digest = _digest_file(path)
-    if digest.exists() and digest.read_text().strip() != _sha256(path):
+    if digest.exists() and digest.read_text().strip() != file_sha256(path):
         raise ValueError(
             f"{path} was changed or truncated after it was written: its SHA-256 is not the one in {digest.name}. "
             "Resume from another checkpoint."
+        )
+    if not digest.exists():
+        rank_zero_warn(
+            f"{path} has no SHA-256 beside it ({digest.name}): damage since it was written cannot be noticed, and "
+            "training may go on from wrong weights."
         )
     try:
         loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
@@ -155,8 +157,3 @@ def _write_error_message(path: Path, error: Exception) -> str:
 
 def _digest_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from dpo.files import remove, write_atomically
+from dpo.files import remove, restore_replaced, write_atomically
 from dpo.models.checkpoint_io import rotate_generations
 
 NAMED_CHECKPOINTS = ("last", "best")  # --ckpt_path takes these names instead of a path
@@ -145,6 +145,7 @@ class Run:
 
     def _remove_partial_writes(self) -> None:
         """Remove what a process that was killed while writing a checkpoint or an export has left behind."""
+        restore_replaced(self.export_folder)
         for path in (*self.checkpoint_folder.glob(".*.tmp"), *self.folder.glob(f".{self.export_folder.name}.*.tmp")):
             remove(path)
 

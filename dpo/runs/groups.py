@@ -22,7 +22,7 @@ _Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class GroupValue:
     """A mean over pairs and the ends of its 95 % bootstrap interval.
 
     Attributes:
@@ -36,7 +36,7 @@ class Estimate:
     high: float
 
     @classmethod
-    def of_mean(cls, values: NDArray[Any]) -> "Estimate":
+    def of_mean(cls, values: NDArray[Any]) -> "GroupValue":
         """Return the mean of values, whose order does not matter."""
         return cls(float(values.mean()), *mean_interval(np.sort(values)))
 
@@ -59,18 +59,18 @@ class PairGroup:
     by: str
     name: str
     pairs: int
-    accuracy: Estimate
-    loss: Estimate
-    longer: Estimate
-    reference: Estimate | None
+    accuracy: GroupValue
+    loss: GroupValue
+    longer: GroupValue
+    reference: GroupValue | None
 
     @property
-    def length_baseline(self) -> tuple[str, Estimate]:
+    def length_baseline(self) -> tuple[str, GroupValue]:
         """The better of the two rules "the longer answer wins" and "the shorter answer wins", by name."""
         longer = self.longer
         if longer.value >= CHANCE:
             return "longer", longer
-        return "shorter", Estimate(1 - longer.value, 1 - longer.high, 1 - longer.low)
+        return "shorter", GroupValue(1 - longer.value, 1 - longer.high, 1 - longer.low)
 
 
 def measure_groups(rows: pa.Table) -> list[PairGroup]:
@@ -93,8 +93,8 @@ def _group_measure(rows: pa.Table) -> Callable[[str, str, _Mask], PairGroup]:
     by_reference = None if rows["reference_chosen_logp"].null_count else _is_higher(rows, "logp", "reference_")
 
     def measure(by: str, name: str, mask: _Mask) -> PairGroup:
-        reference = None if by_reference is None else Estimate.of_mean(by_reference[mask])
-        accuracy, loss, length = (Estimate.of_mean(values[mask]) for values in (right, losses, longer))
+        reference = None if by_reference is None else GroupValue.of_mean(by_reference[mask])
+        accuracy, loss, length = (GroupValue.of_mean(values[mask]) for values in (right, losses, longer))
         return PairGroup(by, name, int(mask.sum()), accuracy, loss, length, reference)
 
     return measure
@@ -184,5 +184,5 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _percent_interval(share: Estimate) -> str:
+def _percent_interval(share: GroupValue) -> str:
     return f"{_percent(share.value)} [{_percent(share.low)}, {_percent(share.high)}]"

@@ -14,6 +14,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.errors import HTTPError
 
+from dpo.secrets import MIN_SECRET_LENGTH, SECRET_VARIABLE_PATTERN
+
 # The files that transformers saves, and those that a run's export adds.
 UPLOAD_PATTERNS = (
     "README.md",
@@ -46,8 +48,6 @@ SECRET_PATTERNS = {
     "an API key": rb"\b(sk-[\w-]{32,}|gh[opsru]_[A-Za-z0-9]{36}|AKIA[0-9A-Z]{16})\b",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
-SECRET_VARIABLE_PATTERN = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
-MIN_SECRET_LENGTH = 16  # characters; shorter values of variables may be ordinary words
 
 NO_TOKEN_MESSAGE = (
     "No Hugging Face token was found: create one with write access at https://huggingface.co/settings/tokens, "

@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dpo.files import write_atomically
+from dpo.files import explained_errors, write_atomically
 
 PLACE_COLUMNS = ("step", "epoch", "seconds")  # where a row stands, whatever was measured there
 
@@ -72,7 +72,7 @@ class MetricsCSV(Logger):
         if new_columns or not self.last_row_offset:
             self.columns += new_columns
             self._rewrite([row for row in read_metrics(self.path) if int(row["step"]) < step])
-        with self.path.open("r+", newline="") as file:
+        with explained_errors(self.path), self.path.open("r+", newline="") as file:
             file.truncate(self.last_row_offset)
             file.seek(self.last_row_offset)
             csv.DictWriter(file, self.columns).writerow(self.last_row)

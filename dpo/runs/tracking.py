@@ -7,6 +7,7 @@ waits for the start and the end alone, and for a bounded time. metrics.csv does 
 import os
 import queue
 import secrets
+import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from dpo.files import write_atomically
 from dpo.runs.folder import Run
+from dpo.secrets import names_secret
 
 START_SECONDS = 10  # longest wait for the server before the run goes offline
 FINISH_SECONDS = 20  # longest wait for the upload of the rest
@@ -151,7 +153,12 @@ class WandbTracker(Logger):
             resume="allow",
             dir=self.run.folder,
             mode=mode,  # type: ignore[arg-type]  # whatever the user has set
-            settings=wandb.Settings(silent=mode == "offline", console="off", init_timeout=START_SECONDS),
+            settings=wandb.Settings(
+                silent=mode == "offline",
+                console="off",
+                init_timeout=START_SECONDS,
+                x_disable_meta=names_secret(sys.argv),  # the metadata hold the command line
+            ),
         )
         experiment.define_metric("trainer/global_step")
         experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)

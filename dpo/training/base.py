@@ -4,15 +4,12 @@ A stage (`dpo.training.dpo.DPO`, `dpo.training.sft.SFT`) defines the loss of eve
 is divided by. It runs in any Lightning Trainer.
 """
 
-import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -25,8 +22,7 @@ from dpo.models.loading import ModelLoader, prepare_layers
 from dpo.models.lora import Adapter, AsLoaded
 from dpo.models.prompt_sharing import share_if_exact
 from dpo.training.hyperparameters import to_plain
-from dpo.training.inference import PolicyModule
-from dpo.training.metrics import DerivedMetric, MetricMeans
+from dpo.training.measuring import MeasuredModule
 from dpo.training.nonfinite import FiniteMonitor, require_finite_weights
 from dpo.training.own_loaders import check_same_denominator, step_from_loader
 from dpo.training.position import is_logged_step, log_interval
@@ -38,24 +34,18 @@ from dpo.training.resuming import (
     trainer_fixed_options,
 )
 from dpo.training.schedules import Warmup, default_optimizer, suit_device, validate_optimizer, validate_schedule
-from dpo.training.scored_pairs import PairListener
 from dpo.training.trainer_checks import check_trainer_support, check_training_options
 
 
-class Stage(PolicyModule):
+class Stage(MeasuredModule):
     """A stage of training a policy.
 
     Attributes:
         answer_sides: Sides of a preference pair that an example of this stage holds, in this order.
-        metric_names: Metrics that `losses` adds to the means.
-        derived_metrics: Metrics computed from a mean.
-        pair_listeners: Called with the values of every micro-batch of pairs, in training and in evaluation.
         restored_step_is_logged: The loggers have the metrics of the step that training resumes from, or are new.
     """
 
     answer_sides: tuple[str, ...]
-    metric_names: tuple[str, ...]
-    derived_metrics: ClassVar[Mapping[str, DerivedMetric]] = {}
 
     def __init__(
         self,
@@ -109,10 +99,6 @@ class Stage(PolicyModule):
         self.chunk_logits = chunk_logits
         self.optimizer = validate_optimizer(optimizer)
         self.lr_scheduler = validate_schedule(optimizer, lr_scheduler)
-        self.train_means, self.val_means, self.test_means = (
-            MetricMeans(self.metric_names, self.derived_metrics) for _ in range(3)
-        )
-        self.pair_listeners: list[PairListener] = []
         self.finite_monitor = FiniteMonitor()
         self.grad_norm = torch.zeros(())
         self._window_means: dict[str, Tensor] = {}  # as they were when the accumulation window began
@@ -127,10 +113,6 @@ class Stage(PolicyModule):
     @abstractmethod
     def card_summary(self) -> str:
         """How the policy is trained, as a predicate for the model card: "fine-tuned on ..."."""
-
-    @abstractmethod
-    def losses(self, batch: Batch, means: MetricMeans) -> Float[Tensor, " examples"]:
-        """Return the loss of every example of a micro-batch, and add its metrics to the means."""
 
     @abstractmethod
     def loss_denominator(self, step: Step) -> int:
@@ -383,37 +365,3 @@ class Stage(PolicyModule):
         self.finite_monitor.raise_if_nonfinite()
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_means("train", self.train_means, {"learning_rate": rate, "grad_norm": self.grad_norm.item()})
-
-    def log_means(self, stage: str, means: MetricMeans, extra: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Log means under the name of a stage, at the number of optimizer steps taken, and reset them."""
-        measured = {name: value.item() for name, value in means.compute().items()}
-        means.reset()
-        self.log_values({f"{stage}/{name}": value for name, value in {**measured, **extra}.items()})
-
-    def log_values(self, values: dict[str, float]) -> None:
-        """Log values, which are the same in all processes, at the number of optimizer steps taken."""
-        fits = self.trainer.state.fn == "fit"
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*you have no logger configured|You called `self.log", UserWarning)
-            # In a fit, Lightning would count batches where we count optimizer steps.
-            self.log_dict(values, logger=not fits, sync_dist=True)
-        for logger in self.loggers if fits and not self.trainer.sanity_checking else ():
-            logger.log_metrics(values, step=self.trainer.global_step)
-
-    def validation_step(self, step: Step, batch_idx: int) -> None:
-        """Measure examples without a gradient."""
-        for batch in step.micro_batches:
-            self.losses(batch, self.val_means)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means over the whole validation split."""
-        self.log_means("val", self.val_means)
-
-    def test_step(self, step: Step, batch_idx: int) -> None:
-        """Measure examples without a gradient."""
-        for batch in step.micro_batches:
-            self.losses(batch, self.test_means)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the means over the whole test split."""
-        self.log_means("test", self.test_means)

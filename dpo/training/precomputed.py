@@ -7,7 +7,7 @@ rate and resumed run, but never another reference or other rows.
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -36,7 +36,7 @@ from dpo.data.logps_cache import (
     write_checksum,
 )
 from dpo.data.sampler import ExampleDataset, pack_rows_by_tokens
-from dpo.files import write_atomically
+from dpo.files import hold_folder, write_atomically
 from dpo.models.batch import Batch, Example, collate
 from dpo.models.loading import ModelLoader
 from dpo.models.reference import DISTANCE_ROUNDING, Copy, FrozenReference, Reference, ReferenceModel, logp_tolerance
@@ -288,7 +288,10 @@ def ensure_cache_file(
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     is_writer = trainer.is_global_zero
-    with WeakFileLock(f"{file}.lock") if is_writer else nullcontext():
+    with ExitStack() as held:
+        if is_writer:
+            held.enter_context(WeakFileLock(f"{file}.lock"))
+            held.enter_context(hold_folder(file.parent))
         if trainer.strategy.broadcast(file.exists()):
             return
         rank_zero_info(f"Reference: writing log-probabilities of {len(rows.id_hashes):,} rows to {file}.")

@@ -12,7 +12,6 @@ import torch
 
 from dpo.callbacks.agreement import agreement_of
 from dpo.callbacks.checkpoints import CheckpointCadence, LastAndBest
-from dpo.models.checkpoint_io import newest_intact_checkpoint
 from dpo.runs.folder import Run
 from dpo.training.dpo import DPO
 from tests.support.runs import Lab, checkpoint, metrics, weights
@@ -151,8 +150,12 @@ def test_a_damaged_checkpoint_is_passed_over(lab: Lab, whole: Run, harm: str) ->
 def test_a_checkpoint_without_its_hash_is_said_to_be_unverified(lab: Lab, whole: Run) -> None:
     run = lab.fit("unhashed", *BASE, "--trainer.max_steps=2")
     (run.checkpoint_folder / "last.ckpt.sha256").unlink()
-    with pytest.warns(UserWarning, match="has no SHA-256 beside it: damage since it was written cannot be noticed"):
-        assert newest_intact_checkpoint(run.checkpoint_folder / "last.ckpt").name == "last.ckpt"
+    for path in ("last", str(run.checkpoint_folder / "last.ckpt")):
+        with pytest.warns(UserWarning) as warned:
+            lab.fit("unhashed", *BASE, "--trainer.max_steps=2", f"--ckpt_path={path}")
+        (text,) = {str(warning.message) for warning in warned}
+        assert "last.ckpt has no SHA-256 beside it (last.ckpt.sha256): damage since it was written cannot be" in text
+        assert text.endswith("training may go on from wrong weights.")
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])

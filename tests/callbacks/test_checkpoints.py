@@ -16,6 +16,7 @@ from tests.support.runs import Lab, checkpoint, metrics, policy, weights
 
 RATE = "--optimizer.lr=1e-3"
 EPOCHS = ["--trainer.max_epochs=2", "--trainer.val_check_interval=2", RATE]  # five steps each
+unhashed = pytest.mark.filterwarnings("ignore:.*has no SHA-256 beside it:UserWarning")
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +234,7 @@ class Payload:
         return (Path.touch, (Path("executed"),))
 
 
+@unhashed
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "x": Payload()}, "bad.ckpt")
@@ -241,6 +243,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert not Path("executed").exists()
 
 
+@unhashed
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
 def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.ckpt").write_bytes(content)
@@ -248,6 +251,7 @@ def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path, content: byt
         AtomicCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")
 
 
+@unhashed
 def test_options_are_not_read_from_a_checkpoint(lab: Lab, whole: Run, tmp_path: Path) -> None:
     saved = checkpoint(whole)
     saved["hyper_parameters"] = {"loss": {"class_path": "tests.nowhere.Loss"}, "_instantiator": "os.system"}
@@ -292,6 +296,7 @@ def test_changed_training_options_are_refused_and_no_file_changes(
     assert [file.read_bytes() for file in files] == before
 
 
+@unhashed
 def test_a_checkpoint_of_another_model_is_refused(
     lab: Lab, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,6 +343,7 @@ def test_the_message_for_a_full_disk_names_the_intact_checkpoints(
     lab.fit("full", *options, "--trainer.max_steps=2", "--ckpt_path=last")
 
 
+@unhashed
 def test_a_kill_between_checkpoint_and_hash_leaves_a_readable_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

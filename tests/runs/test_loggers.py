@@ -40,7 +40,9 @@ def test_a_full_disk_stops_the_run_with_a_message(
     monkeypatch.setattr(csv.DictWriter, "writerow", write_until_full)
     options = ["--data.val_fraction=0", "--trainer.log_every_n_steps=1", "--trainer.max_steps=4"]
     assert Lab(tmp_path).main("fit", "--name=full", *options) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'full' / 'metrics.csv'}: No space left on device (")
+    assert "MiB are free there). Free some space, or choose another folder with --trainer.default_root_dir" in last
     assert [row["step"] for row in rows(tmp_path / "full" / "metrics.csv")] == ["1", "2"]
 
 

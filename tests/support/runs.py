@@ -94,7 +94,7 @@ class Lab:
         """Run a command line without the common options and return its exit code."""
         with (
             patch.object(sys, "argv", ["train.py"]),
-            patch("dpo.cli.main.report_line", return_value="Report: left out"),  # pictures take a second
+            patch("dpo.cli.training_cli.report_line", return_value="Report: left out"),  # pictures take a second
         ):
             return main(words)
 
