@@ -50,9 +50,11 @@ class AnswerSampler(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sample answers, and print, store and log them."""
         assert isinstance(pl_module, Stage)
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        rows = self._sample(trainer.global_step, pl_module)
+        rows = self._sample(trainer.global_step, pl_module)  # in all processes: weights may be spread over them
+        if not trainer.is_global_zero:
+            return
         print_samples(rows)
         # A run that was killed between its samples and its checkpoint repeats the validation.
         drop_rows_from_step(self.run.samples_path, trainer.global_step)

@@ -24,6 +24,7 @@ from dpo.training.precomputed import Cached
 from dpo.training.preflight import PreflightError
 from dpo.training.schedules import Warmup
 from dpo.training.sft import SFT
+from dpo.training.sharding import FSDP2
 
 # Patterns of warnings about what is intended here.
 IGNORED_WARNINGS = (
@@ -38,7 +39,7 @@ IGNORED_WARNINGS = (
 # "stopped" names max_epochs whatever stopped the training; `ending_lines` says it right.
 IGNORED_LOG_WORDS = ("litlogger", "GPU available", "TPU available", "`Trainer.fit` stopped")
 # The command line finds classes by their short name only if they are imported.
-SHORT_NAMES = (DPO, SFT, HHRLHF, PreferencePairs, Prompts, Cached, Warmup)
+SHORT_NAMES = (DPO, SFT, HHRLHF, PreferencePairs, Prompts, Cached, Warmup, FSDP2)
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
     "log_every_n_steps": 10,

@@ -35,6 +35,7 @@ from dpo.data.datamodule import PairData
 from dpo.files import append_jsonl
 from dpo.models.checkpoint_io import AtomicCheckpointIO, local_checkpoint, newest_intact_checkpoint
 from dpo.models.cpu import keep_freed_memory
+from dpo.models.sharding import gather_model
 from dpo.runs import results
 from dpo.runs.card import TrainingFacts, hardware_in_words
 from dpo.runs.export import export_run
@@ -48,6 +49,7 @@ from dpo.training.base import Stage
 from dpo.training.memory import is_out_of_memory, out_of_memory_message
 from dpo.training.schedules import ADAMW_OPTIONS
 from dpo.training.sft import SFT
+from dpo.training.sharding import check_sharding_options
 from dpo.training.trainer_checks import check_strategy_name, check_trainer_support, check_training_options
 
 HELD_OUT_PAIRS = 50  # validation pairs stored as text, which the server shows as examples
@@ -222,6 +224,7 @@ class TrainingCLI(LightningCLI):
             **kwargs,
         )
         check_trainer_support(trainer)  # already here, before data and models are read
+        check_sharding_options(trainer, self.model, self.datamodule)
         if trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         replace_process_watch(trainer)
@@ -270,6 +273,7 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Write results, the Hugging Face folder, the held-out pairs and the report, and print where they are."""
+        policy = gather_model(self.model.policy)
         if not self.trainer.is_global_zero:
             return
         print(ending_lines(self.trainer, self.run, RUN_SIGNALS.number))
@@ -282,7 +286,7 @@ class TrainingCLI(LightningCLI):
         self.slow_work.begin("Exporting the policy")
         folder = export_run(
             self.run,
-            self.model.adapter.model_to_export(self.model.policy),
+            self.model.adapter.model_to_export(policy),
             self.datamodule.tokenizer,
             self.model.origin(),
             data=self.datamodule.path,

@@ -8,6 +8,7 @@ micro-batches of at most `max_tokens`.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -119,8 +120,12 @@ class EpochPlan:
         return packs
 
 
-class StepSampler(Sampler[tuple[list[list[int]], list[int]]]):
-    """A sampler that yields, per Lightning batch, the micro-batches of one device and all rows of the optimizer step.
+class StepSampler(Sampler[tuple[list[list[int]], list[int], list[int]]]):
+    """A sampler that yields the work of one device, Lightning batch after Lightning batch.
+
+    This is the rows of every micro-batch; for every micro-batch, the number of rows that another device has more of;
+    and all rows of the optimizer step. Every device has as many micro-batches as the device that has most; the last
+    ones may be empty.
 
     Args:
         token_counts: Tokens of every row.
@@ -146,7 +151,15 @@ class StepSampler(Sampler[tuple[list[list[int]], list[int]]]):
         parts = self.plan.world_size * self.plan.accumulate_batches
         return (full + (rest >= (1 if self.plan.keep_partial_step else parts))) * self.plan.accumulate_batches
 
-    def __iter__(self) -> Iterator[tuple[list[list[int]], list[int]]]:
+    def __iter__(self) -> Iterator[tuple[list[list[int]], list[int], list[int]]]:
+        for shares, rows in self.shares_of_all_devices():
+            sizes = [max(map(len, packs)) for packs in zip_longest(*shares, fillvalue=())]
+            own = shares[self.plan.rank]
+            own = own + [[] for _ in sizes[len(own) :]]
+            yield own, [size - len(pack) for size, pack in zip(sizes, own, strict=True)], rows
+
+    def shares_of_all_devices(self) -> Iterator[tuple[StepShares, list[int]]]:
+        """Yield, per Lightning batch, the micro-batches of every device, and all rows of the optimizer step."""
         plan = self.plan
         order = plan.epoch_order(len(self.token_counts), self.epoch)
         start = self.start_batch
@@ -154,17 +167,26 @@ class StepSampler(Sampler[tuple[list[list[int]], list[int]]]):
         for batch in range(start, len(self)):
             step, window = divmod(batch, plan.accumulate_batches)
             rows = order[step * plan.batch_size : (step + 1) * plan.batch_size].tolist()
-            yield plan.split_step(rows, self.token_counts)[window * plan.world_size + plan.rank], rows
+            shares = plan.split_step(rows, self.token_counts)
+            yield shares[window * plan.world_size : (window + 1) * plan.world_size], rows
 
 
 class _Steps(torch.utils.data.Dataset[Step]):
     def __init__(self, pairs: ExampleDataset) -> None:
         self.pairs = pairs
 
-    def __getitem__(self, item: tuple[list[list[int]], list[int]]) -> Step:
-        micro_batches, step_rows = item
-        batches = tuple(collate([self.pairs[row] for row in rows]) for rows in micro_batches)
+    def __getitem__(self, item: tuple[list[list[int]], list[int], list[int]]) -> Step:
+        micro_batches, filler_counts, step_rows = item
+        fillers = [[self._filler(step_rows[0])] * count if count else [] for count in filler_counts]
+        batches = tuple(
+            collate([self.pairs[row] for row in rows], few) for rows, few in zip(micro_batches, fillers, strict=True)
+        )
         return Step(batches, len(step_rows), sum(self.pairs.answer_token_counts[row] for row in step_rows))
+
+    def _filler(self, row: int) -> Example:
+        """Return an example as short as can be, with as many answers as others have."""
+        example = self.pairs[row]
+        return replace(example, prompt=example.prompt[:1], answers=tuple(answer[:1] for answer in example.answers))
 
 
 class StepLoader:

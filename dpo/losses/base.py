@@ -31,7 +31,8 @@ def sum_per_answer(values: Float[Tensor, " scored"], lengths: Sequence[int]) -> 
         One sum per answer, in float32 or wider. Each is summed on its own, so it does not depend on its neighbours.
     """
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    return torch.stack([answer.sum() for answer in wide.split(list(lengths))])
+    # The empty slice is the result if there are no answers; it keeps the graph.
+    return torch.cat([wide[:0], *(answer.sum()[None] for answer in wide.split(list(lengths)))])
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,13 @@ class Batch:
         return sequences
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Sequence[Example], fillers: Sequence[Example] = ()) -> Batch:
     """Lay examples out as one flat row.
+
+    Args:
+        examples: The examples of the batch.
+        fillers: Examples behind them that are read and not scored. With them, devices that have fewer examples than
+            others run equally many forward passes, also those that have none.
 
     Raises:
         ValueError: A prompt is empty, so that nothing predicts the first token, or an answer is, or there are none.
@@ -169,7 +174,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     positions: list[int] = []
     predictors: list[int] = []
     groups = []
-    for example in examples:
+    for example in (*examples, *fillers):
         if not len(example.prompt) or not example.answers or not all(map(len, example.answers)):
             raise ValueError(
                 f"{example.id}: expected a prompt and answers of at least one token each, got an empty one."
@@ -185,12 +190,13 @@ def collate(examples: Sequence[Example]) -> Batch:
             positions.extend(range(prompt, prompt + len(answer) - 1))
         groups.append(PromptGroup(start, prompt, tuple(len(answer) - 1 for answer in example.answers)))
     answers = [answer for example in examples for answer in example.answers]
+    targets = [token for answer in answers for token in answer]
     return Batch(
         ids=tuple(example.id for example in examples),
         tokens=torch.tensor(tokens),
         layout=RowLayout(tuple(groups), torch.tensor(positions)),
-        predictor_indices=torch.tensor(predictors),
-        targets=torch.tensor([token for answer in answers for token in answer]),
+        predictor_indices=torch.tensor(predictors[: len(targets)], dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
         lengths=tuple(map(len, answers)),
         weights=torch.tensor([example.weight for example in examples]),
         margins=torch.tensor([nan if example.margin is None else example.margin for example in examples]),

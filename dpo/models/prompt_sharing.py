@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from dpo.models.attention import PREFIX_SHARED_NAME, NotShareableError
 from dpo.models.batch import Batch, Example, collate
 from dpo.models.loading import caps_scores
-from dpo.models.scoring import TokenScores, hidden_states, score
+from dpo.models.scoring import TokenScores, hidden_states, run_as_forward, score
 
 # Largest difference of hidden states on a flat row, relative to the largest of them, by the type computed in.
 SHARING_TOLERANCES = {
@@ -105,9 +105,9 @@ def sharing_error(model: PreTrainedModel, batch: Batch) -> float:
     Returns:
         The difference relative to the largest hidden state.
     """
-    _, on_flat_row = hidden_states(model, batch)
+    _, on_flat_row = run_as_forward(model, lambda: hidden_states(model, batch))
     with standard_attention(model):
-        _, separate = hidden_states(model, batch)
+        _, separate = run_as_forward(model, lambda: hidden_states(model, batch))
     return ((on_flat_row - separate).abs().max() / separate.abs().max()).item()
 
 

@@ -8,7 +8,7 @@ exists. Log-softmax and sums are always float32.
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from dpo.models.attention import PREFIX_SHARED_NAME, flat_row
 from dpo.models.batch import Batch
 
+_T = TypeVar("_T")
 # Logits in memory at a time (128 MiB and 1 GiB in float32); larger batches are scored in recomputed chunks.
 CHUNK_LOGITS = 2**25
 CUDA_CHUNK_LOGITS = 2**28  # few chunks: each is a pass over the head's weights, and adds to their gradient by itself
@@ -72,10 +73,11 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[ModelOutput, Fl
             output = backbone(**row, attention_mask=ones, layout=batch.layout, use_cache=False)
         return output, output.last_hidden_state[0, batch.predictor_indices]
     parts = []
-    for tokens, scored in zip(batch.answer_sequences(), batch.lengths, strict=True):
+    sequences = batch.answer_sequences()
+    for tokens, scored in zip(sequences, [*batch.lengths, *[0] * (len(sequences) - len(batch.lengths))], strict=True):
         _reset_rotary_lengths(backbone)
         output = backbone(input_ids=tokens[None], use_cache=False)
-        parts.append(output.last_hidden_state[0, -scored:])
+        parts.append(output.last_hidden_state[0, len(tokens) - scored :])
     return output, torch.cat(parts)
 
 
@@ -84,6 +86,29 @@ def _reset_rotary_lengths(backbone: PreTrainedModel) -> None:
     for part in backbone.modules():
         for name in [name for name in vars(part) if name.endswith("max_seq_len_cached")]:
             setattr(part, name, 0)
+
+
+def run_as_forward(model: PreTrainedModel, compute: Callable[[], _T]) -> _T:
+    """Return `compute()`, run as the forward pass of a model, so that the hooks of that pass surround it.
+
+    Such hooks gather the weights of a sharded model. Parts of the model are called inside, where the hooks of the whole
+    model would otherwise not run.
+    """
+    instance = vars(model)
+    own = {name: instance.pop(name) for name in ("forward",) if name in instance}
+
+    def forward() -> _T:
+        del instance["forward"]
+        instance.update(own)
+        return compute()
+
+    instance["forward"] = forward
+    try:
+        result: _T = model()
+    finally:
+        instance.pop("forward", None)
+        instance.update(own)
+    return result
 
 
 def make_logits_function(model: PreTrainedModel, output: ModelOutput) -> Callable[[Tensor], Tensor]:
@@ -106,7 +131,7 @@ def make_logits_function(model: PreTrainedModel, output: ModelOutput) -> Callabl
             instance["forward"] = lambda *args, **kwargs: fake_output
         try:
             ids = torch.zeros_like(hidden[None, :, 0], dtype=torch.long)  # some models use their shape
-            return model(input_ids=ids, use_cache=False, return_dict=True).logits[0]  # type: ignore[no-any-return]
+            return model.forward(input_ids=ids, use_cache=False, return_dict=True).logits[0]  # type: ignore[no-any-return]
         finally:
             for instance, forward in zip(attributes, forwards, strict=True):
                 del instance["forward"]
@@ -167,6 +192,11 @@ def _rows_per_chunk(model: PreTrainedModel) -> int:
 
 def score(model: PreTrainedModel, batch: Batch) -> TokenScores:
     """Return log-probability, entropy and other values of every answer token of a batch."""
+    return TokenScores(*run_as_forward(model, lambda: _score_tokens(model, batch)))
+
+
+def _score_tokens(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
+    """Return the values of `TokenScores` in a tuple, in which hooks find the tensors."""
     output, hidden = hidden_states(model, batch)
     to_logits = make_logits_function(model, output)
 
@@ -177,9 +207,9 @@ def score(model: PreTrainedModel, batch: Batch) -> TokenScores:
     rows = _rows_per_chunk(model)
     chunks = list(zip(hidden.split(rows), batch.targets.split(rows), strict=True))
     if len(chunks) == 1:
-        return TokenScores(*chunk(*chunks[0]))
+        return chunk(*chunks[0])
     parts = [checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=False) for inputs in chunks]
-    return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from dpo.models.half import halve_frozen_weights
 from dpo.models.loading import ModelLoader, prepare_layers
 from dpo.models.lora import Adapter, AsLoaded
 from dpo.models.prompt_sharing import share_if_exact
+from dpo.models.sharding import whole_tensor
 from dpo.training.hyperparameters import to_plain
 from dpo.training.measuring import MeasuredModule
 from dpo.training.nonfinite import FiniteMonitor, require_finite_weights
@@ -269,7 +270,7 @@ class Stage(MeasuredModule):
             NonFiniteError: With the ids of the examples of this step that are to blame.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.grad_norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
         scaled = self.trainer.scaler is not None  # float16: the scaler skips a step whose gradient overflows
         norm = torch.zeros_like(self.grad_norm) if scaled else self.grad_norm
         nonfinite = self.finite_monitor.close_step(self.trainer.global_step + 1, norm)

@@ -14,6 +14,7 @@ from dpo.models.generation import Sampling, generate_answers
 from dpo.models.loading import ModelLoader, context_length, read_end_ids
 from dpo.models.lora import Adapter
 from dpo.models.origin import PolicyOrigin, save_policy, trained_format
+from dpo.models.sharding import gather_model
 from dpo.training.checkpointing import CheckpointedModule
 
 DEFAULT_CONTEXT = 4096  # tokens, of models that name no limit
@@ -120,4 +121,6 @@ class PolicyModule(CheckpointedModule):
             folder: Where to. Other files that are there stay.
         """
         self.configure_model()
-        save_policy(folder, self.adapter.model_to_export(self.policy), self.encoder.tokenizer, self.origin())
+        save_policy(
+            folder, self.adapter.model_to_export(gather_model(self.policy)), self.encoder.tokenizer, self.origin()
+        )

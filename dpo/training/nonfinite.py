@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dpo.models.sharding import whole_tensor
+
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is not a finite number."""
@@ -89,7 +91,7 @@ def require_finite_weights(model: nn.Module, step: int) -> None:
     Raises:
         NonFiniteError: A weight is not finite.
     """
-    finite = {name: p.isfinite().all() for name, p in model.named_parameters() if p.requires_grad}
+    finite = {name: whole_tensor(p.isfinite().all()) for name, p in model.named_parameters() if p.requires_grad}
     if finite and not torch.stack(list(finite.values())).all():
         broken = [name for name, is_finite in finite.items() if not is_finite]
         raise NonFiniteError(

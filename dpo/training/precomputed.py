@@ -242,7 +242,7 @@ def lookup_logps(columns: ColumnArrays, batch: Batch) -> Float[Tensor, " scored"
     """
     wanted = np.array([hash_row_id(row_id) for row_id in batch.ids])
     rows = np.minimum(np.searchsorted(columns["ids"], wanted), len(columns["ids"]) - 1)
-    lengths = np.reshape(batch.lengths, (len(rows), -1))
+    lengths = np.reshape(batch.lengths, (len(rows), columns["lengths"].shape[1]))
     matches = (columns["ids"][rows] == wanted) & (columns["lengths"][rows] == lengths).all(-1)
     if not matches.all():
         missing = [row_id for row_id, is_match in zip(batch.ids, matches, strict=True) if not is_match]
@@ -252,7 +252,9 @@ def lookup_logps(columns: ColumnArrays, batch: Batch) -> Float[Tensor, " scored"
         )
     starts = columns["starts"][rows]
     values = [columns["values"][start : start + n] for start, n in zip(starts, lengths.sum(-1), strict=True)]
-    return torch.from_numpy(np.concatenate(values)).to(batch.targets.device, non_blocking=True)
+    return torch.from_numpy(np.concatenate([columns["values"][:0], *values])).to(
+        batch.targets.device, non_blocking=True
+    )
 
 
 def verify_cached_logps(columns: ColumnArrays, model: PreTrainedModel, rows: StageRows, file: Path) -> None:

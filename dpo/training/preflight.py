@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dpo.data.datamodule import PairData
 from dpo.losses import UnknownInitialLoss
@@ -27,7 +28,8 @@ from dpo.models.prompt_sharing import (
     vocabulary_size,
 )
 from dpo.models.reference import compute_dtype, logp_tolerance
-from dpo.models.scoring import outermost_backbone
+from dpo.models.scoring import outermost_backbone, run_as_forward
+from dpo.models.sharding import whole_tensor
 from dpo.training.base import Stage
 from dpo.training.dpo import DPO, WHOLE_BATCH_HINT
 from dpo.training.metrics import MetricMeans
@@ -75,10 +77,11 @@ def run_preflight(module: Stage) -> None:
 
 
 def _largest_batch(data: PairData, steps: int | None) -> Batch:
-    """Return the micro-batch with the most tokens of so many steps, or of the epoch: some errors begin far in a row."""
+    """Return the micro-batch with the most tokens of so many steps of all devices, or of the epoch."""
     loader = data.train_dataloader()
     pairs = data.pairs_by_split["train"]
-    micro_batches = chain.from_iterable(rows for rows, _ in islice(loader.sampler, steps))
+    shares_by_step = islice(loader.sampler.shares_of_all_devices(), steps)
+    micro_batches = chain.from_iterable(share for shares, _ in shares_by_step for share in shares)
     largest = max(micro_batches, key=lambda rows: sum(pairs.token_counts[row] for row in rows))
     return collate([pairs[row] for row in largest])
 
@@ -129,7 +132,8 @@ def _check_vocabulary(module: Stage, data: PairData) -> Iterator[str]:
 
 def _check_weights(module: Stage) -> Iterator[str]:
     models = module.models_by_role().items()
-    broken = [f"{role} {name}" for role, m in models for name, p in m.named_parameters() if not p.isfinite().all()]
+    parts = [(f"{role} {name}", p) for role, model in models for name, p in model.named_parameters()]
+    broken = [name for name, p in parts if not whole_tensor(p.isfinite().all())]
     _require(
         not broken,
         f"the weights: expected finite numbers, got nan or inf in {broken[:3]}. Use another checkpoint.",
@@ -182,10 +186,7 @@ def _check_causal(module: Stage, batch: Batch) -> Iterator[str]:
     row = batch.answer_sequences()[0][None]
     limit = HIDDEN_STATE_TOLERANCES[compute_dtype(module.policy)]
     with standard_attention(module.policy):
-        states, states_before = (
-            outermost_backbone(module.policy)(input_ids=tokens, use_cache=False).last_hidden_state
-            for tokens in (row, row[:, :-1])
-        )
+        states, states_before = (_hidden_states_of(module.policy, tokens) for tokens in (row, row[:, :-1]))
     error = _max_difference(states[:, :-1], states_before) / states.abs().max().item()
     _require(
         error <= limit,
@@ -193,6 +194,12 @@ def _check_causal(module: Stage, batch: Batch) -> Iterator[str]:
         f"{error:.1e}. The model sees the tokens that it predicts, so it is not a causal language model.",
     )
     yield "no token sees the next"
+
+
+def _hidden_states_of(model: PreTrainedModel, row: Tensor) -> Tensor:
+    backbone = outermost_backbone(model)
+    states: Tensor = run_as_forward(model, lambda: backbone(input_ids=row, use_cache=False).last_hidden_state)
+    return states
 
 
 def _check_sharing(module: Stage, batch: Batch) -> Iterator[str]:

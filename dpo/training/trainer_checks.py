@@ -10,6 +10,8 @@ import lightning as L
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from dpo.training.sharding import FSDP2
+
 # What options of a trainer must be in a fit; Lightning takes others, with which nothing is trained, or uphill.
 _TRAINER_LIMITS: Mapping[str, tuple[Callable[[float], bool], str]] = MappingProxyType(
     {
@@ -21,26 +23,25 @@ _TRAINER_LIMITS: Mapping[str, tuple[Callable[[float], bool], str]] = MappingProx
         "max_epochs": (lambda epochs: epochs != 0, "a whole number of at least 1, or -1 for no limit"),
     }
 )
-_STRATEGY_EXPECTED = "--trainer.strategy: expected auto or ddp"
+_STRATEGY_EXPECTED = "--trainer.strategy: expected auto, ddp or fsdp2"
 _STRATEGY_REASON = (
-    "Every device holds the whole model, in a process that runs the same command line: the number of micro-batches of "
-    "a step may differ from device to device, and where weights are spread over devices each forward pass needs all of "
-    "them. Use LoRA, --model.reference Cached or --model.gradient_checkpointing true for models that do not fit."
+    "With ddp every device holds the whole models, with fsdp2 they are spread over the devices; both run the same "
+    "command line in every process."
 )
 
 
 def check_trainer_support(trainer: L.Trainer) -> None:
-    """Refuse number formats that weights are kept in, and strategies that cut the model.
+    """Refuse number formats that weights are kept in, and strategies under which steps would not be exact.
 
     Raises:
-        ValueError: Weights are not kept in float32, or not whole on every device.
+        ValueError: Weights are not kept in float32, or the strategy is not known to be exact.
     """
     if isinstance(trainer.precision_plugin, HalfPrecision | DoublePrecision):
         raise ValueError(
             f"--trainer.precision: expected 32-true, bf16-mixed or 16-mixed, got {trainer.precision}. Weights are "
             "kept in float32: in 16 bits the small steps of preference training are lost, 64 serve no purpose."
         )
-    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy) or _is_spawned(trainer.strategy):
+    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy, FSDP2) or _is_spawned(trainer.strategy):
         name = "spawned or forked processes" if _is_spawned(trainer.strategy) else type(trainer.strategy).__name__
         raise ValueError(f"{_STRATEGY_EXPECTED}, got {name}. {_STRATEGY_REASON}")
 
@@ -49,9 +50,11 @@ def check_strategy_name(strategy: object) -> None:
     """Refuse a strategy by its name, before Lightning looks for what it needs.
 
     Raises:
-        ValueError: The name is neither `auto` nor that of a strategy whose processes each hold the whole model.
+        ValueError: The name is none of those that are supported.
     """
-    if isinstance(strategy, str) and not re.fullmatch(r"auto|ddp(_find_unused_parameters_(true|false))?", strategy):
+    if isinstance(strategy, str) and not re.fullmatch(
+        r"auto|fsdp2|ddp(_find_unused_parameters_(true|false))?", strategy
+    ):
         raise ValueError(f"{_STRATEGY_EXPECTED}, got {strategy}. {_STRATEGY_REASON}")
 
 

@@ -12,7 +12,7 @@ from dpo.cli import main as cli
 LOSSES = "--model.loss: expected one of AOT, AOTUnpaired, .*DPO, .*WPO, got "
 SCHEDULES = "--lr_scheduler: expected one of ChainedScheduler, .*Warmup, got "
 OPTIMIZERS = "--optimizer: expected one of ASGD, .*AdamW, .*SGD, .*got "
-STRATEGY = "--trainer.strategy: expected auto or ddp, got "
+STRATEGY = "--trainer.strategy: expected auto, ddp or fsdp2, got "
 METRICS = "expected one of val/loss, val/rewards/chosen, .*train/grad_norm"
 NAME = "--name: expected a folder name without slashes or spaces, .*, got "
 CALLBACKS = "--trainer.callbacks: expected a list .*EarlyStopping, .*ModelCheckpoint, .*got "

@@ -11,7 +11,7 @@ COSTS = st.lists(st.integers(2, 60), min_size=1, max_size=60)
 
 
 def rows_of(sampler: StepSampler) -> list[list[int]]:
-    return [[row for micro in micros for row in micro] for micros, _ in sampler]
+    return [[row for micro in micros for row in micro] for micros, _, _ in sampler]
 
 
 @given(COSTS, st.integers(1, 9), st.integers(20, 200), st.integers(0, 3))
@@ -19,7 +19,7 @@ def test_packing_never_moves_a_pair_to_another_step(costs: list[int], size: int,
     packed, whole = (StepSampler(costs, EpochPlan(size, limit, shuffle=True, seed=7)) for limit in (bound, None))
     for sampler in (packed, whole):
         sampler.set_epoch(epoch)
-    for (micros, pairs), expected in zip(packed, rows_of(whole), strict=True):
+    for (micros, _, pairs), expected in zip(packed, rows_of(whole), strict=True):
         assert sorted(row for micro in micros for row in micro) == sorted(expected)
         assert sorted(pairs) == sorted(expected)
         assert all(len(micro) == 1 or sum(costs[row] for row in micro) <= bound for micro in micros)
@@ -42,8 +42,8 @@ def test_devices_and_accumulation_share_the_same_steps(
     expected = [sorted(rows) for rows in rows_of(whole) if len(rows) >= world * accumulate]
     for step, rows in enumerate(expected):
         own = [device[step * accumulate + window] for device in batches for window in range(accumulate)]
-        assert all(micros and sorted(step_rows) == rows for micros, step_rows in own)  # every device has work
-        assert sorted(row for micros, _ in own for micro in micros for row in micro) == rows
+        assert all(micros and sorted(step_rows) == rows for micros, _, step_rows in own)  # every device has work
+        assert sorted(row for micros, _, _ in own for micro in micros for row in micro) == rows
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
