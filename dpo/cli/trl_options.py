@@ -30,8 +30,8 @@ OPTION_SECTIONS: dict[str, tuple[OptionRow, ...]] = {
         OptionRow("torch_compile", "model.compile", "compiles every layer"),
         OptionRow("bf16 fp16", "trainer.precision", "`bf16-mixed` (TRL's default), `16-mixed` or `32-true`"),
         OptionRow("use_peft", "model.adapter", "`LoRA`; `QLoRA` together with `load_in_4bit`"),
-        OptionRow("lora_r", "model.adapter.r"),
-        OptionRow("lora_alpha", "model.adapter.alpha"),
+        OptionRow("lora_r", "model.adapter.r", "of `--model.adapter LoRA`"),
+        OptionRow("lora_alpha", "model.adapter.alpha", "of `--model.adapter LoRA`"),
         OptionRow(
             "lora_target_modules", "model.adapter.targets", "TRL: what peft names for the model; here all-linear"
         ),

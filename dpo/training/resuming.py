@@ -52,7 +52,7 @@ def check_fixed_options(checkpoint: Mapping[str, Any], current: FixedOptions) ->
     if changed:
         raise ValueError(
             f"the checkpoint was trained with other options: expected {', '.join(changed)}. Resume with the options "
-            "that the run began with (its config.yaml), or start a new run whose policy is that run's export."
+            "that the run began with (its config.yaml), or start a new run with --model.policy set to that run's export."
         )
 
 
@@ -66,7 +66,7 @@ def check_optimizer_class(checkpoint: Mapping[str, Any], optimizer: torch.optim.
     if saved != name:
         raise ValueError(
             f"the checkpoint holds the state of {saved}: expected --optimizer {saved}, got {name}. "
-            "To change the optimizer, start a new run whose policy is the export of this one."
+            "To change the optimizer, start a new run with --model.policy set to the export of this one."
         )
 
 

@@ -62,7 +62,9 @@ def test_a_fit_fits_the_terminal(tmp_path: Path, columns: int) -> None:
     shown = [
         line
         for line in lines
-        if not line.startswith(("Preflight:", "Checkpoints:", "Hugging Face", "Run:", "Format:", "Reference:"))
+        if not line.startswith(
+            ("Preflight:", "Checkpoints:", "Hugging Face", "Report:", "Run:", "Format:", "Reference:")
+        )
     ]
     assert max(map(len, shown)) <= columns, "sentences and paths may be longer than a line"
     assert "\x1b[1A" not in content, "the cursor never goes up: nothing but the bar's own line is overwritten"
