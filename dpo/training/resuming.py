@@ -52,7 +52,7 @@ def check_fixed_options(checkpoint: Mapping[str, Any], current: FixedOptions) ->
     if changed:
         raise ValueError(
             f"the checkpoint was trained with other options: expected {', '.join(changed)}. Resume with the options "
-            "that the run began with (its config.yaml), or start a new run with --model.policy set to that run's export."
+            "that the run began with (config.yaml), or start a new run with --model.policy set to that run's export."
         )
 
 
