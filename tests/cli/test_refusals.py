@@ -42,7 +42,7 @@ REFUSED = {
     "quickstart": "expected options .*, got 'quickstart'",
     "--model.polcy x": "--model.polcy: DPO has no option 'polcy'. Did you mean policy",
     "--model.zzz 3": "--model.zzz: DPO has no option 'zzz'. It takes policy, loss, reference, adapter, ",
-    "--model.lora_r 3": "--model.lora_r: DPO has no option 'lora_r'. Here it is --model.adapter.r .of --model.adapter LoRA",
+    "--model.lora_r 3": "--model.lora_r: DPO has no option 'lora_r'. Here it is --model.adapter.r .of --model.adapter",
     "--data.batchsize 3": "--data.batchsize: HHRLHF has no option 'batchsize'. Did you mean batch_size",
     "--data.columns.prompt q": "--data.columns: HHRLHF has no option 'columns'. 'columns' is taken by PreferencePairs",
     "--optimizer.learning_rate 1": "--optimizer.learning_rate: AdamW has no option .* Here it is --optimizer.lr",
