@@ -28,6 +28,7 @@ VERBS = {  # verb: its function, imported only when it is asked for, and what it
     "evaluate": ("dpo.cli.evaluate:main", "Measure a policy on reward benchmarks, beside its reference and length."),
     "from-trl": ("dpo.cli.from_trl:main", "Convert a DPO configuration of TRL, LLaMA-Factory or Axolotl."),
     "losses": ("dpo.losses.table:main", "Print every loss: formula, parameters, source, values on three known pairs."),
+    "plan": ("dpo.cli.plan:main", "Say what a fit needs before its model is downloaded: memory, what fits, time."),
     "push": ("dpo.runs.hub:main", "Upload a run's export to the Hugging Face hub."),
     "quickstart": ("dpo.cli.shipped:make_policy", "Make the shipped quickstart policy again from nothing."),
     "report": ("dpo.cli.report:main", "Write what a run has learned as one page: a verdict in words, and pictures."),

@@ -19,12 +19,24 @@ ALLOWED = {
     "models": {"quickstart"},
     "data": {"models", "quickstart"},
     "training": {"data", "models", "losses"},
+    "planning": {"training", "data", "models"},
     "runs": {"models"},
     "evaluation": {"models", "data", "runs"},
     "reports": {"runs"},
     "callbacks": {"training", "data", "runs"},
     "serving": {"models", "data", "runs"},
-    "cli": {"callbacks", "training", "data", "runs", "models", "quickstart", "serving", "evaluation", "reports"},
+    "cli": {
+        "callbacks",
+        "training",
+        "data",
+        "runs",
+        "models",
+        "quickstart",
+        "serving",
+        "evaluation",
+        "reports",
+        "planning",
+    },
 }
 BASE = {"files", "secrets"}  # modules that all may import
 # These import from all.

@@ -229,6 +229,13 @@ class PairData(TextData, ABC):
         for split in splits_of(sources):
             Console().print(store.audit_split(folder, split).to_rich_table())
 
+    def is_tokenized(self) -> bool:
+        """Return whether the tokens are there already, so that `setup` can open them; nothing is downloaded."""
+        try:
+            return self._folder(self.list_sources(fetch=False)).is_dir()
+        except (OSError, ValueError):  # sources that were never fetched
+            return False
+
     def setup(self, stage: str) -> None:
         """Open the store in every process.
 
