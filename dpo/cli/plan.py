@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from dpo.callbacks.stopping import GracefulStop
-from dpo.cli.main import TrainingCLI, as_list
 from dpo.cli.main import main as run_command_line
 from dpo.cli.probe import measured_tokens
+from dpo.cli.training_cli import TrainingCLI, as_list
 from dpo.data.datamodule import PairData
 from dpo.models.lora import AsLoaded, LoRA
 from dpo.models.reference import Moving
@@ -316,7 +315,6 @@ def main(arguments: Sequence[str]) -> None:
 
         def before_instantiate_classes(self) -> None:
             """Leave the folders of runs alone."""
-            self.graceful_stop = GracefulStop()  # asked for the exit code
 
         def instantiate_trainer(self, **_: Any) -> Any:
             """Return nothing, as nothing is trained."""

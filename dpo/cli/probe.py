@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from dpo.cli.main import TrainingCLI
 from dpo.cli.main import main as run_command_line
+from dpo.cli.training_cli import TrainingCLI
 
 PROBE_OPTIONS = ("--trainer.max_steps", "3", "--trainer.limit_val_batches", "0", "--trainer.logger", "false")
 
