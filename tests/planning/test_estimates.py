@@ -99,6 +99,7 @@ def test_the_largest_micro_batch_is_found(devices: int, accumulate: int, max_tok
     pairs = data.pairs_by_split["train"]
     sizes: list[int] = []
     counts: list[int] = []
+    tokens_of = {pairs[row].id: pairs.token_counts[row] for row in range(len(pairs))}
     tokens = 0
     for rank in range(devices):
         plan = EpochPlan(8, max_tokens, True, 0, rank, devices, accumulate)
@@ -110,7 +111,7 @@ def test_the_largest_micro_batch_is_found(devices: int, accumulate: int, max_tok
                 batches = [b for step in steps[begin : begin + accumulate] for b in step.micro_batches]
                 sizes += [len(b.tokens) + 2 * len(b) for b in batches]  # the last token of an answer is no input
                 counts.append(len(batches))
-            tokens += sum(sizes[-sum(counts[-len(steps) // accumulate :]) :])
+                tokens += sum(tokens_of[each] for b in batches for each in b.ids)  # without fillers
     assert len(workload.batch.tokens) + 2 * len(workload.batch) == max(sizes)
     assert workload.micro_batches == max(counts)
     assert workload.tokens == tokens
