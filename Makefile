@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PINS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test test-slow test-oldest serve bench bench-gpu lint clean
+.PHONY: help fit test test-slow test-oldest serve bench bench-gpu lint docs clean
 
 help:
 	@echo "make fit        train (the built-in example, or what ARGS says)"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench      every benchmark under benchmarks/, on the CPU"
 	@echo "make bench-gpu  a training step against TRL on one CUDA device"
 	@echo "make lint       ruff and mypy alone"
+	@echo "make docs       the pages of docs/ as a site, in docs/_build"
 	@echo "make clean      remove caches and build leftovers (keeps .venv and runs/)"
 
 # A stamp for each set of extras; a larger set also satisfies the smaller ones.
@@ -27,8 +28,11 @@ $(VENV)/.stamp-fit: EXTRAS :=
 $(VENV)/.stamp-fit: COVERS := fit
 $(VENV)/.stamp-serve: EXTRAS := [serve]
 $(VENV)/.stamp-serve: COVERS := fit serve
-$(VENV)/.stamp-test: EXTRAS := [test,peers,serve,lora,report]
-$(VENV)/.stamp-test: COVERS := fit serve test
+$(VENV)/.stamp-test: EXTRAS := [test,peers,serve,lora,report,docs]
+$(VENV)/.stamp-test: COVERS := fit serve docs test
+
+$(VENV)/.stamp-docs: EXTRAS := [docs,report]
+$(VENV)/.stamp-docs: COVERS := fit docs
 
 $(VENV)/.stamp-%: $(PINS) | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e ".$(EXTRAS)"
@@ -77,6 +81,11 @@ test-oldest: .venv-oldest/.stamp
 	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e ".[test,serve,lora]"
 	@touch $@
 
+# Every warning is an error, such as a link to a page or heading that is not there.
+docs: $(VENV)/.stamp-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
+	@echo "Open docs/_build/index.html"
+
 bench: $(VENV)/.stamp-test
 	@set -e; for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
@@ -84,5 +93,5 @@ bench-gpu: $(VENV)/.stamp-test
 	$(BIN)/python benchmarks/training.py --device cuda $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
