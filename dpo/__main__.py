@@ -25,6 +25,7 @@ TRAINING_VERBS = {  # of `dpo.cli.main`, which returns exit codes of its own
 VERBS = {  # verb: its function, imported only when it is asked for, and what it does
     "compare": ("dpo.cli.compare:main", "Print a table of runs: the options that differ between them, and results."),
     "demo": ("dpo.cli.shipped:make_run", "Make the shipped run again, which serve.py --demo serves."),
+    "doctor": ("dpo.cli.doctor:main", "Say what of this machine would stop or slow a long run."),
     "evaluate": ("dpo.cli.evaluate:main", "Measure a policy on reward benchmarks, beside its reference and length."),
     "from-trl": ("dpo.cli.from_trl:main", "Convert a DPO configuration of TRL, LLaMA-Factory or Axolotl."),
     "losses": ("dpo.losses.table:main", "Print every loss: formula, parameters, source, values on three known pairs."),
@@ -34,13 +35,14 @@ VERBS = {  # verb: its function, imported only when it is asked for, and what it
     "report": ("dpo.cli.report:main", "Write what a run has learned as one page: a verdict in words, and pictures."),
     "serve": ("dpo.cli.serve:main", "Serve a trained policy beside its reference: a page and an API."),
     "show": ("dpo.cli.show:main", "Show a row of the data as the model sees it, with the tokens that are scored."),
+    "verify-resume": ("dpo.cli.verify_resume:main", "Prove that stop and resume equal no stop, on your own options."),
 }
 
 
 def usage_text() -> str:
     """Return the usage, one line for each verb."""
     helps = TRAINING_VERBS | {verb: text for verb, (_, text) in VERBS.items()}
-    lines = [f"  {verb:<10} {text}" for verb, text in helps.items()]
+    lines = [f"  {verb:<13} {text}" for verb, text in helps.items()]
     return "\n".join(["usage: dpo <verb> ... (each verb has --help)", "", *lines])
 
 

@@ -161,8 +161,6 @@ def run_block(block: Block, names: dict[str, object], capsys: pytest.CaptureFixt
             run(command, capsys)
 
 
-# Lightning's own checkpoints, which a Trainer in Python writes, have none; the page on notebooks says so.
-@pytest.mark.filterwarnings("ignore:.*has no SHA-256 beside it:UserWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if any(map(will_run, blocks(page)))])
 def test_everything_on_a_page_runs_in_order(page: str, tmp_path: Path, monkeypatch, capsys) -> None:
     for package in ("peft", "matplotlib"):

@@ -81,7 +81,7 @@ def test_python_from_anywhere(installed: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_from_anywhere(installed: Path, tmp_path: Path) -> None:
-    assert "  fit        Train a policy." in run(installed, tmp_path, "-m", "dpo", "--help")
+    assert "  fit           Train a policy." in run(installed, tmp_path, "-m", "dpo", "--help")
     options = ["--data.limit=64", "--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--name=one"]
     run(installed, tmp_path, "-m", "dpo", "fit", "--config", "configs/quickstart.yaml", *options)
     assert (tmp_path / "runs" / "one" / "export" / "origin.json").is_file()

@@ -65,3 +65,19 @@ class FinalValidation(L.Callback):
         """At the last step, ask Lightning to stop, unless it validates after this batch anyway."""
         validates_here = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
         trainer.should_stop |= trainer.global_step == trainer.max_steps and not validates_here
+
+
+class StopAfterStep(L.Callback):
+    """Stops training at the end of an optimizer step, as a signal during that step would, in every process."""
+
+    def __init__(self, step: int) -> None:
+        """Stop after this many optimizer steps of the run."""
+        self.step = step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
+        """At the end of the step, end the run without the validation that may be due."""
+        if trainer.global_step == self.step and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0

@@ -17,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dpo.files import file_sha256, write_atomically
 
+HASHED_KEY = "is_hashed"  # of checkpoints that were written with their hash; those of plain Lightning have none
+
 
 class CheckpointWriteError(OSError):
     """A checkpoint could not be written."""
@@ -36,7 +38,7 @@ class AtomicCheckpointIO(CheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(path) as temporary:
             try:
-                torch.save(checkpoint, temporary)
+                torch.save({**checkpoint, HASHED_KEY: True}, temporary)
             except (OSError, RuntimeError) as error:  # torch raises either when the disk is full
                 raise CheckpointWriteError(_write_error_message(path, error)) from error
             digest = file_sha256(temporary)
@@ -121,15 +123,15 @@ def read_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any
             f"{path} was changed or truncated after it was written: its SHA-256 is not the one in {digest.name}. "
             "Resume from another checkpoint."
         )
-    if not digest.exists():
-        rank_zero_warn(
-            f"{path} has no SHA-256 beside it ({digest.name}): damage since it was written cannot be noticed, and "
-            "training may go on from wrong weights."
-        )
     try:
         loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a checkpoint of tensors and plain values: {error}") from error
+    if loaded.pop(HASHED_KEY, False) and not digest.exists():
+        rank_zero_warn(
+            f"{path} has no SHA-256 beside it ({digest.name}): damage since it was written cannot be noticed, and "
+            "training may go on from wrong weights."
+        )
     return loaded
 
 

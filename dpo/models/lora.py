@@ -232,8 +232,10 @@ def save_model_or_adapter(model: PreTrainedModel, folder: Path) -> None:
 
     weights = get_peft_model_state_dict(model, adapter_name=PEFT_ADAPTER_NAME, save_embedding_layers=False)
     folder.mkdir(exist_ok=True)
-    config: Any = model.peft_config[PEFT_ADAPTER_NAME]
+    config: Any = deepcopy(model.peft_config[PEFT_ADAPTER_NAME])
     config.task_type = "CAUSAL_LM"  # without it peft's Auto classes do not know what to load
+    if isinstance(config.target_modules, set):  # whose order differs from process to process
+        config.target_modules = sorted(config.target_modules)
     weights = {f"{PEFT_PREFIX}{name}": p.contiguous() for name, p in weights.items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)

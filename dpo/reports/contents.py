@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dpo.reports.pair_values import PairLedger
 from dpo.runs.folder import Run
+from dpo.runs.inventory import read_audit, read_inventory
 from dpo.runs.loggers import read_metrics
 
 Numbers = NDArray[np.float64]
@@ -26,6 +27,7 @@ class RunContents:
         metrics: Columns of metrics.csv by name, nan where nothing was logged.
         results: Values of results.json.
         audit: Counts of audit.json, by split and subset.
+        inventory: What the run has loaded, of audit.json.
         config: Options of config.yaml.
         config_text: The text of config.yaml.
         samples: Rows of samples.jsonl.
@@ -37,6 +39,7 @@ class RunContents:
     metrics: dict[str, Numbers]
     results: dict[str, float]
     audit: dict[str, Any]
+    inventory: dict[str, Any]
     config: dict[str, Any]
     config_text: str
     samples: list[dict[str, Any]]
@@ -97,7 +100,8 @@ def read_contents(run: Run) -> RunContents:
             run=run,
             metrics=_metric_columns(run.metrics_path),
             results=json.loads(_read_text(run.results_path) or "{}"),
-            audit=json.loads(_read_text(run.audit_path) or "{}"),
+            audit=read_audit(run),
+            inventory=read_inventory(run),
             config=yaml.safe_load(config_text) or {},
             config_text=config_text,
             samples=list(_json_lines(run.samples_path)),

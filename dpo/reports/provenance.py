@@ -1,8 +1,6 @@
 """Of what a report speaks: hashes of data, weights, tokenizer and code, versions, and what training took."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +8,60 @@ import numpy as np
 import torch
 
 import dpo
+from dpo.files import file_sha256
 from dpo.reports.contents import RunContents
+from dpo.runs.inventory import code_sha256, library_versions
 
-PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "pyarrow", "peft")
-CODE_SUFFIXES = (".py", ".yaml")
 Facts = list[tuple[str, str]]
 """Names and values, as text."""
 
 
 def provenance(contents: RunContents) -> Facts:
-    """Return hashes (SHA-256) and versions; those of code and packages are of the moment of the report."""
+    """Return hashes (SHA-256) and versions: what the run had loaded, as audit.json says, and what it has written.
+
+    Where audit.json, of an earlier version, does not say, those of code and packages are of the moment of the report.
+    """
     run = contents.run
     facts: Facts = [
         ("data", str(contents.option("data.init_args.path") or "not recorded")),
         ("policy before training", str(contents.option("model.init_args.policy") or "not recorded")),
-        *_checkpoint_hashes(run.checkpoint_folder / "last.ckpt"),
+        *(_loaded_hashes(contents.inventory) if contents.inventory else _checkpoint_hashes(run.checkpoint_folder)),
     ]
     exported = run.export_folder.glob("*") if run.export_folder.is_dir() else []
     files = [path for path in sorted(exported) if path.suffix == ".safetensors" or path.name == "tokenizer.json"]
-    facts += [(f"export/{path.name}", _file_sha256(path)) for path in files]
-    facts += [(path.name, _file_sha256(path)) for path in (run.config_path, run.audit_path) if path.is_file()]
-    facts.append((f"code of dpo-lightning {dpo.__version__}", code_sha256()))
-    return [*facts, *_versions()]
+    facts += [(f"export/{path.name}", file_sha256(path)) for path in files]
+    facts += [(path.name, file_sha256(path)) for path in (run.config_path, run.audit_path) if path.is_file()]
+    return [*facts, *_versions(contents.inventory)]
 
 
-def _checkpoint_hashes(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the hashes that a checkpoint holds; its tensors are not read."""
+def _loaded_hashes(inventory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what the run had loaded: files of models and tokenizer, the reference in memory, and data."""
+    for part in ("weights", "tokenizer"):
+        for path, files in inventory[part].items():
+            yield from ((f"{part} {path}/{name}", digest) for name, digest in files.items())
+    if inventory["reference_sha256"]:
+        yield "reference in memory", inventory["reference_sha256"]
+    yield from ((f"data {file}", digest) for file, digest in inventory["data"].items())
+    yield "training pairs", inventory["training_pairs_sha256"]
+
+
+def _versions(inventory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield code and libraries: those of the run, or those of now where it does not say."""
+    if not inventory:
+        yield f"code of dpo-lightning {dpo.__version__}, now", code_sha256()
+        yield from ((f"{name}, installed now", number) for name, number in library_versions().items())
+        return
+    code = inventory["code"]
+    yield f"code of dpo-lightning {code['version']}", code["sha256"]
+    if code["commit"]:
+        changed = len(code["changed"])
+        yield "commit of the code", code["commit"] + (f", {changed} files changed since" if changed else "")
+    yield from inventory["libraries"].items()
+
+
+def _checkpoint_hashes(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the hashes that the last checkpoint holds; its tensors are not read."""
+    path = folder / "last.ckpt"
     if not path.is_file():
         return
     try:
@@ -52,28 +78,6 @@ def _find_hashes(values: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
             yield from _find_hashes(value)
         elif isinstance(value, str) and "sha256" in str(name).lower().replace("-", "") and value:
             yield str(name).removeprefix("--").replace("_sha256", ""), value
-
-
-def code_sha256() -> str:
-    """Return the SHA-256 of the package's source files, in the order of their names."""
-    root = Path(dpo.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(path for path in root.rglob("*") if path.suffix in CODE_SUFFIXES):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in PACKAGES:
-        try:
-            yield f"{name}, installed now", version(name)
-        except PackageNotFoundError:
-            continue
 
 
 def training_effort(contents: RunContents) -> Facts:

@@ -1,14 +1,13 @@
 """Sections of a model card: what was measured on a run's own pairs, its data, its limits and its licences."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from huggingface_hub import EvalResult
 
 from dpo.runs.evaluations import interval_in_percent, percent, plain_markdown_table
 from dpo.runs.folder import Run
 from dpo.runs.intervals import mean_interval
+from dpo.runs.inventory import read_audit
 
 ACCURACY = "rewards/accuracies"
 OWN_SPLITS = {"val": "validation", "test": "test"}
@@ -70,12 +69,6 @@ def _interval(value: float, pairs: int | None) -> str:
         return "-"
     right = round(value * pairs)
     return interval_in_percent(*mean_interval([1.0] * right + [0.0] * (pairs - right)))
-
-
-def read_audit(run: Run) -> dict[str, Any]:
-    """Return the counts in audit.json by split; nothing if there is none."""
-    audit: dict[str, Any] = json.loads(run.audit_path.read_text()) if run.audit_path.exists() else {}
-    return audit
 
 
 def data_section(run: Run) -> str:

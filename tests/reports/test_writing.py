@@ -14,6 +14,7 @@ from dpo.cli.main import main as fit
 from dpo.cli.report import pair_texts, report_line
 from dpo.reports.gallery import DRAWERS
 from dpo.runs.folder import Run
+from dpo.runs.inventory import read_inventory
 from tests.support.reports import healthy_ledger, write_run
 from tests.support.runs import Lab
 
@@ -132,7 +133,7 @@ def test_a_fit_ends_with_its_report(tmp_path: Path, capsys: pytest.CaptureFixtur
     run = Run(tmp_path / "one")
     assert f"Report: {run.folder / 'report.html'} (" in capsys.readouterr().out
     page = (run.folder / "report.html").read_text(encoding="utf-8")
-    assert "training pairs with SHA-256" in page
+    assert read_inventory(run)["training_pairs_sha256"] in page
     assert "export/model.safetensors" in page
     (text,) = pair_texts(run, ["pairs/train:1", "pairs/train:1000"]).values()
     assert "How is 0?" in text
