@@ -7,6 +7,7 @@ import lightning as L
 from dpo.callbacks.checkpoints import CheckpointCadence, LastAndBest
 from dpo.callbacks.example import ExampleDisplay
 from dpo.callbacks.ledger import LedgerOptions, LedgerWriter
+from dpo.callbacks.margin_histogram import MarginHistogram
 from dpo.callbacks.metrics_rewind import MetricsRewind
 from dpo.callbacks.monitors import MonitorCheck
 from dpo.callbacks.pair_groups import PairGroups
@@ -40,8 +41,9 @@ def standard_callbacks(
         ValueError: The verb needs preference pairs and the data are something else.
     """
     cadence = CheckpointCadence(**vars(config.checkpoint))
+    pair_groups = PairGroups()
     callbacks: list[L.Callback] = [
-        PairGroups(),
+        pair_groups,
         PendingValidation(),
         stop,
         FinalValidation(),
@@ -62,6 +64,7 @@ def standard_callbacks(
             AnswerSampler(run, data),
             LedgerWriter(run, data, LedgerOptions(**vars(config.ledger))),
             *callbacks,
+            MarginHistogram(pair_groups),
         ]
     if config.trainer.enable_progress_bar is not False:
         callbacks += [TrainingProgressBar(), ProgressLines()]

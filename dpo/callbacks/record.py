@@ -9,6 +9,7 @@ from dpo.data.datamodule import PairData
 from dpo.files import write_atomically
 from dpo.runs import inventory
 from dpo.runs.folder import Run
+from dpo.runs.trackers import log_configuration
 from dpo.secrets import conceal
 from dpo.training.base import Stage
 
@@ -48,7 +49,7 @@ class RunRecorder(L.Callback):
                 temporary.write_text(conceal(inventory.audit_json(audits, list_loaded(stage, self.data))))
             self.run.link_as_latest()
         for logger in trainer.loggers:
-            logger.log_hyperparams({**yaml.safe_load(self.config), "audit": audits})
+            log_configuration(logger, self.run, {**yaml.safe_load(self.config), "audit": audits})
 
 
 def list_loaded(stage: Stage, data: PairData) -> dict[str, Any]:

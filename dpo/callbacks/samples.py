@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import WandbLogger
 from rich import get_console
 from rich.console import Console
 from rich.table import Column, Table
@@ -14,7 +13,7 @@ from dpo.data.datamodule import PairData
 from dpo.files import append_jsonl, drop_rows_from_step
 from dpo.runs.folder import Run
 from dpo.runs.results import frame_of
-from dpo.runs.tracking import WandbTracker
+from dpo.runs.trackers import log_samples
 from dpo.training.base import Stage
 
 SAMPLE_COLUMNS = ("prompt", "reference", "policy")
@@ -25,7 +24,7 @@ ELLIPSIS = "..."
 class AnswerSampler(L.Callback):
     """Shows the answers of policy and reference to the same held-out prompts, at every validation.
 
-    They are printed, appended to samples.jsonl and sent to Weights & Biases.
+    They are printed, appended to samples.jsonl and sent to the loggers.
     """
 
     def __init__(self, run: Run, data: PairData, prompt_count: int = 3, max_new_tokens: int = 64) -> None:
@@ -60,8 +59,7 @@ class AnswerSampler(L.Callback):
         drop_rows_from_step(self.run.samples_path, trainer.global_step)
         append_jsonl(self.run.samples_path, rows)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger | WandbTracker):
-                logger.log_text("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows])
+            log_samples(logger, rows)
 
     def _sample(self, step: int, stage: Stage) -> list[dict[str, Any]]:
         pairs = self.data.pairs_by_split["val"]
@@ -76,7 +74,8 @@ class AnswerSampler(L.Callback):
                 "step": step,
                 "id": pair.id,
                 "prompt": self.data.tokenizer.decode(list(pair.prompt), skip_special_tokens=True),
-                **{role: answers[number] for role, answers in answers_by_role.items()},
+                **{role: answers[number].text for role, answers in answers_by_role.items()},
+                **{f"{role}_ended": answers[number].is_complete for role, answers in answers_by_role.items()},
             }
             for number, pair in enumerate(selected)
         ]

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
 
 from dpo.cli.main import main as run_command_line
@@ -45,7 +46,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser("dpo show", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--row", type=int, help="number of the row, from 1, through all files of the split (the first that is used)")
-    add("--split", choices=[split for split in SPLITS if split != "val"], default="train", help="default: %(default)s")
+    add("--split", choices=SPLITS, default="train", help="default: %(default)s")
     return parser.parse_known_args(arguments)
 
 
@@ -78,22 +79,33 @@ def show_row(data: PairData, split: str, number: int | None) -> None:
 
     Args:
         data: The data, with its splits read.
-        split: train or test.
+        split: train, val or test.
         number: Which row, from 1; None: the first that is used.
 
     Raises:
         ValueError: There is no such row.
     """
-    if split not in data.audits_by_split:
-        raise ValueError(f"--split {split}: expected a split of {data.path}, got one of no file.")
-    table = store.load_split(data.store_folder, split)
+    table, file_split = _rows_of_split(data, split)
     if number is None:
         number = next((row for row, verdict in enumerate(table["verdict"], 1) if verdict == KEPT_VERDICT), 1)
     if not 1 <= number <= len(table):
         raise ValueError(f"--row: expected 1 to {len(table):,}, the rows of {split}, got {number}.")
     row = table[number - 1]
-    name = f"{row['subset']}/{split}:{row['line']}"
+    name = f"{row['subset']}/{file_split}:{row['line']}"
     if row["verdict"] == KEPT_VERDICT:
         Console().print(show_example(data.encoder, row, name, data.answer_sides))
     else:
         print(f"{name} is not used: {row['verdict'].replace('_', ' ')}.")
+
+
+def _rows_of_split(data: PairData, split: str) -> tuple[Dataset, str]:
+    """Return the rows of a split, and the split of the files that they are from.
+
+    Those of val may be a part of the training rows, which holds only rows that are used.
+    """
+    if split in data.audits_by_split:
+        return store.load_split(data.store_folder, split), split
+    if split in data.pairs_by_split:
+        pairs = data.pairs_by_split[split]
+        return pairs.table.select(pairs.row_numbers), "train"
+    raise ValueError(f"--split {split}: expected a split of {data.path}, got one of no file.")

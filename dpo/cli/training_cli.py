@@ -41,8 +41,9 @@ from dpo.runs.card import TrainingFacts, hardware_in_words
 from dpo.runs.export import export_run
 from dpo.runs.folder import Run, checkpoint_run_name
 from dpo.runs.groups import groups_as_json, print_groups
-from dpo.runs.loggers import MetricsCSV
+from dpo.runs.loggers import MetricsCSV, read_metrics
 from dpo.runs.signals import RUN_SIGNALS
+from dpo.runs.trackers import join_run, log_report, log_results
 from dpo.runs.tracking import WandbTracker, finish_wandb, track_results
 from dpo.secrets import MASK, PASSWORD_VARIABLE, change_texts, conceal, hide_address, secret_options
 from dpo.training.base import Stage
@@ -113,6 +114,8 @@ class TrainingCLI(LightningCLI):
         # Every verb reads the config.yaml of a fit, which has these.
         parser.add_class_arguments(CheckpointCadence, "checkpoint", instantiate=False)
         parser.add_class_arguments(LedgerOptions, "ledger", instantiate=False)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults(verbose=False)  # Lightning's own table of what is printed here
         if subcommand == "predict":
             parser.add_class_arguments(PredictionWriter, None, skip={"run"}, instantiate=False)
         return parser
@@ -146,6 +149,8 @@ class TrainingCLI(LightningCLI):
         config.name = name or f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed_everything}"
         set_argv([*sys.argv[1:], "--name", config.name])
         self.run = Run(root / config.name)
+        for options in as_list(config.trainer.logger):
+            join_run(options, self.run)
         self.may_restart = checkpoint == AUTO
         path = self._checkpoint_path(checkpoint, named=bool(name)) if checkpoint else None
         config.ckpt_path = path and str(path)
@@ -303,6 +308,8 @@ class TrainingCLI(LightningCLI):
         append_jsonl(self.run.held_out_path, self.datamodule.example_texts("val", HELD_OUT_PAIRS))
         self.slow_work.begin("Writing the report")
         report = report_line(self.run)
+        for logger in self.trainer.loggers:
+            log_report(logger, self.run.report_path)
         self.slow_work.end()
         print(f"Checkpoints: {self.run.checkpoint_folder}\nHugging Face folder: {folder}\n{report}")
 
@@ -316,8 +323,13 @@ class TrainingCLI(LightningCLI):
         values = self._store_metrics(stage)
         results.print_metric_values(values, stage)
         print_groups(self.pair_groups.measure())
-        if self.config_init[self.subcommand].trainer.logger in (None, True):
+        chosen = self.config_init[self.subcommand].trainer.logger
+        if chosen in (None, True):
             track_results(self.run, values)
+        elif stage == "test":
+            rows = read_metrics(self.run.metrics_path)
+            for logger in as_list(chosen):
+                log_results(logger, values, int(rows[-1]["step"]) if rows else 0)
 
     def after_validate(self) -> None:
         """Store and print the metrics of the validation pairs."""

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pyarrow import ipc, parquet
 
 from dpo.data.delimited import DELIMITERS, CellRow, DelimitedLine, read_delimited
+from dpo.models.hub_errors import UNREADABLE_FROM_HUB, explain_hub_error
 
 _Parsed = TypeVar("_Parsed")
 RawRow = dict[str, Any]
@@ -84,9 +85,9 @@ def read_rows(
                         "Fix or remove the row, or skip and count such rows with --data.on_bad_row skip."
                     ) from error
                 yield error.fault
-    except (EOFError, OSError, zlib.error, pa.ArrowInvalid) as error:
-        message = f"{file_name}, after row {line}: cannot be read ({error}). Download the file again."
-        raise ValueError(message) from error
+    except (EOFError, zlib.error, pa.ArrowInvalid, *UNREADABLE_FROM_HUB) as error:
+        reason = explain_hub_error(error) or f"cannot be read ({error}). Download the file again."
+        raise ValueError(f"{file_name}, after row {line}: {reason}") from error
     if not line:
         raise ValueError(f"{file_name}, line 1: the file is empty, expected rows. Download it again or remove it.")
 

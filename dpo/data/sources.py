@@ -24,6 +24,7 @@ from huggingface_hub.errors import HFValidationError
 from dpo.data.columns import Columns
 from dpo.data.formats import DATA_FILE_SUFFIXES
 from dpo.files import write_atomically
+from dpo.models.hub_errors import UNREADABLE_FROM_HUB, hub_error_line
 from dpo.secrets import conceal, hide_address, reveal_address
 
 SPLITS = ("train", "val", "test")
@@ -130,9 +131,9 @@ def download_dataset(repository: str, subsets: Sequence[str] | None, local_only:
         folder = Path(download(allow_patterns=patterns))
         if any(not folder.joinpath(subset).is_dir() for subset in subsets or []):
             download(allow_patterns=["*/train.jsonl*"])  # so that the error can name the subsets that exist
-    except (OSError, HFValidationError) as error:
+    except (*UNREADABLE_FROM_HUB, HFValidationError) as error:
         raise ValueError(
-            f"{repository!r} is not a folder on this machine and cannot be read from the hub: {error}\n"
+            f"{repository!r} is not a folder on this machine and cannot be read from the hub: {hub_error_line(error)} "
             f"Check --data.path; without a network, give a folder with <subset>/train.jsonl.gz. {_NAME_IT}"
         ) from error
     return folder
@@ -159,11 +160,11 @@ def list_data_files(path: str, notes_folder: Path, fetch: bool) -> ListedFiles:
     if fetch:
         try:
             listed = _list_files(path if "://" in path else _hub_address(path))
-        except (OSError, HFValidationError) as error:
+        except (*UNREADABLE_FROM_HUB, HFValidationError) as error:
             if not note.is_file():
                 raise ValueError(
                     f"--data.path: no local file, folder or pattern {path!r}, and it cannot be read remotely: "
-                    f"{conceal(str(error))}\nGive a path, an address (s3://...) or the hub id of a data set "
+                    f"{conceal(hub_error_line(error))} Give a path, an address (s3://...) or the hub id of a data set "
                     "(owner/name)."
                 ) from error
         else:

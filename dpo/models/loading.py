@@ -30,6 +30,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from dpo import quickstart
 from dpo.models.chat_template import remove_hh_template
+from dpo.models.hub_errors import UNREADABLE_FROM_HUB, explain_hub_error, hub_error_line
 
 WEIGHT_ALIGNMENT = 64  # bytes; torch allocates at multiples of it
 PEFT_PREFIX = "base_model.model."  # of weight names in an adapter's file
@@ -70,8 +71,9 @@ def adapter_base_model(path: str) -> str | None:
     folder = resolve_model_path(path)
     try:
         file = find_adapter_config_file(folder, local_files_only=Path(folder).is_dir())
-    except OSError as error:
-        raise ValueError(f"expected the folder of a model or its hub id, got {path!r}: {error}") from error
+    except UNREADABLE_FROM_HUB as error:
+        reason = hub_error_line(error)
+        raise ValueError(f"expected the folder of a model or its hub id, got {path!r}: {reason}") from error
     if file is None:
         return None
     config = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -124,7 +126,10 @@ class ModelLoader:
                 **self._options(path),
                 **options,
             )
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:  # RuntimeError: wrong shapes
+        except (*UNREADABLE_FROM_HUB, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            # a RuntimeError: wrong shapes
+            if reason := explain_hub_error(error):
+                raise ValueError(f"cannot read a causal language model from {path!r}: {reason}") from error
             raise ValueError(
                 f"cannot read a causal language model from {path!r}: {error}\nExpected a folder or hub id with "
                 "config.json and safetensors weights. For sources that you trust, --model.pickled_weights true also "
@@ -154,7 +159,9 @@ class ModelLoader:
             attach_adapter(model, PeftConfig.from_pretrained(path, inference_mode=False, **options))
             weights = {name.removeprefix(PEFT_PREFIX): weight for name, weight in weights.items()}
             result: Any = set_peft_model_state_dict(model, weights)
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except (*UNREADABLE_FROM_HUB, ValueError, ImportError, RuntimeError) as error:
+            if reason := explain_hub_error(error):
+                raise ValueError(f"cannot read an adapter from {path!r}: {reason}") from error
             raise ValueError(
                 f"cannot read an adapter from {path!r}: {error}\nExpected adapter_config.json and "
                 "adapter_model.safetensors that fit the base model, and peft: pip install 'dpo-lightning[lora]'."
@@ -175,11 +182,12 @@ class ModelLoader:
         path = resolve_model_path(path)
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **self._options(path))
-        except (OSError, ValueError) as error:
+        except (*UNREADABLE_FROM_HUB, ValueError) as error:
             base = adapter_base_model(path)
             if base is not None:
                 return self.load_tokenizer(base)
-            raise ValueError(f"cannot read a tokenizer from {path!r}: {error}") from error
+            reason = explain_hub_error(error) or error
+            raise ValueError(f"cannot read a tokenizer from {path!r}: {reason}") from error
         remove_hh_template(tokenizer)
         return tokenizer
 

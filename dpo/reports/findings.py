@@ -31,8 +31,8 @@ class SampledAnswers:
     Attributes:
         words: Numbers of words.
         repetition: Shares of repeated word sequences (see `repeated_share`).
-        is_cut: Whether the answer is as long as an answer may be, so that it had not come to an end; empty if the run
-            has no export, whose tokenizer counts.
+        is_cut: Whether the answer had not come to an end. Where older runs do not say it: whether it is as long as an
+            answer may be; empty if such a run has no export, whose tokenizer counts.
     """
 
     words: Numbers
@@ -99,11 +99,7 @@ def _sampled_answers(contents: RunContents) -> dict[int, dict[str, SampledAnswer
     for row in contents.samples:
         rows_by_step.setdefault(int(row["step"]), []).append(row)
     return {
-        step: {
-            role: _measure_answers([str(row[role]) for row in rows], tokenizer)
-            for role in ROLES
-            if all(role in row for row in rows)
-        }
+        step: {role: _measure_answers(rows, role, tokenizer) for role in ROLES if all(role in row for row in rows)}
         for step, rows in sorted(rows_by_step.items())
     }
 
@@ -112,10 +108,15 @@ def _read_tokenizer(path: Path) -> Tokenizer | None:
     return Tokenizer.from_file(str(path)) if path.is_file() else None
 
 
-def _measure_answers(texts: list[str], tokenizer: Tokenizer | None) -> SampledAnswers:
-    lengths = [len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts] if tokenizer else []
+def _measure_answers(rows: list[dict[str, Any]], role: str, tokenizer: Tokenizer | None) -> SampledAnswers:
+    texts = [str(row[role]) for row in rows]
+    if all(f"{role}_ended" in row for row in rows):
+        is_cut = [not row[f"{role}_ended"] for row in rows]
+    else:
+        lengths = [len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts] if tokenizer else []
+        is_cut = [length >= SAMPLED_TOKENS - STRIPPED_TOKENS for length in lengths]
     return SampledAnswers(
         words=np.array([len(text.split()) for text in texts], dtype=np.float64),
         repetition=np.array([repeated_share(text) for text in texts]),
-        is_cut=np.array([length >= SAMPLED_TOKENS - STRIPPED_TOKENS for length in lengths], dtype=np.float64),
+        is_cut=np.array(is_cut, dtype=np.float64),
     )

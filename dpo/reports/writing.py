@@ -16,7 +16,6 @@ from dpo.reports.provenance import provenance, training_effort
 from dpo.reports.verdicts import THRESHOLDS, judge_run
 from dpo.runs.folder import Run
 
-REPORT_FILE = "report.html"
 PICTURE_FOLDER = "report"
 SUSPECTS = 100  # pairs that are listed
 TextLookup = Callable[[Sequence[str]], Mapping[str, str]]
@@ -87,7 +86,7 @@ def write_report(
             results=findings.contents.results,
         )
     )
-    path = run.folder / REPORT_FILE
+    path = run.report_path
     with write_atomically(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return WrittenReport(path, time.monotonic() - begin)

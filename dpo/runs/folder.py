@@ -55,6 +55,11 @@ class Run:
         return self.folder / "samples.jsonl"
 
     @property
+    def report_path(self) -> Path:
+        """Page that says what the run has learned, report.html."""
+        return self.folder / "report.html"
+
+    @property
     def ledger_path(self) -> Path:
         """Folder of Parquet files with the values of single pairs, ledger.parquet; see `dpo.runs.ledger`."""
         return self.folder / "ledger.parquet"

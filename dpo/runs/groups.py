@@ -149,7 +149,7 @@ def print_groups(groups: Sequence[PairGroup]) -> None:
     if not groups:
         return
     right = [Column(name, justify="right", no_wrap=True) for name in ("pairs", "accuracy %", "loss", "longer", "ref.")]
-    table = Table(Column("group", max_width=17, no_wrap=True), *right, box=None, padding=(0, 2, 0, 0))
+    table = Table(Column("group", max_width=17, no_wrap=True), *right, box=None, padding=(0, 1, 0, 0), pad_edge=False)
     by = "all"
     for group in groups:
         if group.by != by:

@@ -12,6 +12,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import wandb
@@ -77,6 +78,16 @@ class WandbTracker(Logger):
     def log_text(self, key: str, columns: list[str], data: list[list[Any]]) -> None:
         """Log a table of texts."""
         self._submit(lambda experiment: experiment.log({key: wandb.Table(columns=[*columns], data=data)}))
+
+    @rank_zero_only
+    def log_histogram(self, key: str, values: Any, step: int) -> None:
+        """Log the distribution of values at an optimizer step."""
+        self._submit(lambda experiment: experiment.log({key: wandb.Histogram(values), "trainer/global_step": step}))
+
+    @rank_zero_only
+    def log_file(self, kind: str, path: Path) -> None:
+        """Log a file as the newest version of an artifact that belongs to the run."""
+        self._submit(lambda experiment: experiment.log_artifact(str(path), name=f"{kind}-{experiment.id}", type=kind))
 
     @rank_zero_only
     def log_summary(self, values: Mapping[str, float]) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from dpo.data.datamodule import TextData
 from dpo.data.prompts import Prompt, encode_prompt
 from dpo.data.tokenization import PairEncoder
-from dpo.models.generation import Sampling, generate_answers
+from dpo.models.generation import GeneratedAnswer, Sampling, generate_answers
 from dpo.models.loading import ModelLoader, context_length, read_end_ids
 from dpo.models.lora import Adapter
 from dpo.models.origin import PolicyOrigin, save_policy, trained_format
@@ -98,7 +98,8 @@ class PolicyModule(CheckpointedModule):
         if role not in self.models_by_role():
             raise ValueError(f"generate: {type(self).__name__} has no {role} model in memory.")
         tokens = [encode_prompt(self.encoder, prompt) for prompt in prompts]
-        return self.generate_from_tokens(tokens, role, max_new_tokens, temperature, top_p, seed)
+        answers = self.generate_from_tokens(tokens, role, max_new_tokens, temperature, top_p, seed)
+        return [answer.text for answer in answers]
 
     def generate_from_tokens(
         self,
@@ -108,11 +109,11 @@ class PolicyModule(CheckpointedModule):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> list[str]:
+    ) -> list[GeneratedAnswer]:
         """Answer prompts that are token ids, with the model of a role; see `generate`."""
         model = self.models_by_role()[role]
         sampling = Sampling(answers=1, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
-        return [answer.text for (answer,) in generate_answers(model, self.encoder, prompts, sampling, seed)]
+        return [answer for (answer,) in generate_answers(model, self.encoder, prompts, sampling, seed)]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write policy and tokenizer as a Hugging Face folder; of a policy with an adapter, as the adapter says.

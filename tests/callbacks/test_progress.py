@@ -1,12 +1,6 @@
 """The terminal: one progress line that never wraps, tables that fit, and what long work says."""
 
-import fcntl
-import os
-import pty
 import re
-import struct
-import sys
-import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -22,42 +16,14 @@ from dpo.callbacks.progress import join_what_fits, step_of_total, training_progr
 from dpo.callbacks.samples import first_lines, last_turn_lines
 from dpo.callbacks.slow_work import SlowWork
 from tests.support.runs import ROOT, Lab
+from tests.support.terminal import CONTROL, drawn_lines, printed_on_terminal
 
 OPTIONS = ("--trainer.max_steps=6", "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=true")
-CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-def printed_on_terminal(lab: Lab, columns: int, *words: str) -> str:
-    """Run a command in a pseudo-terminal of so many columns, and return what it wrote there."""
-    process, terminal = pty.fork()
-    if not process:
-        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
-        command = [sys.executable, str(ROOT / "train.py"), *lab.words(*words)]
-        time.sleep(0.3)  # until the size is set
-        os.execve(sys.executable, command, environment | {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)})
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    content = b""
-    while True:
-        try:
-            read = os.read(terminal, 65536)
-        except OSError:  # the process has ended
-            break
-        if not read:
-            break
-        content += read
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0, content.decode()
-    return content.decode()
-
-
-def drawn_lines(content: str) -> list[str]:
-    """Return everything that was a line of the screen at any time: a line that is redrawn counts every time."""
-    return re.split(r"[\r\n]+", CONTROL.sub("", content))
 
 
 @pytest.mark.parametrize("columns", [80, 120, 200])
 def test_a_fit_fits_the_terminal(tmp_path: Path, columns: int) -> None:
-    content = printed_on_terminal(Lab(tmp_path), columns, "fit", "--name=one", *OPTIONS)
+    content = printed_on_terminal(columns, str(ROOT / "train.py"), *Lab(tmp_path).words("fit", "--name=one", *OPTIONS))
     lines = drawn_lines(content)
     shown = [
         line

@@ -1,6 +1,7 @@
 """Data of one's own on the command line: the class chosen by the path, and a row shown as the model sees it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,20 @@ def test_a_long_example_takes_at_most_fifteen_lines(width: int) -> None:
     assert len(lines) <= 15
     assert all(len(line) <= width for line in lines)
     assert sum("characters ..." in line.replace("\n", "") for line in lines) <= 4
+
+
+def test_a_held_out_row_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 24 training rows, 4 are held out: --split val counts through these."""
+    words = ["show", f"--data.path={pairs()}", f"--model.policy={policy()}", "--split=val"]
+    assert dpo(words) == 0
+    first = capsys.readouterr().out
+    assert dpo([*words, "--row=4"]) == 0
+    last = capsys.readouterr().out
+    names = [re.search(r"pairs/train:\d+ as hh", text).group() for text in (first, last)]
+    assert names[0] != names[1]
+    with pytest.raises(SystemExit, match="1"):
+        dpo([*words, "--row=5"])
+    assert "--row: expected 1 to 4, the rows of val, got 5." in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        dpo([*words, "--data.val_fraction=0"])
+    assert "--split val: expected a split of" in capsys.readouterr().err

@@ -144,6 +144,21 @@ def test_samples(tmp_path: Path, samples: list[tuple[str, str]], state: str, wor
     assert words in verdict.sentence
 
 
+@pytest.mark.parametrize(
+    ("ended", "state", "words"),
+    [
+        ((False, True), "bad", "does not come to an end"),
+        ((True, True), "good", "answers without an end 0.0"),
+        ((False, False), "good", "answers without an end 0.0"),
+    ],
+)
+def test_answers_end_as_was_recorded(tmp_path: Path, ended: tuple[bool, bool], state: str, words: str) -> None:
+    """Whatever their length, and without an export that could count it."""
+    verdict = judge(tmp_path, samples=[(CALM, CALM)] * 3, ended=ended)["Samples"]
+    assert verdict.state == state
+    assert words in verdict.sentence
+
+
 def test_endless_answers_are_as_long_as_an_answer_may_be(tmp_path: Path) -> None:
     import inspect
 

@@ -79,10 +79,13 @@ def test_results_are_the_last_validation(run: Run) -> None:
     assert result_values(run) == pytest.approx({f"val/{n}": last[f"val/{n}"] for n in PAIR_METRICS})
 
 
+SAMPLE_KEYS = {"step", "id", "prompt", "policy", "reference", "policy_ended", "reference_ended"}
+
+
 def test_samples_show_both_models_at_every_validation(run: Run) -> None:
     rows = [json.loads(line) for line in run.samples_path.read_text().splitlines()]
     assert {row["step"] for row in rows} == {2, 4, 6}
-    assert all(row.keys() == {"step", "id", "prompt", "policy", "reference"} for row in rows)
+    assert all(row.keys() == SAMPLE_KEYS for row in rows)
     assert all(row["prompt"].rstrip().endswith("Assistant:") for row in rows)
     assert len({row["reference"] for row in rows}) == len({row["id"] for row in rows}), "the reference does not change"
 

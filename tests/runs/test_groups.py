@@ -118,6 +118,18 @@ def test_the_table_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypat
     assert row[:4] == ["pairs", "1200", "0.0", "[0.0,"] and row[-2:] == ["50.0", "0.0"]
 
 
+def test_no_value_is_cut_at_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every share is 100 %, the longest that there is."""
+    monkeypatch.setenv("COLUMNS", "80")
+    values = {"chosen_reward": 1.0, "chosen_tokens": 9, "reference_chosen_logp": 1.0, "loss": 0.5}
+    right = table(subset=["a"] * 9, **{name: [value] * 9 for name, value in values.items()})
+    print_groups(measure_groups(right))
+    printed = capsys.readouterr().out
+    assert "\u2026" not in printed
+    row = next(line.split() for line in printed.splitlines() if line.startswith("pairs"))
+    assert row == ["pairs", "9", "100.0", "[100.0,", "100.0]", "0.500", "[0.500,", "0.500]", "100.0", "100.0"]
+
+
 def test_groups_are_values_of_json() -> None:
     first = json.loads(json.dumps(groups_as_json(measure_groups(PAIRS)), allow_nan=False))[0]
     assert first["accuracy"]["value"] == 0.5 and first["length_baseline"] == "shorter"

@@ -1,179 +1,29 @@
-"""Uploads of an export to a local server that implements the part of the hub's HTTP API in use.
+"""Uploads of an export to a local server that implements the part of the hub's HTTP API in use."""
 
-The server keeps what it receives and checks it as the hub does: the token, hashes and sizes of objects, and that
-objects are there before the commit that names them. Large files come by git-LFS here; with `hf_xet` they would go to a
-storage service with its own protocol, which `huggingface_hub` handles.
-"""
-
-import base64
-import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
-from huggingface_hub import HfApi, close_session, constants
+from huggingface_hub import HfApi, constants
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dpo import quickstart
 from dpo.__main__ import main
 from dpo.runs.hub import NO_TOKEN_MESSAGE, export_files, push
+from tests.support.hub import TOKEN, Hub, Repository, serve_hub
 
 # huggingface_hub passes uploads to its HTTP client in a way that is deprecated there.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
 
-TOKEN = "hf_" + "Aa1" * 12
-LFS_FROM = 1_000  # bytes; the hub decides by file type and size which files are stored as objects
-
-
-@dataclass
-class Repository:
-    private: bool
-    files: dict[str, bytes] = field(default_factory=dict)
-    commits: int = 0
-
-
-@dataclass
-class Hub:
-    """State of the server."""
-
-    url: str = ""
-    repositories: dict[str, Repository] = field(default_factory=dict)
-    objects: dict[str, bytes] = field(default_factory=dict)
-    requests: list[str] = field(default_factory=list)
-    refuse_uploads: bool = False
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    hub: Hub
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        parts = []
-        while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
-
-    def _reply(self, status: int, content: object = None) -> None:
-        data = json.dumps(content if content is not None else {}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def _handle(self) -> None:
-        body, path = self._body(), self.path.split("?")[0]
-        self.hub.requests.append(f"{self.command} {path}")
-        # The URL of an object is signed and needs no token; all others do.
-        if path.startswith("/objects/"):
-            return self._object(path.removeprefix("/objects/"), body)
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self._reply(401, {"error": "Invalid username or password."})
-        routes = {
-            "/api/validate-yaml": lambda _: self._reply(200, {"errors": [], "warnings": []}),
-            "/api/repos/create": self._create,
-        }
-        if path in routes:
-            return routes[path](json.loads(body))
-        return self._in_repository(path, [json.loads(line) for line in body.splitlines()])
-
-    def _in_repository(self, path: str, lines: list[dict]) -> None:
-        path = path.removeprefix("/api/models").replace(".git/", "/")
-        _, user, name, *action = path.split("/")
-        repository = self.hub.repositories[f"{user}/{name}"]
-        match "/".join(action):
-            case "preupload/main":
-                self._preupload(lines[0], repository)
-            case "info/lfs/objects/batch":
-                self._batch(lines[0])
-            case "commit/main":
-                self._commit(lines, repository, f"{self.hub.url}/{user}/{name}")
-            case _:
-                self._reply(200, {"id": f"{user}/{name}", "private": repository.private, "sha": "0" * 40})
-
-    do_GET = do_POST = do_PUT = _handle
-
-    def _create(self, request: dict) -> None:
-        name = f"{request['organization']}/{request['name']}"
-        exists = name in self.hub.repositories
-        if not exists:
-            self.hub.repositories[name] = Repository(private=request.get("visibility") == "private")
-        self._reply(409 if exists else 200, {"url": f"{self.hub.url}/{name}", "name": name})
-
-    def _preupload(self, request: dict, repository: Repository) -> None:
-        files = []
-        for file in request["files"]:
-            large, known = file["size"] >= LFS_FROM, repository.files.get(file["path"])
-            entry = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
-            if known is not None:
-                git_blob = hashlib.sha1(b"blob %d\0" % len(known) + known).hexdigest()
-                entry["oid"] = hashlib.sha256(known).hexdigest() if large else git_blob
-            files.append(entry)
-        self._reply(200, {"files": files})
-
-    def _batch(self, request: dict) -> None:
-        assert request["operation"] == "upload" and request["hash_algo"] == "sha256"
-        objects = []
-        for entry in request["objects"]:
-            if entry["oid"] in self.hub.objects:
-                objects.append(entry)
-            else:
-                upload = {"href": f"{self.hub.url}/objects/{entry['oid']}"}
-                objects.append(entry | {"actions": {"upload": upload}})
-        self._reply(200, {"transfer": "basic", "objects": objects})
-
-    def _object(self, oid: str, body: bytes) -> None:
-        if self.hub.refuse_uploads or hashlib.sha256(body).hexdigest() != oid:
-            return self._reply(403, {"error": "Refused"})
-        self.hub.objects[oid] = body
-        return self._reply(200)
-
-    def _commit(self, lines: list[dict], repository: Repository, url: str) -> None:
-        assert lines[0]["key"] == "header" and lines[0]["value"]["summary"]
-        new = {}
-        for line in lines[1:]:
-            value = line["value"]
-            if line["key"] == "file":
-                assert value["encoding"] == "base64"
-                new[value["path"]] = base64.b64decode(value["content"], validate=True)
-            else:
-                assert line["key"] == "lfsFile" and value["algo"] == "sha256"
-                new[value["path"]] = self.hub.objects[value["oid"]]
-                assert len(new[value["path"]]) == value["size"]
-        repository.files |= new
-        repository.commits += 1
-        self._reply(200, {"commitUrl": f"{url}/commit/{repository.commits}", "commitOid": "1" * 40})
-
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    close_session()  # an earlier test may have left a client with other settings
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("ThisHandler", (Handler,), {"hub": (state := Hub())}))
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield state
-    close_session()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def hub() -> Iterator[Hub]:
+    with serve_hub() as state:
+        yield state
 
 
 @pytest.fixture

@@ -86,6 +86,7 @@ def write_run(
     losses: tuple[float, ...] = (0.65, 0.6, 0.55),
     accuracy: float = 0.7,
     samples: list[tuple[str, str]] | None = None,
+    ended: tuple[bool, bool] | None = None,
     displaced: float = 0.2,
 ) -> Run:
     """Write the folder of a run.
@@ -96,6 +97,7 @@ def write_run(
         losses: Validation losses at `STEPS`.
         accuracy: Accuracy of every validation.
         samples: Answers of policy and reference at the last step; None: none were sampled.
+        ended: Whether those of the policy and of the reference ended; None: not recorded, as in runs of older versions.
         displaced: Share of displaced pairs of every validation.
     """
     folder.mkdir(parents=True)
@@ -126,6 +128,7 @@ def write_run(
                 "prompt": "\n\nHuman: Hello?\n\nAssistant:",
                 "policy": a,
                 "reference": b,
+                **({"policy_ended": ended[0], "reference_ended": ended[1]} if ended else {}),
             }
             for i, (a, b) in enumerate(samples)
         ]
