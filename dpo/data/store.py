@@ -144,6 +144,8 @@ def _batches(
     files, path = fsspec.url_to_fs(reveal_address(source.file))
     size = files.size(path)
     label = f"{source.subset}/{source.split}"
+    for finished in bar.task_ids:  # one line, which is overwritten
+        bar.remove_task(finished)
     with files.open(path, "rb") as opened, bar.wrap_file(opened, total=size, description=label) as raw:
         rows = islice(read_rows(raw, source.file, row_parser(source.columns, format), skip_bad), limit)
         while batch := list(islice(rows, _BATCH)):

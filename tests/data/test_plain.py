@@ -89,7 +89,7 @@ def test_the_server_takes_text_as_it_stands() -> None:
     expected = encoder.tokenizer(rendered)["input_ids"]
     assert codec.encode_prompt(None, [ChatMessage(role="user", content=rendered)]) == expected
     assert codec.encode_raw(rendered) == expected
-    example = codec.encode_example(ScoreRequest(prompt="1 +", answers=["1"]), "1")
+    (example,) = codec.encode_score(ScoreRequest(prompt="1 +", answers=["1"]))
     assert decoded(encoder, [*example.prompt, *example.answers[0]]) == "1 +1</s>"
     with pytest.raises(APIError, match="trained on plain text"):
         codec.encode_prompt(None, [ChatMessage(role="system", content="a"), ChatMessage(role="user", content="b")])
