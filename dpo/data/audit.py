@@ -18,7 +18,9 @@ from dpo.data.formats import Fault
 
 KEPT_VERDICT = "kept"
 """The verdict on a row that is used; all other verdicts are values of `Fault` and `Refusal`."""
-_VERDICTS = (KEPT_VERDICT, *Refusal, *Fault)
+EXCLUDED_VERDICT = "excluded"
+"""The verdict on a pair that ``--data.exclude`` leaves out."""
+_VERDICTS = (KEPT_VERDICT, *Refusal, *Fault, EXCLUDED_VERDICT)
 _SIDES = ("prompt", "chosen", "rejected")
 _CUTS = ("turns_dropped", "prompt_cut", "chosen_cut", "rejected_cut")
 
@@ -46,10 +48,11 @@ class SubsetCounts:
     """Counts of one subset, or of all subsets together.
 
     Attributes:
-        read: Number of rows read, the sum of `kept`, `refused` and `bad`.
+        read: Number of rows read, the sum of `kept`, `refused`, `bad` and `excluded`.
         kept: Number of pairs that are used.
         refused: Number of readable rows that are not used, by reason.
         bad: Number of unreadable rows that were skipped, by fault.
+        excluded: Number of pairs that ``--data.exclude`` leaves out.
         tokens: Lengths of ``prompt``, ``chosen`` and ``rejected``.
         cut: Share of the kept pairs that were shortened to the maximum length: ``turns_dropped`` (oldest turns of the
             prompt), ``prompt_cut`` (start of what remained), ``chosen_cut`` and ``rejected_cut`` (end of an answer).
@@ -60,6 +63,7 @@ class SubsetCounts:
     kept: int
     refused: dict[str, int]
     bad: dict[str, int]
+    excluded: int
     tokens: dict[str, LengthSummary]
     cut: dict[str, float]
     longer_wins: float
@@ -74,11 +78,12 @@ class SubsetCounts:
             kept=verdicts[KEPT_VERDICT],
             refused={reason.value: verdicts[reason] for reason in Refusal},
             bad={fault.value: verdicts[fault] for fault in Fault},
+            excluded=verdicts[EXCLUDED_VERDICT],
             tokens={side: LengthSummary.from_lengths(kept[side]) for side in _SIDES},
             cut={name: _mean(kept[name] > 0) for name in _CUTS},
             longer_wins=_mean((1 + np.sign(kept["chosen_chars"] - kept["rejected_chars"])) / 2),
         )
-        assert count.kept + sum(count.refused.values()) + sum(count.bad.values()) == count.read
+        assert count.kept + sum((*count.refused.values(), *count.bad.values(), count.excluded)) == count.read
         return count
 
 
@@ -95,11 +100,13 @@ class Audit:
     counts_by_subset: dict[str, SubsetCounts]
 
     @classmethod
-    def from_table(cls, split: str, table: pa.Table) -> "Audit":
-        """Count the rows of a split; this needs memory for a few numbers per row, not for their tokens."""
+    def from_table(cls, split: str, table: pa.Table, excluded: NDArray[np.bool_] | None = None) -> "Audit":
+        """Count the rows of a split, and which of them are excluded; the tokens are not read into memory."""
         columns = {name: table[name].to_numpy() for name in (*_CUTS, "chosen_chars", "rejected_chars")}
         columns |= {side: pc.list_value_length(table[side]).to_numpy() for side in _SIDES}
         columns["verdict"] = pc.index_in(table["verdict"], pa.array(_VERDICTS, pa.string())).to_numpy()
+        if excluded is not None:
+            columns["verdict"] = np.where(excluded, _VERDICTS.index(EXCLUDED_VERDICT), columns["verdict"])
         counts = {}
         for name in pc.unique(table["subset"]).to_pylist():
             in_subset = pc.equal(table["subset"], name).to_numpy()
@@ -136,7 +143,7 @@ def _sections(count: SubsetCounts) -> list[dict[str, str]]:
     rows = {"read": count.read}
     for name, reasons in (("bad", count.bad), ("refused", count.refused)):
         rows |= {name: sum(reasons.values())} | {f"  {reason}": number for reason, number in reasons.items()}
-    rows["kept"] = count.kept
+    rows |= {"excluded": count.excluded, "kept": count.kept}
     tokens = {
         f"{side} tokens, {measure}": f"{value:.0f}"
         for side, lengths in count.tokens.items()

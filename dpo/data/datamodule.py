@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.data import store
 from dpo.data.audit import KEPT_VERDICT, Audit
+from dpo.data.exclusion import Exclusion
 from dpo.data.pair_dataset import PairDataset, RowNumbers
 from dpo.data.sampler import EpochPlan, StepLoader
 from dpo.data.shortage import missing_pairs_message, plain_hint
@@ -157,6 +158,7 @@ class PairData(TextData, ABC):
         answer_sides: Sides of a pair that an example holds; `setup` takes them from the trainer's module.
         audits_by_split: Counts of the rows of train and test that were read, kept and refused.
         pairs_by_split: Examples of train, val and test; a split without any is missing.
+        exclusion: Pairs that are left out.
         store_folder: Folder of the tokens; available from `setup` on.
         train_loader: The last loader that `train_dataloader` returned.
     """
@@ -173,6 +175,7 @@ class PairData(TextData, ABC):
         format: TextFormat,
         on_bad_row: OnBadRow,
         seed: int,
+        exclude: list[str] | str | None,
     ) -> None:
         """Set the options that all preference data share; `dpo.HHRLHF` describes them.
 
@@ -188,6 +191,9 @@ class PairData(TextData, ABC):
         self.answer_sides: tuple[str, ...] = ("chosen", "rejected")
         self.audits_by_split: dict[str, Audit] = {}
         self.pairs_by_split: dict[str, PairDataset] = {}
+        self.exclusion = Exclusion.from_option(exclude)
+        self._training_rows: RowNumbers = np.empty(0, np.int64)  # with those that are left out
+        self._left_out: tuple[int, ...] = ()
         self._opened_for: tuple[Any, ...] = ()
         self._cut_fraction = val_fraction
         self._validates = val_fraction > 0
@@ -227,7 +233,7 @@ class PairData(TextData, ABC):
         if damage or not folder.is_dir():
             store.build_store(folder, sources, self.encoder, self.limit, self.skip_bad_rows)
         for split in splits_of(sources):
-            Console().print(store.audit_split(folder, split).to_rich_table())
+            Console().print(store.audit_split(folder, split, self.exclusion).to_rich_table())
 
     def is_tokenized(self) -> bool:
         """Return whether the tokens are there already, so that `setup` can open them; nothing is downloaded."""
@@ -258,16 +264,16 @@ class PairData(TextData, ABC):
         self._opened_for = (folder, self.answer_sides)
         self.store_folder = folder
         self.pairs_by_split = {}
-        self.audits_by_split = {split: store.audit_split(folder, split) for split in splits_of(sources)}
+        self.exclusion.require_splits(splits_of(sources))
+        self.audits_by_split = {split: store.audit_split(folder, split, self.exclusion) for split in splits_of(sources)}
         for split in self.audits_by_split:
             self._open(store.load_split(folder, split), split)
 
     @property
     def training_sha256(self) -> str:
-        """SHA-256 of the training pairs in the order of an epoch that is not shuffled."""
+        """SHA-256 of the training pairs, with those left out, in the order of an epoch that is not shuffled."""
         digest = hashlib.sha256(self.store_folder.name.encode())
-        if "train" in self.pairs_by_split:
-            digest.update(self.pairs_by_split["train"].row_numbers.tobytes())
+        digest.update(self._training_rows.tobytes())
         return digest.hexdigest()
 
     def _open(self, table: Dataset, split: str) -> None:
@@ -280,11 +286,15 @@ class PairData(TextData, ABC):
                 "pair, or none. To ignore margins, set --data.columns.margin= (an empty name)."
             )
         held_out = columns["opening"] < self._cut_fraction if split == "train" else np.zeros_like(kept)
+        is_excluded = self.exclusion.marked_rows(table.data.table, split)
         for name, selected in ((split, kept & ~held_out), ("val", kept & held_out)):
             if selected.any():
                 rows = np.flatnonzero(selected)
-                rows = self.order_training_rows(columns["subset"], rows) if name == "train" else rows
-                self.pairs_by_split[name] = PairDataset(table, rows, split, self.answer_sides)
+                if name == "train":
+                    self._training_rows = rows = self.order_training_rows(columns["subset"], rows)
+                    self._left_out = tuple(np.flatnonzero(is_excluded[rows]).tolist())
+                if not is_excluded[rows].all():
+                    self.pairs_by_split[name] = PairDataset(table, rows[~is_excluded[rows]], split, self.answer_sides)
 
     def require_pairs(self, split: str) -> PairDataset:
         """Return the pairs of train, val or test.
@@ -352,6 +362,7 @@ class PairData(TextData, ABC):
             world_size=self.trainer.world_size if self.trainer else 1,
             accumulate_batches=accumulate,
             keep_partial_step=name != "train" or count is not None,
+            left_out=self._left_out if shuffle else (),
         )
         return StepLoader(self.sample_pairs(name, count), plan)
 

@@ -40,6 +40,7 @@ class HHRLHF(PairData):
         format: TextFormat = "auto",
         on_bad_row: OnBadRow = "error",
         seed: int = 0,
+        exclude: list[str] | str | None = None,
     ) -> None:
         """Choose what is read and how.
 
@@ -60,12 +61,24 @@ class HHRLHF(PairData):
                 text as it stands, ``auto`` is ``chat`` if there is a template and ``hh`` otherwise.
             on_bad_row: Stop at an unreadable row (``error``), or leave it out and count it (``skip``).
             seed: Seed of the order of training pairs.
+            exclude: Ids of pairs to leave out, as errors and the ledger print them (``subset/train:12``), or a file of
+                ids. The other pairs keep their order, and a run may be resumed with more or fewer of them.
 
         Raises:
             ValueError: An option has an invalid value, or the path is for `PreferencePairs`.
         """
         super().__init__(
-            tokenizer, max_length, batch_size, max_tokens, shuffle, val_fraction, limit, format, on_bad_row, seed
+            tokenizer,
+            max_length,
+            batch_size,
+            max_tokens,
+            shuffle,
+            val_fraction,
+            limit,
+            format,
+            on_bad_row,
+            seed,
+            exclude,
         )
         check_option("path", path, isinstance(path, str | Path), "a folder or hub id")
         if reason := "" if path == QUICKSTART_NAME else why_no_hh_layout(path):
@@ -133,6 +146,7 @@ class PreferencePairs(PairData):
         format: TextFormat = "auto",
         on_bad_row: OnBadRow = "error",
         seed: int = 0,
+        exclude: list[str] | str | None = None,
     ) -> None:
         """Choose what is read and how.
 
@@ -157,12 +171,24 @@ class PreferencePairs(PairData):
                 text as it stands, ``auto`` is ``chat`` if there is a template and ``hh`` otherwise.
             on_bad_row: Stop at an unreadable row (``error``), or leave it out and count it (``skip``).
             seed: Seed of the order of training pairs.
+            exclude: Ids of pairs to leave out, as errors and the ledger print them (``subset/train:12``), or a file of
+                ids. The other pairs keep their order, and a run may be resumed with more or fewer of them.
 
         Raises:
             ValueError: An option has an invalid value.
         """
         super().__init__(
-            tokenizer, max_length, batch_size, max_tokens, shuffle, val_fraction, limit, format, on_bad_row, seed
+            tokenizer,
+            max_length,
+            batch_size,
+            max_tokens,
+            shuffle,
+            val_fraction,
+            limit,
+            format,
+            on_bad_row,
+            seed,
+            exclude,
         )
         known = isinstance(path, str | Path | Mapping) and bool(path)
         check_option("path", path, known, "a file, folder, pattern, address or hub id (rows in memory: write a file)")

@@ -72,6 +72,8 @@ class EpochPlan:
         rank: Rank of this device.
         world_size: Number of devices.
         accumulate_batches: Lightning batches per optimizer step.
+        left_out: Places, in an epoch that is not shuffled, of pairs that are left out, ascending: all others have the
+            order that they have beside them.
         keep_partial_step: Keep a last step that has too few pairs to give some to every device, as evaluation does;
             training leaves it out.
     """
@@ -84,12 +86,15 @@ class EpochPlan:
     world_size: int = 1
     accumulate_batches: int = 1
     keep_partial_step: bool = False
+    left_out: tuple[int, ...] = ()
 
     def epoch_order(self, row_count: int, epoch: int) -> NDArray[np.int64]:
         """Return the row numbers in the order of an epoch."""
         if not self.shuffle:
             return np.arange(row_count)
-        return np.random.default_rng((self.seed, epoch)).permutation(row_count)
+        places = np.random.default_rng((self.seed, epoch)).permutation(row_count + len(self.left_out))
+        kept = places[~np.isin(places, self.left_out)]
+        return kept - np.searchsorted(self.left_out, kept)
 
     def split_step(self, rows: Sequence[int], token_counts: Sequence[int]) -> StepShares:
         """Split one optimizer step into `accumulate_batches * world_size` shares of micro-batches.

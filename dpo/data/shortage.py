@@ -37,7 +37,8 @@ def missing_pairs_message(split: str, path: str, audit: Audit | None) -> str:
     if audit is None:
         return f"{name}: no file is of this split, by its name. {_HELP[split]}"
     total = audit.counts_by_subset["total"]
-    reasons = sorted(((n, reason) for reason, n in (total.refused | total.bad).items() if n), reverse=True)
+    unused = total.refused | total.bad | {"left out by --data.exclude": total.excluded}
+    reasons = sorted(((n, reason) for reason, n in unused.items() if n), reverse=True)
     if total.kept:
         advice = "Lower --data.val_fraction, or give more rows." if split == "train" else _HELP[split]
         return f"{name}: none of the {total.kept:,} pairs of {audit.split!r} went there. {advice}"

@@ -23,6 +23,7 @@ from rich.progress import Progress
 from dpo.data.audit import KEPT_VERDICT, Audit
 from dpo.data.columns import PairRow
 from dpo.data.dialogue import DialoguePair, Refusal
+from dpo.data.exclusion import Exclusion
 from dpo.data.formats import Fault, read_rows
 from dpo.data.plain import row_parser
 from dpo.data.sources import SourceFile, splits_of
@@ -133,9 +134,10 @@ def load_split(folder: Path, split: str) -> Dataset:
     return Dataset.from_file(str(folder / f"{split}.arrow"))
 
 
-def audit_split(folder: Path, split: str) -> Audit:
-    """Count the rows of a split."""
-    return Audit.from_table(split, load_split(folder, split).data.table)
+def audit_split(folder: Path, split: str, exclusion: Exclusion | None = None) -> Audit:
+    """Count the rows of a split, and which of them are excluded."""
+    table = load_split(folder, split).data.table
+    return Audit.from_table(split, table, exclusion.marked_rows(table, split) if exclusion else None)
 
 
 def _batches(

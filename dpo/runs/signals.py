@@ -166,7 +166,8 @@ class StopSignals:
                 if data[0] in STOP_SIGNALS:
                     received_at = time.monotonic()
                     time.sleep(PATIENCE)
-                    is_stuck = self._handled_at < received_at - 1 and not self.finishes_step
+                    # On a busy machine this thread may get the signal seconds after it was handled.
+                    is_stuck = self._handled_at < received_at - PATIENCE / 2 and not self.finishes_step
                     if is_stuck and self._session is session:
                         self._kill_children()
                         os._exit(self._code or 128 + data[0])

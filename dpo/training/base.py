@@ -24,7 +24,7 @@ from dpo.models.prompt_sharing import share_if_exact
 from dpo.models.sharding import whole_tensor
 from dpo.training.hyperparameters import to_plain
 from dpo.training.measuring import MeasuredModule
-from dpo.training.nonfinite import FiniteMonitor, require_finite_weights
+from dpo.training.nonfinite import FiniteMonitor, OnNonFinite, require_finite_weights
 from dpo.training.own_loaders import check_same_denominator, step_from_loader
 from dpo.training.position import is_logged_step, log_interval
 from dpo.training.resuming import (
@@ -32,6 +32,8 @@ from dpo.training.resuming import (
     apply_optimizer_options,
     check_fixed_options,
     check_optimizer_class,
+    excluded_pairs,
+    report_exclusion,
     trainer_fixed_options,
 )
 from dpo.training.schedules import Warmup, default_optimizer, suit_device, validate_optimizer, validate_schedule
@@ -61,6 +63,7 @@ class Stage(MeasuredModule):
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         chunk_logits: int | None = None,
+        on_nonfinite: OnNonFinite = "stop",
     ) -> None:
         """Choose what is trained and how; models are read when the trainer sets up, or on first use.
 
@@ -77,6 +80,8 @@ class Stage(MeasuredModule):
             optimizer: Makes the optimizer from parameters. Default: AdamW, learning rate 1e-6, no weight decay.
             lr_scheduler: Makes the learning rate schedule from the optimizer; it advances every optimizer step.
             chunk_logits: Most logits in memory at a time. Default: 2**25 on a CPU (128 MiB), 2**28 on CUDA (1 GiB).
+            on_nonfinite: Stop at a step whose loss or gradient is not finite (``stop``), or leave it out and count it
+                (``skip``), at most 10 in a row.
 
         Raises:
             TypeError: The policy is no path, or the adapter no adapter.
@@ -100,7 +105,7 @@ class Stage(MeasuredModule):
         self.chunk_logits = chunk_logits
         self.optimizer = validate_optimizer(optimizer)
         self.lr_scheduler = validate_schedule(optimizer, lr_scheduler)
-        self.finite_monitor = FiniteMonitor()
+        self.finite_monitor = FiniteMonitor(on_nonfinite)
         self.grad_norm = torch.zeros(())
         self._window_means: dict[str, Tensor] = {}  # as they were when the accumulation window began
         self._window_denominator = 0
@@ -131,6 +136,7 @@ class Stage(MeasuredModule):
             "trust_remote_code": self.loader.trust_remote_code,
             "pickled_weights": self.loader.pickled_weights,
             "chunk_logits": self.chunk_logits,
+            "on_nonfinite": self.finite_monitor.on_nonfinite,
             "lr_scheduler": to_plain(self.lr_scheduler),
         }
 
@@ -148,8 +154,10 @@ class Stage(MeasuredModule):
             name: self.trainer.strategy.reduce(value.clone(), reduce_op="sum").cpu() for name, value in means.items()
         }
         checkpoint["grad_norm"] = self.grad_norm.cpu()
+        checkpoint["nonfinite"] = self.finite_monitor.state_dict()
         checkpoint["optimizer"] = type(self.trainer.optimizers[0]).__name__
         checkpoint["fixed_options"] = self.fixed_options()
+        checkpoint["excluded_pairs"] = excluded_pairs(self.trainer)
 
     def fixed_options(self) -> FixedOptions:
         """Return the options that a resumed run must have in common with its checkpoint."""
@@ -165,7 +173,9 @@ class Stage(MeasuredModule):
         super().on_load_checkpoint(checkpoint)
         if self.trainer.state.fn == "fit":
             check_fixed_options(checkpoint, self.fixed_options())
+            report_exclusion(checkpoint, excluded_pairs(self.trainer))
             self._checkpoint = checkpoint
+            self.finite_monitor.load_state_dict(checkpoint.get("nonfinite", self.finite_monitor.state_dict()))
         self._restored_means = checkpoint.get("train_means")
         self.grad_norm = checkpoint.get("grad_norm", self.grad_norm)
 
@@ -263,8 +273,8 @@ class Stage(MeasuredModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep numbers that are not finite from the weights.
 
-        A fused optimizer skips such a step, and all later ones, on the device; the host asks at the next logged step or
-        checkpoint. Any other optimizer is stopped here.
+        A fused optimizer does not take such a step, which the device decides; the host asks at the next logged step or
+        checkpoint. For any other optimizer it asks here; without gradients, a step changes nothing.
 
         Raises:
             NonFiniteError: With the ids of the examples of this step that are to blame.
@@ -274,10 +284,11 @@ class Stage(MeasuredModule):
         scaled = self.trainer.scaler is not None  # float16: the scaler skips a step whose gradient overflows
         norm = torch.zeros_like(self.grad_norm) if scaled else self.grad_norm
         nonfinite = self.finite_monitor.close_step(self.trainer.global_step + 1, norm)
+        self.train_means.restore(self._window_means, nonfinite)
         if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaled:  # torch's mark of a fused one
             optimizer.found_inf = nonfinite  # type: ignore[attr-defined]
-        else:
-            self.finite_monitor.raise_if_nonfinite()
+        elif self.finite_monitor.raise_if_nonfinite():
+            optimizer.zero_grad()
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -365,4 +376,9 @@ class Stage(MeasuredModule):
     def _log_training(self) -> None:
         self.finite_monitor.raise_if_nonfinite()
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log_means("train", self.train_means, {"learning_rate": rate, "grad_norm": self.grad_norm.item()})
+        measured = {"learning_rate": rate, "grad_norm": self.grad_norm.item(), **self.finite_monitor.metrics()}
+        self.log_means("train", self.train_means, measured)
+
+    def on_train_end(self) -> None:
+        """Say what was left out."""
+        self.finite_monitor.report_skipped()

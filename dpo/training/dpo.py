@@ -23,6 +23,7 @@ from dpo.training import metrics
 from dpo.training.base import Stage
 from dpo.training.hyperparameters import to_plain
 from dpo.training.metrics import MetricMeans, sums_and_counts
+from dpo.training.nonfinite import OnNonFinite
 from dpo.training.predict import predict_rows
 from dpo.training.resuming import FixedOptions
 from dpo.training.schedules import default_optimizer
@@ -81,6 +82,7 @@ class DPO(Stage):
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         chunk_logits: int | None = None,
+        on_nonfinite: OnNonFinite = "stop",
     ) -> None:
         """Choose what is trained, on which loss and against what.
 
@@ -100,6 +102,8 @@ class DPO(Stage):
             optimizer: Makes the optimizer from parameters. Default: AdamW, learning rate 1e-6, no weight decay.
             lr_scheduler: Makes the learning rate schedule from the optimizer; it advances every optimizer step.
             chunk_logits: Most logits in memory at a time. Default: 2**25 on a CPU (128 MiB), 2**28 on CUDA (1 GiB).
+            on_nonfinite: Stop at a step whose loss or gradient is not finite (``stop``), or leave it out and count it
+                (``skip``), at most 10 in a row.
 
         Raises:
             TypeError: The loss is not a loss, or the policy an object instead of a path.
@@ -121,6 +125,7 @@ class DPO(Stage):
             optimizer,
             lr_scheduler,
             chunk_logits,
+            on_nonfinite,
         )
         self.loss = loss
         self.reference_choice = resolve_reference(reference, loss)

@@ -128,6 +128,12 @@ class MetricMeans(Metric):
         """Return copies of the sums and counts of this process."""
         return {"sums": self.sums.clone(), "counts": self.counts.clone()}
 
+    def restore(self, state: Mapping[str, Tensor], where: Tensor) -> None:
+        """Go back to copied sums and counts if `where` is 1, and change nothing if it is 0; the host does not wait."""
+        for name, value in state.items():
+            now = getattr(self, name)
+            setattr(self, name, torch.where(where.to(now.device).bool(), value, now))
+
     def compute(self) -> dict[str, Tensor]:
         """Return every mean and derived metric by name."""
         means = dict(zip(self.names, (self.sums / self.counts).unbind(), strict=True))

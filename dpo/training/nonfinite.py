@@ -1,15 +1,24 @@
-"""Detection of losses and gradients that are not finite, before they reach the weights.
+"""Steps whose loss or gradient is not finite: none reaches the weights; each stops the run or is left out.
 
-The check runs on the device; the host waits for its result only at logged steps and checkpoints. The error names the
-pairs whose loss was not finite.
+The check runs on the device, and its result is that of all processes; the host waits for it only at logged steps and
+checkpoints. Error and warning name the pairs whose loss was not finite.
+
+A step that is left out changes neither the weights nor the state of the optimizer. It is counted all the same: its
+pairs are used up, the schedule advances, and the position in the data stays a function of the number of steps.
 """
 
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, distributed, nn
 
 from dpo.models.sharding import whole_tensor
+
+OnNonFinite = Literal["stop", "skip"]
+MAX_SKIPPED_IN_ROW = 10
+"""Steps that are left out one after the other; the next one stops the run."""
 
 
 class NonFiniteError(RuntimeError):
@@ -30,58 +39,128 @@ class StepRecord:
     grad_norm: Tensor
     micro_batch_losses: list[tuple[tuple[str, ...], Tensor]]
 
+    def ids(self) -> list[str]:
+        """Return the ids of all pairs of this process."""
+        return [pair_id for ids, _ in self.micro_batch_losses for pair_id in ids]
+
+    def bad_ids(self) -> list[str]:
+        """Return the ids of the pairs of this process whose loss is not finite."""
+        finite = [is_finite for _, losses in self.micro_batch_losses for is_finite in losses.isfinite().tolist()]
+        return [pair_id for pair_id, is_finite in zip(self.ids(), finite, strict=True) if not is_finite]
+
 
 class FiniteMonitor:
     """Losses and gradient norms since the last check; only `raise_if_nonfinite` waits for the device.
 
     Attributes:
+        on_nonfinite: Whether a step that is not finite stops the run or is left out.
         micro_batch_losses: Ids and losses of the pairs of the current step.
         step_records: Optimizer steps that have ended since the last check.
-        nonfinite_flag: 1, on the device, once a step had a value that is not finite; else 0.
+        counts: On the device: steps left out one after the other up to the last one, and steps left out in all.
+        checked_counts: The same as of the last check that has raised no error.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_nonfinite: OnNonFinite = "stop") -> None:
+        """Start with nothing left out.
+
+        Raises:
+            ValueError: `on_nonfinite` is neither ``stop`` nor ``skip``.
+        """
+        if on_nonfinite not in get_args(OnNonFinite):
+            raise ValueError(f"--model.on_nonfinite: expected stop or skip, got {on_nonfinite!r}.")
+        self.on_nonfinite = on_nonfinite
         self.micro_batch_losses: list[tuple[tuple[str, ...], Tensor]] = []
         self.step_records: list[StepRecord] = []
-        self.nonfinite_flag = torch.zeros(())
+        self.counts = torch.zeros(2)
+        self.checked_counts = [0.0, 0.0]
+
+    @property
+    def _max_in_row(self) -> int:
+        return MAX_SKIPPED_IN_ROW if self.on_nonfinite == "skip" else 0
 
     def add_losses(self, ids: tuple[str, ...], losses: Tensor) -> None:
         """Add the losses of a micro-batch to the current step."""
         self.micro_batch_losses.append((ids, losses.detach()))
 
     def close_step(self, step: int, grad_norm: Tensor) -> Tensor:
-        """End the current step.
+        """End the current step, in all processes.
 
         Args:
             step: Number of the optimizer step, from 1.
             grad_norm: Norm of its gradient.
 
         Returns:
-            1, on the device, if this or an earlier step has a value that is not finite; else 0.
+            1, on the device, if the step must not be taken: it has a value that is not finite in one of the processes,
+            or earlier ones had and the run is to stop. Otherwise 0.
         """
         self.step_records.append(StepRecord(step, grad_norm, self.micro_batch_losses))
         finite = grad_norm.isfinite()
         for _, losses in self.micro_batch_losses:
             finite = finite & losses.isfinite().all()
         self.micro_batch_losses = []
-        self.nonfinite_flag = torch.maximum(self.nonfinite_flag.to(finite.device), (~finite).float())
-        return self.nonfinite_flag
+        nonfinite = (~finite).float()
+        if _has_processes():
+            distributed.all_reduce(nonfinite, distributed.ReduceOp.MAX)
+        in_row, in_all = self.counts.to(nonfinite.device, non_blocking=True)
+        nonfinite = torch.maximum(nonfinite, (in_row > self._max_in_row).float())
+        self.counts = torch.stack([(in_row + 1) * nonfinite, in_all + nonfinite])
+        return nonfinite
 
-    def raise_if_nonfinite(self, last_step: int | None = None) -> None:
-        """Wait for the device, and discard the steps that have ended if all of their values are finite.
+    def raise_if_nonfinite(self, last_step: int | None = None) -> bool:
+        """Wait for the device, and discard the steps that have ended; warn of those that are left out.
+
+        All processes call this after the same steps.
 
         Args:
             last_step: The last step that counts; a later one was not taken. None: all steps count.
 
+        Returns:
+            Whether the last step that has ended is left out.
+
         Raises:
-            NonFiniteError: A value is not finite; the message names the first such step and its pairs.
+            NonFiniteError: A value is not finite, and such steps stop the run or there were too many in a row; the
+                message names the first such step since the last check and its pairs.
         """
-        if not self.nonfinite_flag:
-            self.step_records.clear()
-            return
-        taken = [record for record in self.step_records if last_step is None or record.step <= last_step]
-        if message := next(filter(None, map(_describe_nonfinite, taken)), ""):
-            raise NonFiniteError(message)
+        counts = self.counts.tolist()
+        if counts[1] > self.checked_counts[1]:
+            messages = _describe_nonfinite(self.step_records, last_step)
+            if counts[0] > self._max_in_row:
+                if messages:
+                    raise NonFiniteError(f"{messages[0]} {self._advice()}")
+                return False
+            for message in messages:
+                rank_zero_warn(f"{message} The step is left out (--model.on_nonfinite skip).")
+        self.step_records.clear()
+        self.checked_counts = counts
+        return bool(counts[0] > 0)
+
+    def _advice(self) -> str:
+        advice = (
+            "The weights are still those from before this step. Try a smaller --optimizer.lr, --trainer.precision "
+            "32-true or bf16-mixed, or check these rows: --data.exclude leaves rows out, also when a run is resumed"
+        )
+        if self.on_nonfinite == "skip":
+            return f"More than {MAX_SKIPPED_IN_ROW} steps in a row were not finite. {advice}."
+        return f"{advice}, and --model.on_nonfinite skip leaves out steps like this one."
+
+    def metrics(self) -> dict[str, float]:
+        """Return the number of steps left out so far, as of the last check, if steps are left out."""
+        return {"skipped_steps": self.checked_counts[1]} if self.on_nonfinite == "skip" else {}
+
+    def report_skipped(self) -> None:
+        """Say how many steps of the run were left out, if there were any."""
+        if count := int(self.checked_counts[1]):
+            rank_zero_info(f"Left out: {count} of the steps, whose loss or gradient was not finite (see the warnings).")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts of the last check, for the checkpoint."""
+        return {"counts": self.checked_counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the counts from a checkpoint, whose run may have been allowed to leave out more."""
+        in_row, in_all = state["counts"]
+        self.checked_counts = [min(in_row, float(self._max_in_row)), in_all]
+        self.counts = torch.tensor(self.checked_counts)
 
 
 @torch.no_grad()
@@ -100,15 +179,26 @@ def require_finite_weights(model: nn.Module, step: int) -> None:
         )
 
 
-def _describe_nonfinite(record: StepRecord) -> str:
-    """Return what is not finite in a step, and for which pairs; empty if everything is finite."""
-    ids = [pair_id for batch_ids, _ in record.micro_batch_losses for pair_id in batch_ids]
-    finite = [is_finite for _, losses in record.micro_batch_losses for is_finite in losses.isfinite().tolist()]
-    bad_ids = [pair_id for pair_id, is_finite in zip(ids, finite, strict=True) if not is_finite]
-    if not bad_ids and record.grad_norm.isfinite():
-        return ""
-    return (
-        f"step {record.step}: the {'loss' if bad_ids else 'gradient'} is not finite for the pairs "
-        f"{', '.join(bad_ids or ids)}. The weights are still those from before this step. "
-        "Try a smaller --optimizer.lr, --trainer.precision 32-true or bf16-mixed, or check these rows."
-    )
+def _describe_nonfinite(records: list[StepRecord], last_step: int | None) -> list[str]:
+    """Return, for every step up to the last one that counts, what is not finite in it and for which pairs.
+
+    All processes call this together: each has pairs of its own.
+    """
+    taken = [record for record in records if last_step is None or record.step <= last_step]
+    ours = [(record.bad_ids(), record.ids(), bool(record.grad_norm.isfinite())) for record in taken]
+    of_all = [ours]
+    if _has_processes():
+        of_all = of_all * distributed.get_world_size()
+        distributed.all_gather_object(of_all, ours)
+    messages = []
+    for record, parts in zip(taken, zip(*of_all, strict=True), strict=True):
+        bad_ids, ids = ([pair_id for part in parts for pair_id in part[side]] for side in (0, 1))
+        if bad_ids or not all(part[2] for part in parts):
+            cause = "loss" if bad_ids else "gradient"
+            named = ", ".join(bad_ids or ids)
+            messages.append(f"step {record.step}: the {cause} is not finite for the pairs {named}.")
+    return messages
+
+
+def _has_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

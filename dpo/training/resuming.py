@@ -37,6 +37,23 @@ def trainer_fixed_options(trainer: L.Trainer) -> FixedOptions:
     return options
 
 
+def excluded_pairs(trainer: L.Trainer) -> list[str]:
+    """Return the ids of the pairs that the data leave out."""
+    data = getattr(trainer, "datamodule", None)
+    return sorted(data.exclusion.ids) if isinstance(data, PairData) else []
+
+
+def report_exclusion(checkpoint: Mapping[str, Any], current: list[str]) -> None:
+    """Say that a run goes on with other pairs left out, which no interruption alone would change."""
+    saved = checkpoint.get("excluded_pairs", [])
+    changes = (("left out now", set(current) - set(saved)), ("no longer left out", set(saved) - set(current)))
+    if changed := [f"{', '.join(sorted(ids))} {state}" for state, ids in changes if ids]:
+        rank_zero_info(
+            f"--data.exclude: {'; '.join(changed)}. From step {checkpoint['global_step'] + 1} on, this is another run "
+            "than the uninterrupted one."
+        )
+
+
 def check_fixed_options(checkpoint: Mapping[str, Any], current: FixedOptions) -> None:
     """Compare the options that a checkpoint was trained with to the current ones, where both are known.
 

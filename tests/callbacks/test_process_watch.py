@@ -71,6 +71,31 @@ def test_a_process_that_dies_or_hangs_ends_all(lab: Lab, rank: int, number: int,
     assert process.returncode in (1, -signal.SIGKILL) and words in printed
 
 
+@pytest.mark.parametrize(
+    ("rank", "memory"),
+    [(1, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, False), (0, True), (1, True)))],
+)
+def test_an_error_in_one_process_ends_all(lab: Lab, rank: int, memory: bool) -> None:
+    callback = "{class_path: tests.support.faults.FailInStep, init_args: "
+    words = [f"--trainer.callbacks=[{callback}{{rank: {rank}, memory: {str(memory).lower()}}}}}]"]
+    process = lab.start("fit", f"--name=fails-{rank}-{memory}", *TWO, "--trainer.max_epochs=2000", *words)
+    children: set[int] = set()
+    while process.poll() is None and not metrics_begun(lab, f"fails-{rank}-{memory}"):
+        children |= set(children_of(process))
+        time.sleep(0.05)
+    began = time.monotonic()
+    printed, _ = process.communicate(timeout=60)
+    assert all(ended(child, 60 - (time.monotonic() - began)) for child in children)
+    print(f"{'memory' if memory else 'error'} in process {rank}: {time.monotonic() - began:.1f} s")
+    assert process.returncode == 1
+    assert ("memory" if memory else "this process alone fails") in printed, printed[-2000:]
+    assert children
+
+
+def metrics_begun(lab: Lab, name: str) -> bool:
+    return Run(lab.folder / name).metrics_path.exists()
+
+
 @pytest.mark.slow
 def test_a_signal_during_the_start_of_two_processes_leaves_none(lab: Lab) -> None:
     for seconds in (4, 8, 12):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from dpo.data.datamodule import PairData
 from dpo.models.checkpoint_io import AtomicCheckpointIO
 from dpo.runs import export
 from dpo.runs.folder import Run
-from dpo.runs.signals import PATIENCE, STOP_SIGNALS
+from dpo.runs.signals import PATIENCE, STOP_SIGNALS, StopSignals
 from dpo.training import preflight
 from dpo.training.base import Stage
 from tests.support.processes import children_of, ended
@@ -158,6 +159,19 @@ def test_a_process_in_a_call_that_does_not_return_ends_in_time() -> None:
     process.communicate(timeout=30)
     assert process.returncode == 140
     assert PATIENCE - 1 < time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(("seconds", "is_stuck"), [(2.0, False), (6.0, True)])
+def test_a_signal_that_is_noticed_late_was_handled_all_the_same(seconds: float, is_stuck: bool) -> None:
+    """On a busy machine, the thread that watches the main thread may run seconds after the handler has."""
+    signals = StopSignals()
+    signals._handled_at = time.monotonic() - seconds
+    reader, writer = socket.socketpair()
+    with writer:
+        writer.send(bytes([signal.SIGTERM]))
+    with patch.object(time, "sleep"), patch.object(os, "_exit") as exit_now:
+        signals._end_stuck_process(reader)
+    assert exit_now.called is is_stuck
 
 
 @pytest.mark.slow

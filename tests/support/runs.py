@@ -84,7 +84,7 @@ class Lab:
             "trainer.enable_model_summary": "false",
             "trainer.log_every_n_steps": 1,
         }
-        return [verb, *(f"--{name}={value}" for name, value in base.items()), *more]
+        return [verb, "--allow-import=tests", *(f"--{name}={value}" for name, value in base.items()), *more]
 
     def main(self, verb: str, *more: str) -> int:
         """Run a verb in this process and return its exit code."""

@@ -1,6 +1,8 @@
 """A loss or gradient that is not finite stops the run before it reaches the weights; the message names its pairs."""
 
 import io
+import re
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.losses import DPO, PairLogps
 from dpo.runs.folder import Run
-from dpo.training.nonfinite import FiniteMonitor, NonFiniteError
-from tests.support.runs import Lab, metrics, weights
+from dpo.training.nonfinite import MAX_SKIPPED_IN_ROW, FiniteMonitor, NonFiniteError
+from tests.support.processes import children_of, ended
+from tests.support.runs import Lab, checkpoint, metrics, weights
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Steep(DPO):
     def __call__(self, logps: PairLogps) -> Tensor:
         chosen, rejected = logps.logratios.unbind(-1)
         return super().__call__(logps) + (chosen - rejected).abs().sqrt()
+
+
+def broken_steps(*steps: int, rank: int = 0) -> str:
+    """Return the option of a callback that breaks optimizer steps."""
+    settings = f"{{steps: {list(steps)}, rank: {rank}}}"
+    return f"--trainer.callbacks=[{{class_path: tests.support.faults.BreakSteps, init_args: {settings}}}]"
 
 
 FINAL_WEIGHTS: dict[str, Tensor] = {}
@@ -157,3 +166,132 @@ def test_finite_steps_are_discarded() -> None:
     assert monitor.close_step(3, torch.tensor(1.0)) == 1, "later steps are skipped too"
     with pytest.raises(NonFiniteError, match=r"step 2: the gradient is not finite for the pairs b\. "):
         monitor.raise_if_nonfinite()
+
+
+SKIP = ["--model.on_nonfinite=skip", "--data.val_fraction=0", "--optimizer.lr=1e-3"]
+SCHEDULE = ["--lr_scheduler=Warmup", "--lr_scheduler.warmup_steps=4"]
+CLOCKS = ("seconds", "train/tokens_per_second", "train/time/step", "train/time/data")
+
+
+def measured(run: Run) -> list[dict[str, str]]:
+    """The rows of metrics.csv as text, in which NaN equals NaN, without what the clock says."""
+    return [{name: str(value) for name, value in row.items() if name not in CLOCKS} for row in metrics(run)]
+
+
+def skipped(warned: pytest.WarningsRecorder) -> list[str]:
+    """Return the warnings of steps that were left out."""
+    return [message for message in (str(each.message) for each in warned) if "is not finite" in message]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_skipped_step_changes_neither_weights_nor_optimizer(
+    lab: Lab, caplog: pytest.LogCaptureFixture, fused: bool
+) -> None:
+    words = [*SKIP, *SCHEDULE, broken_steps(3, 4), f"--optimizer.fused={fused}", "--trainer.log_every_n_steps=2"]
+    two = checkpoint(lab.fit("two", *words, "--trainer.max_steps=2"))
+    with pytest.warns(UserWarning) as warned:
+        run = lab.fit("four", *words, "--trainer.max_steps=4")
+    four = checkpoint(run)
+    assert all(torch.equal(four["state_dict"][name], value) for name, value in two["state_dict"].items())
+    states, others = (each["optimizer_states"][0]["state"] for each in (two, four))
+    assert states.keys() == others.keys() and len(states) > 0
+    assert all(torch.equal(others[key][name], value) for key in states for name, value in states[key].items())
+    assert four["global_step"] == four["lr_schedulers"][0]["last_epoch"] == 4
+    messages = skipped(warned)
+    assert [message.partition(" pairs/")[0] for message in messages] == [
+        f"step {step}: the loss is not finite for the pairs" for step in (3, 4)
+    ]
+    assert all(message.endswith("The step is left out (--model.on_nonfinite skip).") for message in messages)
+    assert all(message.count("pairs/train:") == 1 for message in messages), "only the pair with the bad loss"
+    first, second = metrics(run)
+    assert (first["train/skipped_steps"], second["train/skipped_steps"]) == (0, 2)
+    assert "Left out: 2 of the steps" in caplog.text
+
+
+def test_means_are_of_the_steps_that_are_taken(lab: Lab) -> None:
+    words = [*SKIP, "--trainer.max_steps=2", "--data.shuffle=false"]
+    one = lab.fit("alone", *words, "--trainer.max_steps=1")
+    with pytest.warns(UserWarning, match="step 2: the loss is not finite"):
+        both = lab.fit("both", *words, broken_steps(2), "--trainer.log_every_n_steps=2")
+    (expected,), (found,) = metrics(one), metrics(both)
+    for name in ("loss", "logps/chosen", "rewards/margins", "length/chosen"):
+        assert found[f"train/{name}"] == expected[f"train/{name}"]
+
+
+def test_a_skipped_gradient_names_all_pairs_of_its_step(lab: Lab) -> None:
+    """The first gradient is not finite, and the weights stay as they are, so that the next ones are not either."""
+    words = [*SKIP, "--model.loss=tests.training.test_nonfinite.Steep", "--model.preflight=false"]
+    with pytest.warns(UserWarning) as warned:
+        run = lab.fit("steep", *words, "--trainer.max_steps=2")
+    messages = skipped(warned)
+    assert [message.partition(" pairs ")[0] for message in messages] == [
+        f"step {step}: the gradient is not finite for the" for step in (1, 2)
+    ]
+    assert [message.count("pairs/train:") for message in messages] == [4, 4]
+    assert metrics(run)[-1]["train/skipped_steps"] == 2
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_too_many_steps_in_a_row_stop_the_run(lab: Lab, capsys: pytest.CaptureFixture[str], fused: bool) -> None:
+    words = [*SKIP, "--trainer.max_epochs=3", f"--optimizer.fused={fused}", "--trainer.log_every_n_steps=3"]
+    broken = broken_steps(2, *range(4, 5 + MAX_SKIPPED_IN_ROW))
+    with pytest.warns(UserWarning):
+        assert lab.main("fit", "--name=many", *words, broken) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(
+        r"error: step \d+: the loss is not finite for the pairs pairs/train:\d+\. More than 10 steps", message
+    )
+    saved = checkpoint(Run(lab.folder / "many"))
+    assert 4 < saved["global_step"] < 14
+    with pytest.warns(UserWarning, match="step 16: the loss"):
+        run = lab.fit("many", *words, broken_steps(16), "--ckpt_path=last")
+    assert checkpoint(run)["global_step"] == 18, "what broke the steps is mended"
+
+
+@pytest.mark.filterwarnings(r"ignore:step \d. the loss is not finite")
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_a_resumed_run_skips_as_the_uninterrupted_one(lab: Lab, stop: int) -> None:
+    words = [*SKIP, *SCHEDULE, broken_steps(3, 6), "--trainer.max_epochs=2", "--trainer.log_every_n_steps=2"]
+    whole = lab.fit("whole", *words)
+    lab.fit("parts", *words, f"--trainer.max_steps={stop}")
+    parts = lab.fit("parts", *words, "--ckpt_path=last")
+    assert measured(parts) == measured(whole)
+    found, wanted = weights(parts), weights(whole)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def two_processes(lab: Lab, name: str, *words: str) -> tuple[int, str]:
+    """Train in two processes; return exit code and output, once both processes are gone."""
+    began = time.monotonic()
+    process = lab.start("fit", f"--name={name}", *words, "--trainer.devices=2", "--trainer.max_steps=4")
+    children: set[int] = set()
+    while process.poll() is None and not children:
+        children |= set(children_of(process))
+        time.sleep(0.2)
+    printed, _ = process.communicate(timeout=120)
+    assert all(ended(child, 10) for child in children), f"{time.monotonic() - began:.0f} s"
+    return process.returncode, printed
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_loss_of_one_process_stops_all(lab: Lab, strategy: str) -> None:
+    words = ["--data.val_fraction=0", f"--trainer.strategy={strategy}", broken_steps(2, rank=1)]
+    code, printed = two_processes(lab, "stops", *words)
+    assert code == 1
+    assert printed.count("error: step 2: the loss is not finite for the pairs pairs/train:") >= 1, printed[-3000:]
+    assert "has given no sign of life" not in printed
+    assert [row["step"] for row in metrics(Run(lab.folder / "stops"))] == [1]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_loss_of_one_process_is_skipped_by_all(lab: Lab, strategy: str) -> None:
+    """As in one process: the step is left out with all of its pairs."""
+    with pytest.warns(UserWarning, match="step 2: the loss"):
+        one = lab.fit("one", *SKIP, broken_steps(2), "--trainer.max_steps=4")
+    code, printed = two_processes(lab, "two", *SKIP, broken_steps(2, rank=1), f"--trainer.strategy={strategy}")
+    assert code == 0, printed[-3000:]
+    assert printed.count("step 2: the loss is not finite for the pairs pairs/train:") == 1
+    found, wanted = weights(Run(lab.folder / "two")), weights(one)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+    assert metrics(Run(lab.folder / "two"))[-1]["train/skipped_steps"] == 1

@@ -65,7 +65,7 @@ def step(family: str) -> list[str]:
     module.policy, module.reference = model.to("meta"), reference.to("meta")
     means = MetricMeans(module.metric_names).to("meta")
     monitor = FiniteMonitor()
-    monitor.nonfinite_flag = torch.zeros((), device="meta")
+    monitor.counts = torch.zeros(2, device="meta")
     with BlockingCopies() as copies, TensorsFromLists() as lists:
         batch = random_batch().to("meta")
         losses = module.losses(batch, means)
