@@ -77,7 +77,7 @@ def run_until(lab: Lab, kind: str, place: int, *words: str) -> None:
 def logged(run: Run) -> list[dict[str, float]]:
     """The training rows of metrics.csv without what the clock says; stops validate besides."""
     rows = [{k: v for k, v in row.items() if not k.startswith("val/") and k not in CLOCKS} for row in metrics(run)]
-    return [row for row in rows if len(row) > 1]
+    return [row for row in rows if row.keys() - {"step", "epoch"}]
 
 
 CHAINS = st.lists(st.tuples(st.sampled_from(["steps", *STOPS]), st.integers(1, STEPS - 1)), min_size=1, max_size=3).map(
