@@ -34,6 +34,8 @@ def pins() -> dict[str, str]:
 def test_every_requirement_is_pinned_within_its_range() -> None:
     versions = pins()
     for requirement in requirements():
+        if requirement.name == "lm_eval":  # the extra `harness`, of which setup.cfg says why; it is pinned there
+            continue
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
 
 

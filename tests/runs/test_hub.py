@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -254,6 +255,6 @@ def test_command_line_without_a_token(hub: Hub, run: Path) -> None:
 
 def test_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    assert "push       Upload a run's export" in capsys.readouterr().out
+    assert re.search(r"push +Upload a run's export", capsys.readouterr().out)
     assert main([]) == main(["pull"]) == 2
     assert "usage: dpo <verb>" in capsys.readouterr().err

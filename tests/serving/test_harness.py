@@ -247,7 +247,7 @@ def test_a_cut_answer_is_scored_without_the_end_that_it_never_had(running: Runni
 
 @pytest.mark.parametrize("chunk_logits", [2**25, 40])
 def test_alternatives_are_equal_to_the_score_of_the_training(tiny_model, monkeypatch, chunk_logits: int) -> None:
-    monkeypatch.setattr("dpo.models.scoring.MAX_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr("dpo.models.scoring.CHUNK_LOGITS", chunk_logits)
     model = tiny_model("llama")
     share_if_exact(model)
     batch = collate([Example("x", [5], ([6, 7, 8], [9])), Example("y", [3, 4], ([5, 6],))])
