@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dpo.callbacks.agreement import agreement_of
 from dpo.runs.folder import Run
+from dpo.runs.signals import RUN_SIGNALS
 from dpo.training.nonfinite import NonFiniteError
 
 
@@ -126,14 +127,16 @@ class LastAndBest(Checkpoint):
         return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
     def _save_last(self, trainer: L.Trainer) -> None:
-        if trainer.is_global_zero and trainer.global_step != self.saved_step:
-            self.run.rotate_last_checkpoint(self.cadence.keep)
-        self._save(trainer, "last")
+        with RUN_SIGNALS.finishing():
+            if trainer.is_global_zero and trainer.global_step != self.saved_step:
+                self.run.rotate_last_checkpoint(self.cadence.keep)
+            self._save(trainer, "last")
         self.saved_step = trainer.global_step
         self.saved_at = time.monotonic()
 
     def _save(self, trainer: L.Trainer, name: str) -> None:
-        trainer.save_checkpoint(self.run.checkpoint_folder / f"{name}.ckpt", weights_only=False)
+        with RUN_SIGNALS.finishing():
+            trainer.save_checkpoint(self.run.checkpoint_folder / f"{name}.ckpt", weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value so far and what it is of, for the checkpoint."""

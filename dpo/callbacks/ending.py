@@ -33,9 +33,20 @@ def ending_lines(trainer: L.Trainer, run: Run, signal_number: int) -> str:
     else:
         limit = "max_steps" if steps == trainer.max_steps else "max_epochs"
         return f"Trained {steps}{total} steps: --trainer.{limit} {getattr(trainer, limit)} is reached."
+    return f"Trained {steps}{total} steps: {reason}. To go on:\n  {_resuming_command(run)}{more}"
+
+
+def stopped_lines(run: Run, signal_number: int) -> str:
+    """Return that a signal has ended a fit at once, and how to go on if there is a checkpoint; empty otherwise."""
+    if not signal_number or not (run.checkpoint_folder / "last.ckpt").is_file():
+        return ""
+    name = signal.Signals(signal_number).name
+    return f"Stopped by {name}, without results and export. To go on:\n  {_resuming_command(run)}"
+
+
+def _resuming_command(run: Run) -> str:
     command = [*_program(), "fit", "--config", str(run.config_path), "--ckpt_path"]
-    words = shlex.join([*command, str(run.checkpoint_folder / "last.ckpt")])
-    return f"Trained {steps}{total} steps: {reason}. To go on:\n  {words}{more}"
+    return shlex.join([*command, str(run.checkpoint_folder / "last.ckpt")])
 
 
 def _program() -> list[str]:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from dpo.callbacks.checkpoints import CheckpointCadence
 from dpo.callbacks.defaults import standard_callbacks
-from dpo.callbacks.ending import ending_lines
+from dpo.callbacks.ending import ending_lines, stopped_lines
 from dpo.callbacks.ledger import LedgerOptions, check_ledger_stage
 from dpo.callbacks.monitors import check_monitored_metrics
 from dpo.callbacks.pair_groups import PairGroups
@@ -42,7 +42,7 @@ from dpo.runs.export import export_run
 from dpo.runs.folder import Run, checkpoint_run_name
 from dpo.runs.groups import groups_as_json, print_groups
 from dpo.runs.loggers import MetricsCSV, read_metrics
-from dpo.runs.signals import RUN_SIGNALS
+from dpo.runs.signals import RUN_SIGNALS, StoppedBySignal
 from dpo.runs.trackers import join_run, log_report, log_results
 from dpo.runs.tracking import WandbTracker, finish_wandb, track_results
 from dpo.secrets import MASK, PASSWORD_VARIABLE, change_texts, conceal, hide_address, secret_options
@@ -244,6 +244,10 @@ class TrainingCLI(LightningCLI):
                 self.slow_work.begin("Reading the data")
             try:
                 super()._run_subcommand(subcommand)
+            except StoppedBySignal:
+                if trains:
+                    print(stopped_lines(self.run, RUN_SIGNALS.number), flush=True)
+                raise
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

@@ -1,7 +1,6 @@
 """Devices by name: their memory, and how fast they multiply matrices."""
 
 from dataclasses import dataclass
-from math import inf
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,9 @@ DEVICE_KINDS = {
 }
 
 
+MAX_GB = 1000  # of one device; larger numbers are names, such as 4080
+
+
 def parse_device(text: str) -> DeviceKind:
     """Return the device of a name, or a CUDA device with so many GB.
 
@@ -51,6 +53,8 @@ def parse_device(text: str) -> DeviceKind:
         size = float(text.lower().removesuffix("gb"))
     except ValueError:
         size = 0.0
-    if not 0 < size < inf:
-        raise ValueError(f"--device: expected {', '.join(DEVICE_KINDS)} or a size in GB such as 24, got {text!r}.")
+    if not 0 < size <= MAX_GB:
+        raise ValueError(
+            f"--device: expected {', '.join(DEVICE_KINDS)} or a size in GB such as 24 (at most {MAX_GB}), got {text!r}."
+        )
     return DeviceKind(f"{size:g} GB", size * 1e9 / 2**30)

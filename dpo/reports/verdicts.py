@@ -25,6 +25,9 @@ class Threshold:
 
 THRESHOLDS = {
     "chance": Threshold(0.5, "accuracy of a coin; a policy has learned if its interval lies above it"),
+    "chance_width": Threshold(
+        0.2, "widest interval of the accuracy that still says that nothing was learned: about a hundred pairs"
+    ),
     "loss_rise": Threshold(
         0.01,
         "nats that the validation loss may rise above its lowest value: the step between two good settings of a sweep "
@@ -135,6 +138,8 @@ def judge_learning(findings: Findings) -> Verdict:
             "course",
             f"python -m dpo show --config {findings.contents.run.config_path}",
         )
+    if accuracy.high - accuracy.low > _limit("chance_width"):
+        return _cannot_tell(subject, said, "course", _hold_out_more(findings))
     return Verdict(subject, "bad", f"It is not learning, as far as these pairs show: {said}.", "course", more)
 
 
@@ -181,11 +186,11 @@ def judge_length(findings: Findings) -> Verdict:
         f"accuracy is {effect.accuracy_if_longer.value:.3f} where the longer answer was chosen and "
         f"{effect.accuracy_if_shorter.value:.3f} where the shorter was"
     )
-    if effect.gap.low <= 0 <= effect.gap.high or gap.high < _limit("length_gap"):
+    if gap.high < _limit("length_gap"):
         return Verdict(
             subject, "good", f"It is preference more than length: {said}, difference {effect.gap}.", "length"
         )
-    if gap.low <= _limit("length_gap"):
+    if effect.gap.low <= 0 <= effect.gap.high or gap.low <= _limit("length_gap"):
         return _cannot_tell(subject, f"{said}, difference {effect.gap}; {wins}", "length", _hold_out_more(findings))
     if effect.balanced.low <= _limit("chance"):
         sentence = (

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -104,6 +104,21 @@ class StopSignals:
         self.finishes_step = False
         os.kill(self._process, signal.SIGTERM)
 
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Let a checkpoint and its hash be written to the end; a signal ends the process afterwards.
+
+        Raises:
+            StoppedBySignal: A signal came, and training does not end in order anyway.
+        """
+        before, self.finishes_step = self.finishes_step, True
+        try:
+            yield
+        finally:
+            self.finishes_step = before
+        if not before:
+            self.raise_if_stopped()
+
     def raise_if_stopped(self) -> None:
         """End at once if a signal was received.
 
@@ -126,11 +141,7 @@ class StopSignals:
         elif self.finishes_step and not self.number:
             self.number = number
             with suppress(RuntimeError):  # the signal came while something was being printed
-                print(
-                    "\nStopping after this step; then the checkpoint, the results and the export are written. "
-                    "A second signal stops at once.",
-                    flush=True,
-                )
+                print("\nStopping after this step, which is saved. A second signal stops at once.", flush=True)
         elif self._code and number == signal.SIGINT and self.number:
             os._exit(self._code)  # Ctrl-C again: the user does not wait for what is still being put in order
         else:

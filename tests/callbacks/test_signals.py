@@ -21,7 +21,7 @@ from dpo.data.datamodule import PairData
 from dpo.models.checkpoint_io import AtomicCheckpointIO
 from dpo.runs import export
 from dpo.runs.folder import Run
-from dpo.runs.signals import PATIENCE, STOP_SIGNALS, StopSignals
+from dpo.runs.signals import PATIENCE, STOP_SIGNALS, StoppedBySignal, StopSignals
 from dpo.training import preflight
 from dpo.training.base import Stage
 from tests.support.processes import children_of, ended
@@ -250,3 +250,16 @@ def test_a_scheduler_requeues_a_run_until_it_is_done(lab: Lab, whole: Run, monke
     assert not list(lab.folder.rglob("hpc_ckpt*"))
     results = json.loads(Run(lab.folder / "queued").results_path.read_text())
     assert results == json.loads(whole.results_path.read_text())
+
+
+def test_a_signal_in_a_save_waits_for_its_hash(capsys: pytest.CaptureFixture[str]) -> None:
+    """After a validation a signal ends the process at once, but not between a checkpoint and its hash."""
+    written = []
+    with pytest.raises(StoppedBySignal), StopSignals() as signals:
+        assert not signals.finishes_step
+        with signals.finishing():
+            os.kill(os.getpid(), signal.SIGTERM)
+            written.append("hash")
+        written.append("next")
+    assert written == ["hash"] and signals.exit_code == 143
+    assert "Stopping after this step" in capsys.readouterr().out
