@@ -131,14 +131,16 @@ class Columns:
         Raises:
             BadLineError: A column is missing.
         """
-        renamed = [name for field in fields(self) if (name := getattr(self, field.name)) not in ("", field.default)]
+        field_of = {getattr(self, field.name): field.name for field in fields(self)}
+        renamed = [name for name, field in field_of.items() if name not in ("", field)]
         for name in (*names, *renamed):
             if name not in raw_row:
+                option = f"--data.columns.{field_of.get(name, name)}"
+                cure = f"{option} names it" if name in renamed else f"if it has another name: {option} <name>"
                 expected = ", ".join(filter(None, (self.prompt, self.chosen, self.rejected)))
                 raise BadLineError(
                     Fault.MISSING_FIELD,
-                    f"no column {name!r}: expected {expected}, found {', '.join(sorted(raw_row)) or 'none'} "
-                    "(if the columns have other names, give them: --data PreferencePairs --data.columns.chosen <name>)",
+                    f"no column {name!r}: expected {expected}, found {', '.join(sorted(raw_row)) or 'none'} ({cure})",
                 )
 
     def _system(self, raw_row: RawRow) -> Turns:

@@ -23,6 +23,11 @@ _HELP = {
     "test": "Put test pairs into a file with `test` in its name beside the training file (train.jsonl, test.jsonl) and "
     "give their folder as --data.path; or measure the pairs that training held out: `validate` in place of `test`.",
 }
+# Instead of the above, by the reason for which most rows are refused.
+_REMEDIES: dict[str, str] = {
+    Refusal.SYSTEM_WITHOUT_TEMPLATE: "A system message needs a chat template, and the tokenizer of --model.policy has "
+    "none: choose a policy that has one, or leave the system messages out.",
+}
 
 
 def missing_pairs_message(split: str, path: str, audit: Audit | None) -> str:
@@ -45,7 +50,8 @@ def missing_pairs_message(split: str, path: str, audit: Audit | None) -> str:
     named = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for n, reason in reasons[:SHOWN])
     others = sum(n for n, _ in reasons[SHOWN:])
     more = f", {others:,} for other reasons" if others else ""
-    return f"{name}: all {total.read:,} rows of {audit.split!r} were refused: {named}{more}. {_HELP['train']}"
+    remedy = _REMEDIES.get(reasons[0][1], _HELP["train"])
+    return f"{name}: all {total.read:,} rows of {audit.split!r} were refused: {named}{more}. {remedy}"
 
 
 def plain_hint(audit: Audit | None, sources: Sequence[SourceFile], encoder: PairEncoder) -> str:

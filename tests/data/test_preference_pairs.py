@@ -529,3 +529,22 @@ def test_bad_rows_of_a_json_array_yield_their_faults(tmp_path: Path) -> None:
         first, *others = read_rows(raw, str(file), Columns().parse_row, skip_bad=True)
     assert first == PairRow(PAIR)
     assert others == [Fault.WRONG_TYPE, Fault.MISSING_FIELD]
+
+
+def test_a_missing_column_names_the_option_that_gives_it() -> None:
+    with pytest.raises(BadLineError) as named:
+        Columns(prompt="question").require({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen")
+    assert "no column 'question'" in named.value.detail and "(--data.columns.prompt names it)" in named.value.detail
+    with pytest.raises(BadLineError) as missing:
+        Columns().require({"prompt": "a", "better": "b", "rejected": "c"}, "chosen")
+    assert "(if it has another name: --data.columns.chosen <name>)" in missing.value.detail
+
+
+def test_rows_without_a_template_for_their_system_message_are_told_what_to_do(tmp_path: Path) -> None:
+    row = {"system": "Be brief.", "prompt": "a", "chosen": "b", "rejected": "c"}
+    (tmp_path / "my.jsonl").write_text(json.dumps(row) + "\n")
+    data = PreferencePairs(str(tmp_path / "my.jsonl"), tokenizer="quickstart")
+    data.prepare_data()
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"1 system without template.*choose a policy that has one"):
+        data.require_pairs("train")
