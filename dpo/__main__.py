@@ -70,7 +70,8 @@ def main(arguments: Sequence[str]) -> int:
         module, _, function = VERBS[arguments[0]][0].partition(":")
         getattr(import_module(module), function)(arguments[1:])
     except (ValueError, OSError) as error:
-        print(conceal(describe_os_error(error) if isinstance(error, OSError) else str(error)), file=sys.stderr)
+        text = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        print(f"error: {conceal(text).removeprefix('error: ')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -100,7 +100,7 @@ def test_unfinished_and_unreadable_runs_are_said(tmp_path: Path, capsys: pytest.
     code, out, error = compare(capsys, *folders, "--json")
     states = {Path(run["run"]).name: (run["state"], run["remark"]) for run in json.loads(out)}
     assert code == 1
-    assert error == "4 of 8 runs could not be read.\n"
+    assert error == "error: 4 of 8 runs could not be read.\n"
     assert states["good"] == ("finished", "")
     assert states["killed"][0] == states["began"][0] == "unfinished"
     assert states["killed"][1].endswith("the last logged step is 4")

@@ -249,7 +249,7 @@ def test_command_line(hub: Hub, run: Path) -> None:
 
 def test_command_line_without_a_token(hub: Hub, run: Path) -> None:
     done = run_command("push", "--run", str(run), "--to", "user/name", HF_ENDPOINT=hub.url)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", NO_TOKEN_MESSAGE + "\n")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {NO_TOKEN_MESSAGE}\n")
     assert hub.requests == []
 
 
