@@ -149,4 +149,6 @@ def test_a_verb_explains_errors_of_the_system(
     monkeypatch.setattr("dpo.losses.table.main", fail)
     assert main(["losses"]) == 1
     printed = capsys.readouterr().err
-    assert printed.startswith(f"error: {SCRATCH / 'x'}: Read-only file system (") and "Change its permissions" in printed
+    assert (
+        printed.startswith(f"error: {SCRATCH / 'x'}: Read-only file system (") and "Change its permissions" in printed
+    )
