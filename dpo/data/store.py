@@ -106,7 +106,7 @@ def build_store(
 def find_damage(folder: Path) -> str:
     """Return which file of a store is not as it was written, and why; empty if all are.
 
-    Every byte is read, at the speed of the disk or of SHA-256 (about 1 GB/s), whichever is slower.
+    Every byte is read, at the speed of the disk or of SHA-256, whichever is slower.
     """
     digests = folder / DIGESTS_FILE
     try:

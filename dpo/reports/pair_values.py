@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyarrow import acero, dataset
+from pyarrow import acero
 
 from dpo.runs.folder import Run
+from dpo.runs.ledger import open_ledger
 
 Numbers = NDArray[np.float64]
-LEDGER_FOLDER = "ledger.parquet"
 VALIDATION_COLUMNS = (
     "id",
     "subset",
@@ -99,8 +99,7 @@ class PairLedger:
     @classmethod
     def of_run(cls, run: Run) -> "PairLedger | None":
         """Return the ledger of a run, None if it has none."""
-        folder = run.folder / LEDGER_FOLDER
-        rows = dataset.dataset(folder, format="parquet") if folder.is_dir() else None
+        rows = open_ledger(run) if run.ledger_path.is_dir() else None
         return cls(rows) if rows is not None and rows.files else None
 
     def validation_steps(self) -> list[int]:

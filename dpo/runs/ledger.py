@@ -39,6 +39,11 @@ LEDGER_SCHEMA = pa.schema(
 """Columns of the ledger."""
 
 
+def open_ledger(run: Run) -> dataset.Dataset:
+    """Return a run's ledger as a data set, whose rows are not read yet."""
+    return dataset.dataset(run.ledger_path, LEDGER_SCHEMA, format="parquet")
+
+
 def read_ledger(run: Run) -> pa.Table:
     """Return all rows of a run's ledger, in no particular order, with the columns of `LEDGER_SCHEMA`.
 
@@ -52,4 +57,4 @@ def read_ledger(run: Run) -> pa.Table:
         raise FileNotFoundError(
             f"{run.ledger_path}: expected the ledger of a preference run, found none. Train with --ledger.enabled true."
         )
-    return dataset.dataset(run.ledger_path, LEDGER_SCHEMA, format="parquet").to_table()
+    return open_ledger(run).to_table()

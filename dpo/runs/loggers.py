@@ -18,7 +18,21 @@ from dpo.files import explained_errors, write_atomically
 PLACE_COLUMNS = ("step", "epoch", "seconds")  # where a row stands, whatever was measured there
 
 
-class MetricsCSV(Logger):
+class RunLogger(Logger):
+    """Base of the loggers of a run, whose folder already has a name."""
+
+    @property
+    def name(self) -> str:
+        """Empty: Lightning makes it a part of the path of what it writes into the run's folder, such as checkpoints."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty: the run's folder already has a name of its own."""
+        return ""
+
+
+class MetricsCSV(RunLogger):
     """A CSV file with one row per step: `step`, then every metric in the order of its first appearance.
 
     Attributes:
@@ -35,16 +49,6 @@ class MetricsCSV(Logger):
         self.last_row: dict[str, Any] = {}
         self.last_row_offset = 0  # bytes; where the last row begins in the file
         self.row_beginning = dict
-
-    @property
-    def name(self) -> str:
-        """Empty: Lightning makes it a part of the path of what it writes into the run's folder, such as checkpoints."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """Empty: the run's folder already has a name of its own."""
-        return ""
 
     @property
     def save_dir(self) -> str:

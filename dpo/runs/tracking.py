@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from dpo.files import write_atomically
 from dpo.runs.folder import Run
+from dpo.runs.loggers import RunLogger
 from dpo.secrets import names_secret
 
 START_SECONDS = 10  # longest wait for the server before the run goes offline
@@ -28,7 +28,7 @@ FINISH_SECONDS = 20  # longest wait for the upload of the rest
 LARGEST_BACKLOG = 10_000  # calls that W&B has not yet taken; further ones are lost to it
 
 
-class WandbTracker(Logger):
+class WandbTracker(RunLogger):
     """Logs to the W&B run that belongs to a run of ours, however often that is resumed, measured or tested.
 
     W&B's own variables count: ``WANDB_PROJECT`` (default: ``dpo``), ``WANDB_NAME`` (default: the name of the run),
@@ -44,16 +44,6 @@ class WandbTracker(Logger):
         self.worker: threading.Thread | None = None
         self.has_started = threading.Event()
         self.has_failed = False
-
-    @property
-    def name(self) -> str:
-        """Empty: nothing of ours is written into a folder of this logger."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """Empty, as `name` is."""
-        return ""
 
     @property
     def id_path(self) -> Any:
